@@ -1,0 +1,191 @@
+"""The run config: one pydantic model per section of the JSON that describes a run.
+
+Each section belongs to the code that reads it: `RunConfig` holds the sections of this package, and
+the composition root (`train.py`) adds the data section, so training and data never import each
+other. Unknown keys are errors (`extra='forbid'`): a typo must not train for a week with a default.
+Reading files, `--set` and the wording of errors live in `config_file.py`.
+"""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class ConfigError(ValueError):
+    """A mistake in the run config that the user can mend; its text is one line that says how."""
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are refused, numbers are never made from strings.
+
+    The string below a field is its description in `configs/schema.json`.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class AboutConfig(Section):
+    """What a recipe costs and what it should reach: for people, never read by the code."""
+
+    description: str = ""
+    """What this run is, in a sentence."""
+    hardware: str = ""
+    """Hardware the estimate is made for."""
+    hours: str = ""
+    """Expected wall-clock time on that hardware."""
+    expected_top1: str = ""
+    """Expected validation top-1; says so if it is an estimate."""
+    source: str = ""
+    """Paper or repository the recipe comes from."""
+
+
+class ModelConfig(Section):
+    """The model, as timm creates it."""
+
+    name: str
+    """Name for timm.create_model, such as 'colt5_vit_b'."""
+    kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments for timm.create_model. num_classes defaults to the data set's."""
+
+
+class TrainConfig(Section):
+    """Length of the run and arithmetic of its batches."""
+
+    batch_size: int = Field(gt=0)
+    """Global batch: images per optimiser step, all ranks together."""
+    micro_batch_size: int | None = Field(None, gt=0)
+    """Images per rank and forward pass; the rest is gradient accumulation.
+    Default: batch_size / number of ranks."""
+    epochs: float | None = Field(None, gt=0)
+    """Length of the run in epochs (or give steps)."""
+    steps: int | None = Field(None, gt=0)
+    """Length of the run in optimiser steps (or give epochs)."""
+    grad_clip: float | None = Field(1.0, gt=0)
+    """Largest global gradient norm; null turns clipping off."""
+    grad_checkpointing: bool = False
+    """Recompute each routed block in backward: less memory, about 30 % more compute."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "TrainConfig":
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give exactly one of train.epochs and train.steps")
+        return self
+
+
+class LossConfig(Section):
+    """The supervised loss."""
+
+    name: Literal["softmax", "bce"] = "softmax"
+    """Softmax or binary cross-entropy."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Probability mass moved from the label to all classes."""
+
+
+class OptimConfig(Section):
+    """The optimiser, by timm's names and defaults."""
+
+    name: str = "adamw"
+    """One of timm.optim.list_optimizers()."""
+    lr: float = Field(gt=0)
+    """Peak learning rate for the global batch; it is not rescaled."""
+    weight_decay: float = Field(0.05, ge=0)
+    """Decoupled weight decay; norms, biases, positions and routers are exempt."""
+    betas: tuple[float, float] | None = None
+    """Default: the optimiser's own."""
+    eps: float | None = Field(None, gt=0)
+    """Default: the optimiser's own."""
+    layer_decay: float | None = Field(None, gt=0, le=1)
+    """Factor on the learning rate per block, counted from the head down."""
+
+
+class ScheduleConfig(Section):
+    """Learning rate by optimiser step."""
+
+    name: Literal["cosine", "constant"] = "cosine"
+    """Shape after the warm-up."""
+    warmup_epochs: float = Field(0.0, ge=0)
+    """Length of the linear warm-up."""
+    warmup_lr: float = Field(1e-6, ge=0)
+    """Learning rate at the first step of the warm-up."""
+    min_lr: float = Field(1e-5, ge=0)
+    """Learning rate at the end of the run."""
+
+
+class PrecisionConfig(Section):
+    """Number formats of compute; router logits and gates are fp32 always."""
+
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Compute type; bf16 and fp16 keep fp32 master weights."""
+    tf32: bool = True
+    """Allow TF32 matrix products on GPUs in fp32 runs."""
+
+
+class EvalConfig(Section):
+    """Evaluation on data.val."""
+
+    every_epochs: float = Field(1.0, gt=0)
+    """Cadence; the last step always evaluates."""
+    batch_size: int | None = Field(None, gt=0)
+    """Images per rank and forward pass. Default: the micro-batch."""
+
+
+class CheckpointConfig(Section):
+    """When to save and what to keep."""
+
+    every_steps: int = Field(500, gt=0)
+    """Steps between checkpoints; the last step always saves."""
+    keep: int = Field(2, gt=0)
+    """How many of the newest checkpoints to keep."""
+
+
+class LogConfig(Section):
+    """What is written while the run goes on."""
+
+    every_steps: int = Field(10, gt=0)
+    """Steps between progress lines and scalars."""
+    tensorboard: bool = True
+    """Write TensorBoard logs into the run folder."""
+    routing_every_steps: int = Field(200, gt=0)
+    """Steps between routing statistics and pictures on the probe images."""
+    probe_images: int = Field(8, ge=0)
+    """How many fixed validation images show the routing; 0: none."""
+
+
+class RunConfig(Section):
+    """The sections this package owns; `train.py` adds `data`."""
+
+    name: str = Field(pattern=r"^[\w.-]+$")
+    """Name of the run and of its folder."""
+    about: AboutConfig = Field(default_factory=AboutConfig)
+    output_dir: str | None = None
+    """Run folder. Default: runs/NAME."""
+    seed: int = Field(0, ge=0)
+    """Seed of weights, sample order and augmentation."""
+    model: ModelConfig
+    train: TrainConfig
+    loss: LossConfig = Field(default_factory=LossConfig)
+    optim: OptimConfig
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
+    precision: PrecisionConfig = Field(default_factory=PrecisionConfig)
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    log: LogConfig = Field(default_factory=LogConfig)
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
+    """Native DeepSpeed keys, verbatim. What the sections above own (batch sizes, clipping,
+    precision, optimiser, scheduler) is filled in; a contradiction is an error."""
+
+    @property
+    def folder(self) -> str:
+        """Run folder: checkpoints, logs, exported weights."""
+        return self.output_dir or f"runs/{self.name}"
+
+    def total_steps(self, samples_per_epoch: int) -> int:
+        """Optimiser steps of the whole run, given the size of the training set."""
+        if self.train.steps is not None:
+            return self.train.steps
+        assert self.train.epochs is not None
+        return self.epochs_to_steps(self.train.epochs, samples_per_epoch)
+
+    def epochs_to_steps(self, epochs: float, samples_per_epoch: int) -> int:
+        """Optimiser steps in `epochs` passes over `samples_per_epoch` images, at least one."""
+        return max(1, round(epochs * samples_per_epoch / self.train.batch_size))
