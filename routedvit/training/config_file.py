@@ -1,4 +1,4 @@
-"""Reads a run config from JSON, applies `--set`, and turns a mistake into one line with its mend."""
+"""Reads a run config from JSON, applies `--set`, words a mistake in one line with its mend."""
 
 import difflib
 import json
