@@ -1,0 +1,56 @@
+# Two commands: `make train` learns digits from an empty machine, `make test` is what CI runs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := DS_BUILD_OPS=0 $(BIN)/python -m pip --disable-pip-version-check install --progress-bar off -q -c constraints.txt
+RANKS ?= 2
+ARGS ?=
+PORT ?= 29500
+
+.PHONY: help env train tensorboard test test-slow lint schema clean
+
+help:  ## show this list
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
+
+# DeepSpeed is source only and looks at the installed torch while it installs: torch first, and no
+# build isolation. DS_BUILD_OPS=0: nothing of it is compiled, here or at the first step.
+$(VENV)/train.stamp: pyproject.toml constraints.txt
+	@echo "installing into $(VENV) (torch and its CUDA libraries: about 6 GB, a few minutes)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) setuptools wheel
+	@$(PIP) torch torchvision
+	@$(PIP) --no-build-isolation -e '.[train,quickstart]'
+	@touch $@
+
+$(VENV)/dev.stamp: $(VENV)/train.stamp
+	@$(PIP) --no-build-isolation -e '.[train,quickstart,dev]'
+	@touch $@
+
+env: $(VENV)/train.stamp  ## make the environment in .venv
+
+shards/mnist/val/manifest.json: $(VENV)/train.stamp
+	@$(BIN)/python -m data.write --source mnist --out shards/mnist
+
+train: shards/mnist/val/manifest.json  ## pretrain on MNIST digits with two CPU ranks (ARGS="--fresh")
+	@PATH="$(CURDIR)/$(BIN):$$PATH" DS_ACCELERATOR=cpu deepspeed --num_accelerators $(RANKS) \
+		--master_port $(PORT) train.py --config configs/quickstart.json $(ARGS)
+
+tensorboard: $(VENV)/train.stamp  ## open the curves and the pictures of all runs
+	@$(BIN)/tensorboard --logdir runs
+
+lint: $(VENV)/dev.stamp  ## ruff and mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+test: lint  ## lint, types, unit and integration tests (what CI runs)
+	@$(BIN)/pytest -m "not slow and not gpu"
+
+test-slow: $(VENV)/dev.stamp  ## the tests that take longer
+	@$(BIN)/pytest -m "slow and not gpu"
+
+schema: $(VENV)/train.stamp  ## write configs/schema.json anew from the config models
+	@$(BIN)/python train.py --write-schema configs/schema.json
+
+clean:  ## remove caches and the environment, never runs or shards
+	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
