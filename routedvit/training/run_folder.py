@@ -1,0 +1,137 @@
+"""The run folder: where a run writes, and the guard that one folder holds one run.
+
+    runs/NAME/config.json    the resolved config, git revision and versions
+             checkpoints/    one folder a checkpoint, and `latest`
+             tensorboard/    event files
+             logs/           what each rank printed
+             weights/        the exported model
+
+A folder that already holds another run is refused instead of being resumed with a different recipe;
+`--fresh` moves the old one aside, so nothing is ever deleted.
+"""
+
+import json
+import platform
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from routedvit.training.config import ConfigError
+
+# Keys a resumed run may change: they alter what is seen, kept or how the work is split over
+# machines, never which numbers the run computes (up to rounding).
+FREE_ON_RESUME = (
+    "about", "output_dir", "eval", "checkpoint", "log", "deepspeed",
+    "train.micro_batch_size", "train.grad_checkpointing",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths inside the folder of one run."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def weights(self) -> Path:
+        return self.path / "weights"
+
+
+def claim(
+    folder: RunFolder, config: dict[str, Any], *, free: tuple[str, ...] = FREE_ON_RESUME
+) -> None:
+    """Make the folder this run's, or check that it already is. Rank 0 only.
+
+    Raises:
+        ConfigError: the folder holds a run whose config differs in a key not listed in `free`.
+    """
+    if folder.config.exists():
+        before = json.loads(folder.config.read_text(encoding="utf-8"))["config"]
+        differing = [key for key in _differences(before, config) if not _is_free(key, free)]
+        if differing:
+            raise ConfigError(
+                f"{folder.path} holds another run: {_describe(differing, before, config)}; "
+                "give this one another name (--set name=...) or start over with --fresh"
+            )
+    folder.path.mkdir(parents=True, exist_ok=True)
+    record = {"config": config, "git_revision": git_revision(), "versions": versions()}
+    part = folder.config.with_suffix(".part")
+    part.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    part.replace(folder.config)
+
+
+def move_aside(folder: RunFolder) -> Path | None:
+    """Rename an existing run folder to the first free NAME.1, NAME.2, ...; returns the new path."""
+    if not folder.path.exists():
+        return None
+    number = 1
+    while (target := folder.path.with_name(f"{folder.path.name}.{number}")).exists():
+        number += 1
+    return folder.path.rename(target)
+
+
+def git_revision() -> str | None:
+    """Commit of the checkout that runs, with '+' if it is modified; None outside git."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    try:
+        commit, status = git("rev-parse", "HEAD"), git("status", "--porcelain", "-uno")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit.strip() + ("+" if status.strip() else "")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of every package that can change a run's numbers."""
+    names = ("torch", "torchvision", "timm", "deepspeed", "triton", "webdataset", "numpy", "pillow")
+    installed = {dist.metadata["Name"].lower() for dist in metadata.distributions()}
+    found = {name: metadata.version(name) for name in names if name in installed}
+    return {"python": platform.python_version(), **found}
+
+
+def _differences(before: Any, after: Any, key: str = "") -> Iterator[str]:
+    """Dotted keys at which two JSON trees differ."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        for name in sorted(before.keys() | after.keys()):
+            inner = f"{key}.{name}" if key else name
+            yield from _differences(before.get(name), after.get(name), inner)
+    elif json.dumps(before) != json.dumps(after):  # JSON makes tuples lists
+        yield key
+
+
+def _is_free(key: str, free: tuple[str, ...]) -> bool:
+    return any(key == prefix or key.startswith(f"{prefix}.") for prefix in free)
+
+
+def _describe(keys: list[str], before: dict[str, Any], after: dict[str, Any]) -> str:
+    """'optim.lr was 0.1, is 0.2 (and 3 more)'."""
+
+    def value(tree: Any, key: str) -> str:
+        for part in key.split("."):
+            tree = tree.get(part) if isinstance(tree, dict) else None
+        return json.dumps(tree)
+
+    text = f"{keys[0]} was {value(before, keys[0])}, is {value(after, keys[0])}"
+    return text + (f" (and {len(keys) - 1} more)" if len(keys) > 1 else "")

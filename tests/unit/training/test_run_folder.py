@@ -1,0 +1,55 @@
+"""One folder holds one run: another recipe is refused, and starting over deletes nothing."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from routedvit.training.config import ConfigError
+from routedvit.training.run_folder import RunFolder, claim, move_aside
+
+CONFIG = {"optim": {"lr": 0.1, "betas": (0.9, 0.95)}, "log": {"every_steps": 10}, "seed": 0}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    return RunFolder(tmp_path / "runs" / "x")
+
+
+def test_claim_records_config_and_versions(folder: RunFolder) -> None:
+    claim(folder, CONFIG)
+    record = json.loads(folder.config.read_text())
+    assert record["config"]["optim"]["lr"] == 0.1
+    assert {"python", "torch", "timm"} <= record["versions"].keys()
+
+
+def test_same_run_may_claim_again_and_change_what_is_logged(folder: RunFolder) -> None:
+    claim(folder, CONFIG)
+    claim(folder, CONFIG | {"log": {"every_steps": 99}})
+    assert json.loads(folder.config.read_text())["config"]["log"]["every_steps"] == 99
+
+
+def test_another_recipe_is_refused_and_named(folder: RunFolder) -> None:
+    claim(folder, CONFIG)
+    with pytest.raises(ConfigError, match=r"seed was 0, is 1.*--fresh"):
+        claim(folder, CONFIG | {"seed": 1})
+    assert json.loads(folder.config.read_text())["config"]["seed"] == 0
+
+
+def test_every_differing_key_is_counted(folder: RunFolder) -> None:
+    claim(folder, CONFIG)
+    with pytest.raises(ConfigError, match=r"optim.betas was \[0.9, 0.95\].*and 2 more"):
+        claim(folder, {"optim": {"lr": 0.2}, "seed": 1})
+
+
+def test_starting_over_moves_the_old_run_aside(folder: RunFolder) -> None:
+    claim(folder, CONFIG)
+    moved = move_aside(folder)
+    assert moved is not None
+    assert moved.name == "x.1"
+    assert (moved / "config.json").exists()
+    claim(folder, CONFIG | {"seed": 1})
+    second = move_aside(folder)
+    assert second is not None
+    assert second.name == "x.2"
+    assert move_aside(folder) is None
