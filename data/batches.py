@@ -1,0 +1,145 @@
+"""Batches as datasets: a position, or a batch number, in; a whole batch out.
+
+One item is one batch, so that one loader process makes it from beginning to end and its rows keep
+their order. Bad samples travel in the batch under "bad", as lines for the ledger.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from data.decode import decode
+from data.errors import BadSample, DataError
+from data.order import SampleOrder
+from data.reader import Sample, ShardReader
+from data.transforms import Transform, borrowed_generators, sample_seeds, seed_generators
+
+Batch = dict[str, Any]
+Size = tuple[int, int, int]
+
+
+class _Batches(Dataset[Batch]):
+    """What training and evaluation share: shard place -> normalised tensor."""
+
+    def __init__(
+        self,
+        reader: ShardReader,
+        transform: Transform,
+        *,
+        input_size: Size,
+        max_pixels: int,
+        batch_size: int,
+        world_size: int,
+    ) -> None:
+        self.reader = reader
+        self.transform = transform
+        self.input_size = input_size
+        self.max_pixels = max_pixels
+        self.batch_size = batch_size
+        self.world_size = world_size
+
+    def load(self, shard: int, sample: int) -> tuple[Sample, torch.Tensor]:
+        """The sample and its image, float32 [C, H, W]. BadSample when it cannot be used."""
+        found = self.reader.read(shard, sample)
+        image = decode(found.payload, self.input_size[0], self.max_pixels)
+        return found, self.transform(image)
+
+    def bad(self, shard: int, sample: int, error: BadSample, **where: Any) -> dict[str, Any]:
+        """A line for the ledger."""
+        name = str(self.reader.shards.paths[shard])
+        return {"shard": name, "key": self.reader.key(shard, sample), "reason": str(error), **where}
+
+
+class TrainBatches(_Batches):
+    """Item: the global position of a micro-batch's first row -> the micro-batch."""
+
+    def __init__(
+        self, reader: ShardReader, order: SampleOrder, transform: Transform, **common: Any
+    ) -> None:
+        super().__init__(reader, transform, **common)
+        self.order = order
+
+    def __getitem__(self, first: int) -> Batch:
+        positions = first + self.world_size * np.arange(self.batch_size, dtype=np.int64)
+        place = self.order.locate(positions)
+        seeds = sample_seeds(self.order.seed, positions).tolist()
+        images = torch.empty(self.batch_size, *self.input_size)
+        targets, keys, bad = [], [], []
+        rows = zip(positions.tolist(), place.shard.tolist(), place.sample.tolist(), strict=True)
+        with borrowed_generators():
+            for row, (position, shard, sample) in enumerate(rows):
+                seed_generators(seeds[row])
+                try:
+                    found, images[row] = self.load(shard, sample)
+                except BadSample as error:
+                    bad.append(self.bad(shard, sample, error, position=position))
+                    found, images[row] = self._substitute(position, seeds[row], bad)
+                targets.append(found.label)
+                keys.append(found.key)
+        return {
+            "image": images,
+            "target": torch.tensor(targets),
+            "key": keys,
+            "position": torch.from_numpy(positions),
+            "epoch": torch.from_numpy(place.epoch),
+            "bad": bad,
+        }
+
+    def _substitute(
+        self, position: int, seed: int, bad: list[dict[str, Any]]
+    ) -> tuple[Sample, torch.Tensor]:
+        """The next good sample of the same stream; bad ones on the way are added to `bad`."""
+        place = self.order.substitutes(position)
+        for shard, sample in zip(place.shard.tolist(), place.sample.tolist(), strict=True):
+            seed_generators(seed)
+            try:
+                found, image = self.load(shard, sample)
+            except BadSample as error:
+                bad.append(self.bad(shard, sample, error, position=position))
+                continue
+            bad[-1]["replaced_by"] = found.key
+            return found, image
+        raise DataError(
+            f"no usable sample follows {bad[-1]['key']} in its stream; the last failed with: "
+            f"{bad[-1]['reason']}; check the shards with `python -m data.check`"
+        )
+
+
+class EvalBatches(_Batches):
+    """Item: the number of a batch -> the batch. Rank r of R holds samples r, r + R, ..."""
+
+    def __init__(self, reader: ShardReader, transform: Transform, *, rank: int, **common: Any):
+        super().__init__(reader, transform, **common)
+        self.rank = rank
+        self.begins = np.concatenate([[0], np.cumsum(reader.shards.sizes)])
+
+    def __len__(self) -> int:
+        per_rank = -(-self.reader.shards.num_samples // self.world_size)
+        return -(-per_rank // self.batch_size)
+
+    def place(self, number: int) -> tuple[int, int]:
+        """Number in the set -> (shard, sample)."""
+        shard = int(np.searchsorted(self.begins, number, side="right")) - 1
+        return shard, number - int(self.begins[shard])
+
+    def __getitem__(self, number: int) -> Batch:
+        images = torch.zeros(self.batch_size, *self.input_size)
+        targets = torch.zeros(self.batch_size, dtype=torch.int64)
+        valid = torch.zeros(self.batch_size, dtype=torch.bool)
+        keys, bad = [""] * self.batch_size, []
+        for row in range(self.batch_size):
+            index = self.rank + self.world_size * (number * self.batch_size + row)
+            if index >= self.reader.shards.num_samples:
+                break
+            shard, sample = self.place(index)
+            try:
+                found, images[row] = self.load(shard, sample)
+            except BadSample as error:  # a substitute would count twice: leave the row invalid
+                bad.append(self.bad(shard, sample, error, index=index))
+                continue
+            targets[row], keys[row], valid[row] = found.label, found.key, True
+        return {"image": images, "target": targets, "key": keys, "valid": valid, "bad": bad}

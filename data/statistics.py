@@ -1,0 +1,80 @@
+"""What a manifest says about the images of a set, gathered shard by shard and then put together.
+
+Every image weighs the same, whatever its size: mean is the mean of the images' means, and std comes
+from the mean of their mean squares. Grey images count as three equal channels where a set has both.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from data.manifest import Manifest, ShardEntry
+
+PIXEL_SAMPLES = 256  # images per shard that mean and std are taken from; headers are read of all
+
+
+@dataclass
+class ShardStatistics:
+    """The statistics of one shard, as plain JSON values once `note()` is called."""
+
+    class_counts: Counter[int] = field(default_factory=Counter)
+    modes: Counter[str] = field(default_factory=Counter)
+    widths: list[int] = field(default_factory=list)
+    heights: list[int] = field(default_factory=list)
+    sums: np.ndarray = field(default_factory=lambda: np.zeros((2, 3)))  # of x and of x^2
+    pixel_samples: int = 0
+
+    def add(self, image: Image.Image, label: int) -> None:
+        """Count an image; decodes it while PIXEL_SAMPLES have not been reached."""
+        self.class_counts[label] += 1
+        self.modes[image.mode] += 1
+        self.widths.append(image.width)
+        self.heights.append(image.height)
+        if self.pixel_samples < PIXEL_SAMPLES:
+            pixels = np.asarray(image.convert("RGB"), dtype=np.float64).reshape(-1, 3) / 255
+            self.sums += np.stack([pixels.mean(axis=0), (pixels**2).mean(axis=0)])
+            self.pixel_samples += 1
+
+    def note(self, entry: ShardEntry) -> dict[str, Any]:
+        """Everything `combine` needs, for a JSON file."""
+        return {
+            "entry": entry.model_dump(),
+            "class_counts": {str(label): count for label, count in self.class_counts.items()},
+            "modes": dict(self.modes),
+            "width": [min(self.widths, default=0), max(self.widths, default=0)],
+            "height": [min(self.heights, default=0), max(self.heights, default=0)],
+            "sums": self.sums.tolist(),
+            "pixel_samples": self.pixel_samples,
+        }
+
+
+def combine(notes: list[dict[str, Any]], label_names: list[str] | None) -> Manifest:
+    """The manifest of the shards that `notes` describe."""
+    counts: Counter[int] = Counter()
+    modes: Counter[str] = Counter()
+    for note in notes:
+        counts.update({int(label): count for label, count in note["class_counts"].items()})
+        modes.update(note["modes"])
+    classes = max(len(label_names or []), max(counts) + 1)
+    pixel_samples = sum(note["pixel_samples"] for note in notes)
+    mean, square = np.sum([note["sums"] for note in notes], axis=0) / pixel_samples
+    std = np.sqrt(np.maximum(square - mean**2, 0))
+    channels = 1 if set(modes) <= {"L", "1"} else 3
+    entries = [ShardEntry.model_validate(note["entry"]) for note in notes]
+    return Manifest(
+        samples=sum(entry.samples for entry in entries),
+        class_counts=[counts[label] for label in range(classes)],
+        label_names=label_names,
+        mean=[round(value, 6) for value in mean[:channels].tolist()],
+        std=[round(value, 6) for value in std[:channels].tolist()],
+        pixel_samples=pixel_samples,
+        modes=dict(sorted(modes.items())),
+        width=(min(n["width"][0] for n in notes), max(n["width"][1] for n in notes)),
+        height=(min(n["height"][0] for n in notes), max(n["height"][1] for n in notes)),
+        shards=entries,
+    )

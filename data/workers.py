@@ -1,0 +1,91 @@
+"""Loader processes that leave every decision to the process they serve.
+
+Schedulers and launchers signal whole process trees. A worker that dies of a SIGTERM takes the main
+process down before it can save, so workers ignore SIGTERM and SIGINT; they end when the main
+process closes them or is gone (torch's workers watch their parent). A DataError travels as a value,
+because torch would wrap it in a many-line traceback.
+"""
+
+from __future__ import annotations
+
+import atexit
+import signal
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from data.config import DataConfig
+from data.errors import DataError
+from data.ledger import Ledger
+
+_LIVE: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+class _Carried(Dataset[Any]):
+    """The dataset, with a DataError turned into a value."""
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, item: int) -> Any:
+        try:
+            return self.dataset[item]
+        except DataError as error:
+            return error
+
+
+def batches_of(
+    dataset: Dataset[Any], sampler: Iterable[int], config: DataConfig, ledger: Ledger
+) -> Iterator[dict[str, Any]]:
+    """dataset[i] for i in sampler, in that order, made by `config.num_workers` processes.
+
+    Bad samples named in a batch are ledgered when the batch is handed over, not when it is made.
+    """
+    workers = config.num_workers
+    loader = DataLoader(
+        _Carried(dataset),
+        batch_size=None,
+        sampler=sampler,
+        num_workers=workers,
+        prefetch_factor=config.prefetch_factor if workers else None,
+        worker_init_fn=_begin_worker,
+        # Forked workers start in milliseconds and share the indices; spawned ones import torch.
+        multiprocessing_context="fork" if workers else None,
+        pin_memory=torch.cuda.is_available(),
+        # A generator of its own: the default would draw from the one that dropout uses.
+        generator=torch.Generator(),
+    )
+    batches = iter(loader)
+    if workers:
+        _LIVE.add(batches)
+    try:
+        for batch in batches:
+            if isinstance(batch, DataError):
+                raise batch
+            ledger.record(batch.pop("bad"))
+            yield batch
+    finally:
+        if workers:
+            _end_workers(batches)
+
+
+def _begin_worker(worker: int) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def _end_workers(batches: Any) -> None:
+    """Tell the workers to finish, and wait for them."""
+    _LIVE.discard(batches)
+    batches._shutdown_workers()
+
+
+@atexit.register
+def _end_all_workers() -> None:
+    # multiprocessing's own exit hook would send a SIGTERM, which they ignore, and wait for ever.
+    for batches in list(_LIVE):
+        _end_workers(batches)

@@ -1,0 +1,111 @@
+"""`python -m data.write`: make shards from images.
+
+    python -m data.write --source mnist --out shards/mnist
+    python -m data.write --source folder --path photographs --held-out 0.1 --out shards/photographs
+    python -m data.write --source idx --path fashion-mnist --out shards/fashion
+
+Writes OUT/train and OUT/val, each with its manifest; a split whose manifest is there and whose
+shards have the right sizes is left alone, so a stopped run is simply started again. Samples are
+shuffled once, always alike: training shuffles within a window, which cannot mend sorted classes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from data.errors import DataError
+from data.manifest import MANIFEST_NAME, Manifest, read_manifest
+from data.sources import Split, folder_splits, idx_splits, mnist_splits
+from data.writer import Encoding, write_split
+
+
+def complete(folder: Path) -> Manifest | None:
+    """The manifest of a finished split; None when there is none or shards are missing or cut."""
+    if not (folder / MANIFEST_NAME).exists():
+        return None
+    manifest = read_manifest(folder / MANIFEST_NAME)
+    for entry in manifest.shards:
+        path = folder / entry.name
+        if not path.is_file() or path.stat().st_size != entry.bytes:
+            return None
+    return manifest
+
+
+def splits_of(arguments: argparse.Namespace) -> dict[str, Split]:
+    """The splits of the source that the arguments name."""
+    if arguments.source == "mnist":
+        return mnist_splits()
+    if arguments.path is None:
+        raise DataError(f"--source {arguments.source} needs --path, the folder with the images")
+    if arguments.source == "folder":
+        return folder_splits(arguments.path, arguments.held_out)
+    return idx_splits(arguments.path)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m data.write",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--source", required=True, choices=("mnist", "folder", "idx"))
+    parser.add_argument("--path", type=Path, help="the images to read (folder and idx)")
+    parser.add_argument("--out", type=Path, required=True, help="folder that gets train/ and val/")
+    parser.add_argument("--shard-size", type=int, help="samples per shard (mnist: 250; else 1000)")
+    parser.add_argument(
+        "--held-out", type=float, default=0.0, help="share of each class for val (folder)"
+    )
+    parser.add_argument(
+        "--resize", type=int, help="shrink the shorter side to this; images are re-encoded"
+    )
+    parser.add_argument("--quality", type=int, default=90, help="JPEG quality with --resize")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that write shards")
+    return parser.parse_args(arguments)
+
+
+def run(arguments: argparse.Namespace) -> list[str]:
+    """Write what is missing; one line per split that says what is there now."""
+    # The digits cost seconds to parse: when both splits stand there is nothing to look at.
+    manifests = {name: complete(arguments.out / name) for name in ("train", "val")}
+    if all(manifests.values()):
+        return [
+            f"{arguments.out / name}: complete already: {summary(manifest)}"
+            for name, manifest in manifests.items()
+            if manifest
+        ]
+    lines = []
+    for name, split in splits_of(arguments).items():
+        folder = arguments.out / name
+        manifest = complete(folder)
+        if manifest is None:
+            size = arguments.shard_size or (250 if arguments.source == "mnist" else 1000)
+            encoding = Encoding(arguments.resize, arguments.quality)
+            manifest = write_split(split, folder, size, encoding, arguments.jobs)
+        lines.append(f"{folder}: {summary(manifest)}")
+    return lines
+
+
+def summary(manifest: Manifest) -> str:
+    """Counts in words."""
+    megabytes = sum(entry.bytes for entry in manifest.shards) / 1e6
+    return (
+        f"{manifest.samples} images of {len(manifest.class_counts)} classes in "
+        f"{len(manifest.shards)} shards, {megabytes:.1f} MB"
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns the exit code."""
+    try:
+        print("; ".join(run(parse(arguments))))
+    except DataError as error:
+        print(f"data.write: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,183 @@
+"""Writes the shards of a split: in parallel, whole or not at all, and the same bytes every time.
+
+A shard gets its final name after its bytes are on the disk, and a note beside it (.parts/NAME.json)
+with its hash and statistics. A writer that was stopped finds the notes and goes on; the manifest is
+put together from them at the end, and the notes go. Member times and owners are fixed, so that the
+same images make the same SHA-256.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import tarfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from data.decode import open_image
+from data.errors import BadSample, DataError
+from data.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    ShardEntry,
+    publish,
+    sha256_of,
+    write_atomically,
+    write_manifest,
+)
+from data.sources import Encoded, Reference, Split
+from data.statistics import ShardStatistics, combine
+
+PARTS = ".parts"
+MAX_PIXELS = 200_000_000
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What is done to an image before it is stored. Without `resize` its bytes are copied."""
+
+    resize: int | None = None  # pixels of the shorter side; smaller images stay as they are
+    quality: int = 90
+
+    def apply(self, sample: Encoded) -> Encoded:
+        """The sample as it goes into the shard. BadSample when it is no image we can read back."""
+        image = open_image(sample.payload, MAX_PIXELS)
+        if self.resize is None or min(image.size) <= self.resize:
+            return sample
+        scale = self.resize / min(image.size)
+        size = (round(image.width * scale), round(image.height * scale))
+        # draft decodes a JPEG at a lower resolution that is still above the one wanted
+        image.draft(None, size)
+        small = image.convert("L" if image.mode == "L" else "RGB").resize(
+            size, Image.Resampling.BICUBIC
+        )
+        buffer = io.BytesIO()
+        kind = "png" if sample.extension == "png" else "jpg"
+        small.save(buffer, format="PNG" if kind == "png" else "JPEG", quality=self.quality)
+        return sample._replace(extension=kind, payload=buffer.getvalue())
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One shard to write."""
+
+    path: Path
+    references: list[Reference]
+    encoding: Encoding
+
+    @property
+    def note(self) -> Path:
+        return self.path.parent / PARTS / f"{self.path.name}.json"
+
+
+def write_split(
+    split: Split, folder: Path, shard_size: int, encoding: Encoding, jobs: int = 1
+) -> Manifest:
+    """Write `split` into `folder` as shards of `shard_size` samples; returns the manifest."""
+    if shard_size < 1:
+        raise DataError(f"--shard-size is {shard_size}; give at least 1")
+    mixed = np.random.default_rng(0).permutation(len(split.references))
+    references = [split.references[number] for number in mixed]
+    chunks = [references[at : at + shard_size] for at in range(0, len(references), shard_size)]
+    (folder / PARTS).mkdir(parents=True, exist_ok=True)
+    (folder / MANIFEST_NAME).unlink(missing_ok=True)  # it would vouch for shards we replace
+    _forget_other_plans(folder / PARTS, chunks, encoding)
+    work = [
+        _Job(folder / f"{number:06d}.tar", chunk, encoding) for number, chunk in enumerate(chunks)
+    ]
+    notes = list(
+        tqdm(_perform(work, jobs), total=len(work), unit="shard", desc=str(folder), disable=None)
+    )
+    notes = [note for note in notes if note["entry"]["samples"]]
+    skipped = [line for note in notes for line in note["skipped"]]
+    if skipped:
+        text = "".join(json.dumps(line) + "\n" for line in skipped)
+        write_atomically(folder / "skipped.jsonl", text.encode())
+    if not notes:
+        raise DataError(f"{folder}: not one usable image; skipped.jsonl says what is wrong")
+    manifest = combine(notes, split.label_names)
+    write_manifest(folder, manifest)
+    shutil.rmtree(folder / PARTS)
+    return manifest
+
+
+def _forget_other_plans(parts: Path, chunks: list[list[Reference]], encoding: Encoding) -> None:
+    """Drop the notes of a run with other samples, shard size or encoding: they do not fit ours."""
+    digest = hashlib.sha256(repr(encoding).encode())
+    for chunk in chunks:
+        digest.update(repr([(reference.key, reference.label) for reference in chunk]).encode())
+    plan = parts / "plan"
+    if not plan.exists() or plan.read_text() != digest.hexdigest():
+        shutil.rmtree(parts)
+        parts.mkdir()
+        write_atomically(plan, digest.hexdigest().encode())
+
+
+def _perform(work: list[_Job], jobs: int) -> Iterator[dict[str, Any]]:
+    """The notes of all shards, in order."""
+    if jobs == 1:
+        yield from map(_write_shard, work)
+        return
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(_write_shard, work)
+
+
+def _write_shard(job: _Job) -> dict[str, Any]:
+    """Write one shard and its note, unless an earlier run has; returns the note."""
+    if job.note.exists():
+        note = json.loads(job.note.read_text())
+        entry = note["entry"]
+        if not entry["samples"] or (job.path.exists() and sha256_of(job.path) == entry["sha256"]):
+            return note
+    statistics, skipped = ShardStatistics(), []
+    temporary = job.path.with_name(f".{job.path.name}.{os.getpid()}")
+    with open(temporary, "wb") as file:
+        with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
+            for reference in job.references:
+                try:
+                    sample = job.encoding.apply(reference.read())
+                    statistics.add(open_image(sample.payload, MAX_PIXELS), sample.label)
+                except (BadSample, OSError) as error:
+                    skipped.append({"key": reference.key, "reason": str(error)})
+                    continue
+                _add(tar, f"{sample.key}.{sample.extension}", sample.payload)
+                _add(tar, f"{sample.key}.cls", str(sample.label).encode())
+        file.flush()
+        os.fsync(file.fileno())
+    note = _publish(job, temporary, statistics) | {"skipped": skipped}
+    write_atomically(job.note, json.dumps(note).encode())
+    return note
+
+
+def _publish(job: _Job, temporary: Path, statistics: ShardStatistics) -> dict[str, Any]:
+    """Give the shard its name and describe it; a shard without a sample is dropped."""
+    samples = sum(statistics.class_counts.values())
+    if not samples:
+        temporary.unlink()
+        return {"entry": {"samples": 0}}
+    entry = ShardEntry(
+        name=job.path.name,
+        samples=samples,
+        bytes=temporary.stat().st_size,
+        sha256=sha256_of(temporary),
+    )
+    publish(temporary, job.path)
+    return statistics.note(entry)
+
+
+def _add(tar: tarfile.TarFile, name: str, payload: bytes) -> None:
+    """Append a member; a fresh TarInfo has time 0 and owner 0."""
+    member = tarfile.TarInfo(name)
+    member.size = len(payload)
+    tar.addfile(member, io.BytesIO(payload))

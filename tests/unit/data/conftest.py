@@ -1,0 +1,43 @@
+"""Fixtures: sets of shards and configs that read them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from data.config import DataConfig
+from tests.unit.data.making import Members, pair, vouch, write_tar
+
+
+@pytest.fixture
+def make_set(tmp_path: Path) -> Callable[..., Path]:
+    """make_set([5, 3], name='train') -> folder with shards of 5 and 3 samples and a manifest."""
+
+    def make(sizes: list[int], name: str = "train") -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        number, counts = 0, {}
+        for shard, size in enumerate(sizes):
+            members: Members = []
+            for _ in range(size):
+                members += pair(f"{name}/{number:04d}", number, number % 3)
+                number += 1
+            counts[f"{shard:03d}.tar"] = size
+            write_tar(folder / f"{shard:03d}.tar", members)
+        vouch(folder, counts)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def make_config() -> Callable[..., DataConfig]:
+    """make_config(folder, num_workers=1, ...) -> a config with light augmentation."""
+
+    def make(train: Path, **fields: object) -> DataConfig:
+        defaults = {"num_workers": 0, "shuffle_buffer": 8, "augment": {"mode": "light"}}
+        return DataConfig.model_validate({"train": {"shards": str(train)}} | defaults | fields)
+
+    return make

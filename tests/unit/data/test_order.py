@@ -1,0 +1,109 @@
+"""The order promises: each sample once per epoch, bounded moves, a function of (seed, position)."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.errors import DataError
+from data.order import PLACES, SampleOrder, check_world, default_streams, uniform
+
+UNEVEN = [5, 17, 1, 9, 30, 2, 8, 25]
+
+
+def samples(order: SampleOrder, positions: np.ndarray) -> list[tuple[int, int]]:
+    place = order.locate(positions)
+    return list(zip(place.shard.tolist(), place.sample.tolist(), strict=True))
+
+
+def everything(sizes: list[int]) -> list[tuple[int, int]]:
+    return [(shard, sample) for shard, size in enumerate(sizes) for sample in range(size)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=12),
+    streams=st.integers(1, 16),
+    buffer=st.integers(0, 50),
+    epoch=st.integers(0, 5),
+)
+def test_an_epoch_holds_every_sample_exactly_once(sizes, streams, buffer, epoch):
+    total = sum(sizes)
+    order = SampleOrder(sizes, seed=1, shuffle_buffer=buffer, streams=min(streams, total))
+    positions = np.arange(epoch * total, (epoch + 1) * total)
+    assert sorted(samples(order, positions)) == everything(sizes)
+    assert set(order.locate(positions).epoch.tolist()) == {epoch}
+
+
+def test_positions_may_be_asked_in_any_order_and_any_grouping():
+    order = SampleOrder(UNEVEN, seed=3, shuffle_buffer=7, streams=4)
+    positions = np.arange(300)
+    whole = samples(order, positions)
+    shuffled = np.random.default_rng(0).permutation(300)
+    fresh = SampleOrder(UNEVEN, seed=3, shuffle_buffer=7, streams=4)
+    assert samples(fresh, shuffled) == [whole[p] for p in shuffled]
+
+
+def test_the_seed_and_the_epoch_change_the_order():
+    def epoch_of(seed: int, epoch: int) -> list[tuple[int, int]]:
+        order = SampleOrder(UNEVEN, seed=seed, shuffle_buffer=7)
+        return samples(order, np.arange(epoch * 97, (epoch + 1) * 97))
+
+    assert len({tuple(epoch_of(seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4
+
+
+def test_a_stream_is_one_contiguous_span_shuffled_in_a_window():
+    """Blocks ordered on demand agree with argsort(i + U_i * buffer) over the whole span."""
+    size, streams, buffer = 3 * PLACES + 1000, 2, 700
+    order = SampleOrder([size] * 2, seed=5, shuffle_buffer=buffer, streams=streams)
+    for stream in range(streams):
+        place = order.locate(np.arange(stream, 2 * size, streams))
+        assert len(set(place.shard.tolist())) == 1  # spans and shards coincide here
+        blocks = -(-size // PLACES)
+        jitter = np.concatenate([uniform((2, 5, 0, stream, b), PLACES) for b in range(blocks)])
+        expected = np.argsort(np.arange(size) + jitter[:size] * buffer, kind="stable")
+        assert place.sample.tolist() == expected.tolist()
+        assert 1 < np.abs(place.sample - np.arange(size)).max() < buffer
+
+
+def test_no_buffer_means_file_order_within_a_stream():
+    order = SampleOrder([4, 4], seed=0, shuffle_buffer=0, streams=1)
+    assert order.locate(np.arange(8)).sample.tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
+
+
+def test_the_order_of_a_given_seed_never_changes():
+    """Runs are resumed after upgrades: a new numpy or a refactoring must give the same samples."""
+    order = SampleOrder(UNEVEN, seed=11, shuffle_buffer=16, streams=4)
+    listing = repr(samples(order, np.arange(500)))
+    assert hashlib.sha256(listing.encode()).hexdigest()[:16] == "48c2ddf1c3c185e0"
+
+
+def test_substitutes_are_the_rest_of_the_stream_in_order():
+    order = SampleOrder(UNEVEN, seed=3, shuffle_buffer=7, streams=4)
+    stream = list(range(97 + 2, 194, 4))  # epoch 1: positions 97..193; those with p % 4 == 3
+    assert all(p % 4 == 3 for p in stream)
+    place = order.substitutes(stream[5])
+    wanted = samples(order, np.array(stream[6:] + stream[:5]))
+    assert list(zip(place.shard.tolist(), place.sample.tolist(), strict=True)) == wanted
+
+
+@pytest.mark.parametrize(
+    ("shards", "streams"), [(1, 1), (2, 2), (3, 2), (16, 16), (63, 32), (64, 64), (5000, 64)]
+)
+def test_default_streams_follow_the_shards_alone(shards, streams):
+    assert default_streams(shards) == streams
+
+
+def test_a_world_that_does_not_fit_is_told_which_would():
+    with pytest.raises(DataError, match=r"3 ranks .* 16 streams .* 24 .* fit: 1, 2, 4, 8;"):
+        check_world(16, 24, 3)
+    check_world(16, 24, 8)
+
+
+def test_more_streams_than_samples_are_refused():
+    with pytest.raises(DataError, match=r"data\.streams is 9 .* at most 8"):
+        SampleOrder([4, 4], seed=0, shuffle_buffer=0, streams=9)

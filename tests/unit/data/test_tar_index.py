@@ -1,0 +1,180 @@
+"""A damaged or hostile shard is refused by name and offset; Python's tarfile would shorten it."""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+
+import pytest
+
+from data.errors import DataError
+from data.tar_index import NO_LABEL, read_index, split_name
+from tests.unit.data.making import pair, png, write_tar
+
+
+@pytest.fixture
+def shard(tmp_path):
+    path = tmp_path / "set.tar"
+    write_tar(path, [member for n in range(6) for member in pair(f"s{n}", n, n % 3)])
+    return path
+
+
+def header_offsets(path):
+    with tarfile.open(path) as tar:
+        return [member.offset for member in tar]
+
+
+def patched(path, offset, payload):
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        file.write(payload)
+
+
+def test_a_good_shard_gives_every_sample_and_its_bytes(shard):
+    index = read_index(shard, 6)
+    assert [index.key(n) for n in range(6)] == [f"s{n}" for n in range(6)]
+    assert index.labels.tolist() == [0, 1, 2, 0, 1, 2]
+    content = shard.read_bytes()
+    for n in range(6):
+        assert content[index.offsets[n] :][: index.sizes[n]] == png(n)
+    assert (index.faults, index.ignored) == ({}, 0)
+
+
+@pytest.mark.parametrize("member", range(1, 12))
+def test_a_cut_at_any_member_border_is_found(shard, member):
+    os.truncate(shard, header_offsets(shard)[member])
+    with pytest.raises(DataError, match=rf"{shard}: offset \d+: .*cut.*good copy"):
+        read_index(shard)
+
+
+@pytest.mark.parametrize("cut", [100, 700])  # in a header, in a payload
+def test_a_cut_anywhere_else_is_found(shard, cut):
+    os.truncate(shard, header_offsets(shard)[4] + cut)
+    with pytest.raises(DataError, match=r"cut"):
+        read_index(shard)
+
+
+def test_a_cut_and_padded_payload_is_found(shard):
+    os.truncate(shard, header_offsets(shard)[4] + 512)
+    with pytest.raises(DataError, match=r"a member claims \d+ bytes and the file has 0"):
+        read_index(shard)
+
+
+@pytest.mark.parametrize("byte", [0, 100, 124, 130, 150, 156, 257, 300, 511])
+def test_every_flipped_header_bit_is_found(shard, byte):
+    offset = header_offsets(shard)[6] + byte
+    patched(shard, offset, bytes([shard.read_bytes()[offset] ^ 0x04]))
+    with pytest.raises(DataError, match=r"offset"):
+        read_index(shard)
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_zeroed_blocks_do_not_pass_for_the_end(shard, blocks):
+    at = header_offsets(shard)[6]
+    patched(shard, at, bytes(512 * blocks))
+    with pytest.raises(DataError, match=rf"offset {at}: zeroed blocks with data behind them"):
+        read_index(shard)
+
+
+def test_fewer_samples_than_the_manifest_says_are_found(shard):
+    with pytest.raises(DataError, match=r"6 samples found and the manifest says 7"):
+        read_index(shard, 7)
+
+
+def test_a_missing_end_block_is_found(shard):
+    last = header_offsets(shard)[-1]
+    os.truncate(shard, last + 1024 + 512)
+    with pytest.raises(DataError, match=r"one of the two end-of-archive blocks"):
+        read_index(shard)
+
+
+@pytest.mark.parametrize(
+    ("members", "words"),
+    [
+        ([("a.png", b"x"), ("b.png", b"x"), ("b.cls", b"1")], r"key 'a' has no label"),
+        ([("a.cls", b"0"), ("b.png", b"x"), ("b.cls", b"1")], r"key 'a' has no image"),
+        ([("a.png", b"x"), ("a.cls", b"1"), ("b.png", b"x")], r"key 'b' has no label"),
+        (pair("a", 0, 0) + pair("b", 1, 1) + pair("a", 2, 2), r"key 'a' comes a second time"),
+        ([("a.png", b"x"), ("a.jpg", b"x"), ("a.cls", b"1")], r"key 'a' has two images"),
+        ([("a.png", b"x"), ("a.cls", b"1"), ("a.cls", b"2")], r"key 'a' has two labels"),
+        ([("a.png", b"x"), ("b.png", b"x"), ("a.cls", b"1"), ("b.cls", b"1")], r"has no label"),
+        ([("../../a.png", b"x")], r"unsafe"),
+        ([("/etc/a.png", b"x")], r"unsafe"),
+        ([("x/../../a.png", b"x")], r"unsafe"),
+        ([("a\x1b[2J.png", b"x")], r"unsafe"),
+    ],
+)
+def test_samples_that_do_not_pair_up_or_names_that_lead_out_are_refused(tmp_path, members, words):
+    write_tar(tmp_path / "x.tar", members)
+    with pytest.raises(DataError, match=words):
+        read_index(tmp_path / "x.tar")
+
+
+@pytest.mark.parametrize(
+    "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE]
+)
+def test_links_and_devices_are_refused(tmp_path, kind):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        member = tarfile.TarInfo("a.png")
+        member.type, member.linkname = kind, "/etc/passwd"
+        tar.addfile(member)
+    with pytest.raises(DataError, match=r"link, device, sparse"):
+        read_index(tmp_path / "x.tar")
+
+
+def test_compressed_tars_are_refused(tmp_path, shard):
+    import gzip
+
+    (tmp_path / "x.tar").write_bytes(gzip.compress(shard.read_bytes()))
+    with pytest.raises(DataError, match=r"offset"):
+        read_index(tmp_path / "x.tar")
+
+
+@pytest.mark.parametrize("extension", ["pkl", "pyd", "pth", "meta.pickle", "png.gz"])
+def test_code_beside_an_image_sets_the_sample_aside(tmp_path, extension):
+    bad = [*pair("a", 0, 0), (f"a.{extension}", b"cos\nsystem\n(S'true'\ntR.")]
+    write_tar(tmp_path / "x.tar", bad + pair("b", 1, 1))
+    index = read_index(tmp_path / "x.tar")
+    assert list(index.faults) == [0]
+    assert f"forbidden type .{extension}" in index.faults[0]
+
+
+@pytest.mark.parametrize("text", [b"", b"cat", b"-1", b"1.0", b"9" * 30, b"\xff", b"1 2"])
+def test_a_label_that_is_no_class_number_sets_the_sample_aside(tmp_path, text):
+    write_tar(tmp_path / "x.tar", [("a.png", png(0)), ("a.cls", text)])
+    index = read_index(tmp_path / "x.tar")
+    assert index.labels.tolist() == [NO_LABEL]
+    assert "no class number" in index.faults[0]
+
+
+@pytest.mark.parametrize("style", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_long_and_foreign_names_are_read_as_tarfile_reads_them(tmp_path, style):
+    names = ["n01440764/" + "x" * 90, "./plain", "d" * 60 + "/" + "e" * 60]
+    if style != tarfile.USTAR_FORMAT:
+        names += ["f" * 180, "ärger/ünder"]
+    with tarfile.open(tmp_path / "x.tar", "w", format=style) as tar:
+        folder = tarfile.TarInfo("n01440764")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+        for name in names:
+            for extension, payload in (("PNG", png(1)), ("json", b"{}"), ("cls", b"2\n")):
+                member = tarfile.TarInfo(f"{name}.{extension}")
+                member.size = len(payload)
+                tar.addfile(member, io.BytesIO(payload))
+    index = read_index(tmp_path / "x.tar")
+    assert [index.key(n) for n in range(len(names))] == [name.removeprefix("./") for name in names]
+    assert index.labels.tolist() == [2] * len(names)
+    assert index.ignored == len(names)
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("a/b/img.v2.jpg", ("a/b/img", "v2.jpg")),
+        ("a.b/img.JPG", ("a.b/img", "jpg")),
+        ("plain", ("plain", "")),
+    ],
+)
+def test_keys_end_where_webdataset_ends_them(name, parts):
+    assert split_name(name) == parts
