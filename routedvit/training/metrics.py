@@ -1,0 +1,115 @@
+"""Where numbers, pictures and text go: TensorBoard on rank 0, nowhere on the others.
+
+`build_writer` returns one `MetricWriter` for the trainer. It fans out to any number of sinks, and a
+sink that fails (full disk, lost mount) is reported once and dropped: a run of a week must not end
+for a log. With no sink at all it is the null writer that every rank but 0 holds, so the trainer
+writes without asking which rank it is.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from routedvit.training.interfaces import MetricWriter
+
+
+class TensorBoardWriter:
+    """Event files in `folder`, shown by `tensorboard --logdir`.
+
+    Args:
+        folder: created if it does not exist.
+        resume_step: finished steps when the run starts; on a resume, TensorBoard hides the points
+            that the interrupted run wrote beyond it, so every curve goes on as one line.
+    """
+
+    def __init__(self, folder: Path, resume_step: int = 0) -> None:
+        # Imported here: it takes a second, and only rank 0 needs it.
+        from torch.utils.tensorboard import SummaryWriter
+
+        purge_step = resume_step + 1 if resume_step else None
+        self._events = SummaryWriter(str(folder), purge_step=purge_step, flush_secs=10)
+
+    def scalar(self, name: str, value: float, step: int) -> None:
+        self._events.add_scalar(name, value, step)
+
+    def image(self, name: str, image: Tensor, step: int) -> None:
+        self._events.add_image(name, image, step)
+
+    def text(self, name: str, text: str, step: int) -> None:
+        self._events.add_text(name, text, step)
+
+    def flush(self) -> None:
+        self._events.flush()
+
+    def close(self) -> None:
+        self._events.close()
+
+
+class FanOutWriter:
+    """Writes to every sink that still works; the null writer when there is none.
+
+    Args:
+        sinks: writers that may raise.
+        report: told once, in one line, about each sink that failed.
+    """
+
+    def __init__(
+        self, sinks: Sequence[MetricWriter] = (), report: Callable[[str], None] = warnings.warn
+    ) -> None:
+        self._sinks = list(sinks)
+        self._report = report
+
+    def open(self, name: str, sink: Callable[[], MetricWriter]) -> None:
+        """Adds the sink that `sink()` makes, unless making it fails; `name` is for the report."""
+        try:
+            self._sinks.append(sink())
+        except Exception as error:
+            self._fail(name, error)
+
+    def scalar(self, name: str, value: float, step: int) -> None:
+        self._each(lambda sink: sink.scalar(name, value, step))
+
+    def image(self, name: str, image: Tensor, step: int) -> None:
+        self._each(lambda sink: sink.image(name, image, step))
+
+    def text(self, name: str, text: str, step: int) -> None:
+        self._each(lambda sink: sink.text(name, text, step))
+
+    def flush(self) -> None:
+        self._each(lambda sink: sink.flush())
+
+    def close(self) -> None:
+        self._each(lambda sink: sink.close())
+
+    def _each(self, write: Callable[[MetricWriter], None]) -> None:
+        for sink in tuple(self._sinks):
+            try:
+                write(sink)
+            except Exception as error:  # whatever a sink raises, the run outlives it
+                self._sinks.remove(sink)
+                self._fail(type(sink).__name__, error)
+
+    def _fail(self, name: str, error: Exception) -> None:
+        self._report(
+            f"{name} failed ({type(error).__name__}: {error}); the run goes on without it. "
+            "Mend the cause and resume to get the logs back."
+        )
+
+
+def build_writer(
+    folder: Path,
+    *,
+    rank: int,
+    tensorboard: bool = True,
+    resume_step: int = 0,
+    report: Callable[[str], None] = warnings.warn,
+) -> FanOutWriter:
+    """The writer of this rank: TensorBoard into `folder` on rank 0, nothing elsewhere."""
+    writer = FanOutWriter(report=report)
+    if rank == 0 and tensorboard:
+        writer.open("TensorBoard", lambda: TensorBoardWriter(folder, resume_step))
+    return writer
