@@ -1,0 +1,154 @@
+"""The console belongs to the run: everything else that is printed goes into a log file per rank.
+
+DeepSpeed, torch, C++ libraries, compilers and worker processes all write to file descriptors 1 and
+2, so these are pointed at the log and a duplicate of the real ones is kept for our own lines. That
+catches what redirecting `sys.stdout` cannot: output of C++ and of child processes.
+
+    with Console(rank, user_errors=(ConfigError, DataError)) as console:
+        config = ...                                # chatter is kept in memory of the disk for now
+        console.log_to(run_folder / "logs" / f"rank_{rank}.log")
+        console.print("only rank 0 says this")
+        progress = build_progress(rank, console.stream)
+
+How it ends: a user error is one line and exit code 2; any other exception is one line that points
+to the full traceback in the log, and exit code 1. Errors of ranks other than 0 are shown only if
+rank 0 has not ended the run meanwhile. The redirection outlives the `with` block on purpose:
+interpreter shutdown is when libraries complain most. Without entering it, a Console is transparent.
+
+Standard library only, so that it can be in force before the slow, talkative imports.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, TextIO
+
+USER_ERROR_CODE = 2
+CRASH_CODE = 1
+INTERRUPT_CODE = 128 + signal.SIGINT
+
+
+class Console:
+    """The real console for our own lines, a log for all others.
+
+    Args:
+        rank: only rank 0 prints lines.
+        user_errors: exceptions that the user can mend; their text is the whole message.
+        grace_seconds: how long another rank than 0 waits before it shows its error. When all ranks
+            meet the same mistake, rank 0 has shown it and the launcher has ended the others by
+            then (DeepSpeed's looks once per second).
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        *,
+        user_errors: tuple[type[Exception], ...] = (),
+        grace_seconds: float = 3.0,
+    ) -> None:
+        self.rank = rank
+        self.stream: TextIO = sys.stdout
+        self.log_path: Path | None = None
+        self._user_errors = user_errors
+        self._grace_seconds = grace_seconds
+        self._errors: TextIO = sys.stderr
+        self._pending: BinaryIO | None = None
+
+    def __enter__(self) -> Console:
+        self.stream = _duplicate(sys.stdout, 1)
+        self._errors = _duplicate(sys.stderr, 2)
+        self._pending = tempfile.TemporaryFile()
+        _redirect(self._pending.fileno())
+        faulthandler.enable()  # a segmentation fault leaves its Python stack in the log
+        return self
+
+    def log_to(self, path: Path) -> None:
+        """From now on the log is `path` (appended to); what was caught so far goes there first."""
+        self.log_path = path
+        if self._pending is None:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as log:
+            log.write(f"=== {datetime.now():%Y-%m-%d %H:%M:%S}  {' '.join(sys.argv)}\n".encode())
+            _flush()
+            self._pending.seek(0)
+            shutil.copyfileobj(self._pending, log)
+            log.flush()
+            _redirect(log.fileno())
+        self._pending.close()
+
+    def print(self, text: str) -> None:
+        """One of our own lines, shown by rank 0. While a bar runs, use `Progress.message`."""
+        if self.rank == 0:
+            print(text, file=self.stream, flush=True)
+
+    def restore(self) -> None:
+        """Give descriptors 1 and 2 back."""
+        _flush()
+        os.dup2(self.stream.fileno(), 1)
+        os.dup2(self._errors.fileno(), 2)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        _flush()
+        if error is None or isinstance(error, SystemExit):
+            return
+        if isinstance(error, KeyboardInterrupt):
+            self.print("interrupted")
+            sys.exit(INTERRUPT_CODE)
+        traceback.print_exception(kind, error, trace)  # into the log
+        _flush()
+        self._wait_for_rank_0()
+        if isinstance(error, self._user_errors):
+            self._show(f"error: {error}")
+            sys.exit(USER_ERROR_CODE)
+        if self.log_path is None:
+            traceback.print_exception(kind, error, trace, file=self._errors)
+        else:
+            first_line = (str(error).splitlines() or [""])[0]
+            self._show(f"crashed: {type(error).__name__}: {first_line}")
+            self._show(f"the full traceback is at the end of {self.log_path}")
+        sys.exit(CRASH_CODE)
+
+    def _wait_for_rank_0(self) -> None:
+        if self.rank != 0:
+            # The launcher ends us with SIGTERM, which the trainer may have turned into "save".
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(self._grace_seconds)
+
+    def _show(self, line: str) -> None:
+        prefix = f"[rank {self.rank}] " if self.rank else ""
+        print(prefix + line, file=self._errors, flush=True)
+
+
+def _duplicate(stream: TextIO, descriptor: int) -> TextIO:
+    """A line-buffered text stream on a copy of `descriptor`, encoded as `stream` is."""
+    stream.flush()
+    return os.fdopen(
+        os.dup(descriptor), "w", buffering=1, encoding=stream.encoding, errors="replace"
+    )
+
+
+def _redirect(target: int) -> None:
+    _flush()
+    os.dup2(target, 1)
+    os.dup2(target, 2)
+
+
+def _flush() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
