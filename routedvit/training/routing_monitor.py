@@ -107,8 +107,11 @@ def statistics(routing: Routing, eps: float = 1.0) -> dict[str, float]:
     mean_gate: of the selected.
     saturated: share of the selected whose gate exceeds 0.999; their gradient is zero.
     margin: last selected minus first unselected logit, in units of eps; near 0 the choice is a
-        toss-up. Absent when everything is selected.
+        toss-up.
     never_routed: share of the patch positions that no image selects.
+
+    Values that need something selected, or something not selected, are absent without it (the
+    all-light and all-heavy controls).
     """
     scores = (routing.logits.detach().float() / eps).cpu()
     gates = routing.gates.detach().float().cpu()
@@ -116,11 +119,12 @@ def statistics(routing: Routing, eps: float = 1.0) -> dict[str, float]:
     values = {
         "std_over_eps": scores.std(1, correction=0).mean().item(),
         "entropy": normalized_entropy(scores),
-        "mean_gate": gates.mean().item(),
-        "saturated": (gates > SATURATED).float().mean().item(),
         "never_routed": (~chosen.any(0)).float().mean().item(),
     }
-    if not chosen.all():
+    if gates.numel():
+        values["mean_gate"] = gates.mean().item()
+        values["saturated"] = (gates > SATURATED).float().mean().item()
+    if chosen.any() and not chosen.all():
         lowest = scores.masked_fill(~chosen, math.inf).amin(1)
         highest = scores.masked_fill(chosen, -math.inf).amax(1)
         values["margin"] = (lowest - highest).mean().item()
@@ -148,7 +152,8 @@ def overlap(a: Tensor, b: Tensor) -> float:
 
 
 def _add_overlap(values: dict[str, float], name: str, a: Tensor, b: Tensor) -> None:
-    if a.shape == b.shape:  # blocks of a hierarchical model may have other grids
+    # blocks of a hierarchical model may have other grids; the all-light control selects nothing
+    if a.shape == b.shape and a.any():
         values[name] = overlap(a, b)
 
 

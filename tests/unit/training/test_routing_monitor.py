@@ -99,6 +99,12 @@ def test_there_is_no_margin_when_everything_is_selected() -> None:
     assert "margin" not in statistics(route(torch.randn(2, 16), 16, (4, 4)))
 
 
+def test_a_router_that_selects_nothing_has_no_gates_to_report() -> None:
+    values = statistics(route(torch.randn(2, 16), 0, (4, 4)))
+    assert set(values) == {"std_over_eps", "entropy", "never_routed"}
+    assert values["never_routed"] == 1.0
+
+
 def test_overlap_is_intersection_over_union() -> None:
     a = selection(Routing(torch.tensor([[0, 1]]), torch.ones(1, 2), torch.zeros(1, 4), (2, 2)))
     b = selection(Routing(torch.tensor([[1, 2]]), torch.ones(1, 2), torch.zeros(1, 4), (2, 2)))
