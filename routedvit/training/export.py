@@ -1,0 +1,58 @@
+"""Final weights as timm reads them: `model.safetensors` (fp32) and `config.json` in one folder.
+
+    timm.create_model('colt5_vit_b', checkpoint_path='runs/NAME/weights/model.safetensors', ...)
+    timm.create_model('local-dir:runs/NAME/weights', pretrained=True)  # arguments from config.json
+
+The weights are gathered one parameter at a time, so a rank other than 0 never holds more than one
+of them whole, and loaded strictly into a fresh model on rank 0's CPU, which is what is saved: a
+missing weight or a wrong argument fails here and not months later. Cost: fp32 weights twice in the
+memory of rank 0's machine.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import timm
+import timm.models
+import torch
+
+from routedvit.training.engine import Engine
+
+WEIGHTS = "model.safetensors"
+FIRST_WEIGHTS = ("pretrained", "checkpoint_path")  # arguments that say what training began from
+
+
+def export_model(
+    engine: Engine,
+    folder: Path,
+    *,
+    name: str,
+    kwargs: dict[str, Any],
+    data_config: dict[str, Any] | None = None,
+) -> Path:
+    """Write the network of `engine` into `folder` and return the weights' path. Collective.
+
+    Args:
+        name, kwargs: what the model was made with, `timm.create_model(name, **kwargs)`.
+        data_config: timm's preprocessing keys that belong to the weights, such as input_size, mean,
+            std, interpolation, crop_pct.
+
+    Raises:
+        RuntimeError: the model made from `name` and `kwargs` has other weights than the engine's.
+    """
+    weights: dict[str, torch.Tensor] = {}
+    for key, parameter in engine.full_parameters():
+        if engine.rank == 0:
+            weights[key] = parameter.cpu().clone()
+    if engine.rank == 0:
+        kwargs = {key: value for key, value in kwargs.items() if key not in FIRST_WEIGHTS}
+        model = timm.create_model(name, **kwargs)
+        buffers = dict(engine.model.named_buffers())
+        persistent = model.state_dict().keys() - weights.keys()
+        weights.update({key: buffers[key].cpu() for key in persistent & buffers.keys()})
+        model.load_state_dict(weights)
+        timm.models.save_for_hf(
+            model, str(folder), model_args=kwargs, safe_serialization=True, data_config=data_config
+        )
+    engine.barrier()
+    return folder / WEIGHTS
