@@ -68,12 +68,12 @@ def gate_map(routing: Routing, row: int) -> Tensor:
 def fit(image: Tensor, grid: tuple[int, int], size: int) -> Tensor:
     """`image` resized so that its longer side is about `size` and every patch has whole pixels.
 
-    Enlarging by a whole factor keeps pixels crisp (a 28 px digit stays a digit); all else is
-    bicubic with antialiasing.
+    Enlarging twice or more goes by a whole factor, which keeps pixels crisp (a 28 px digit stays
+    a digit); all else is bicubic with antialiasing.
     """
     rows, columns = grid
     height, width = image.shape[-2:]
-    factor = math.ceil(size / max(height, width))
+    factor = size // max(height, width)
     if factor > 1 and height % rows == 0 and width % columns == 0:
         return image.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
     scale = size / max(height, width)

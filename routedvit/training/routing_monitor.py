@@ -22,7 +22,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from routedvit import drawing
+import routedvit.drawing as drawing
 from routedvit.training.evaluators.inference import as_input, inference
 from routedvit.training.interfaces import MetricWriter
 
