@@ -10,7 +10,6 @@ from routedvit.training.progress import (
     NullProgress,
     build_progress,
     duration,
-    evaluation_line,
     summary,
 )
 
@@ -106,11 +105,6 @@ def test_a_terminal_gets_a_bar_a_file_gets_lines_other_ranks_nothing(
 )
 def test_durations_read_as_clock_time(seconds: float, text: str) -> None:
     assert duration(seconds) == text
-
-
-def test_an_evaluation_is_one_line() -> None:
-    line = evaluation_line(300, {"val/top1": 95.3, "val/loss": 0.14321})
-    assert line == "step 300  val/top1 95.30  val/loss 0.1432"
 
 
 def test_the_summary_is_aligned_and_ends_with_the_next_command() -> None:
