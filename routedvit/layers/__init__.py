@@ -1,0 +1,19 @@
+"""Modules of a routed block: routers, light and heavy attention, light and heavy feed-forward."""
+
+from routedvit.layers.attention import HeavyAttention, WindowAttention
+from routedvit.layers.routed_attention import RoutedAttention
+from routedvit.layers.routed_block import RoutedBlock
+from routedvit.layers.routed_feedforward import RoutedFeedForward
+from routedvit.layers.router import FixedRouter, Router, as_ratio, build_router
+
+__all__ = [
+    "FixedRouter",
+    "HeavyAttention",
+    "RoutedAttention",
+    "RoutedBlock",
+    "RoutedFeedForward",
+    "Router",
+    "WindowAttention",
+    "as_ratio",
+    "build_router",
+]

@@ -1,0 +1,256 @@
+"""The two attentions of a routed block: light in windows for every token, heavy and global for the
+routed ones.
+
+B images, P prefix tokens (cls, registers), N patches on an H x W grid, D width, Q queries, K keys
+per route
+"""
+
+import torch
+import torch.nn.functional as F
+from timm.layers import apply_rot_embed_cat, register_notrace_function
+from torch import Tensor, nn
+from torch.jit import Final
+
+from routedvit.ops import merge_windows, partition_windows, window_padding_mask
+from routedvit.ops.windows import needs_padding
+
+__all__ = ["HeavyAttention", "WindowAttention"]
+
+register_notrace_function(partition_windows)
+register_notrace_function(merge_windows)
+register_notrace_function(apply_rot_embed_cat)
+
+KV_GATES = ("tokens", "values", "keys_values")
+
+
+@register_notrace_function
+def window_mask(x: Tensor, height: int, width: int, window: int) -> Tensor | None:
+    """Attention mask of the padded keys for images x [B, ...]; None where the window divides the
+    grid.
+    """
+    if not needs_padding(height, width, window):
+        return None
+    return window_padding_mask(x.shape[0], height, width, window, x.device)
+
+
+class WindowAttention(nn.Module):
+    """Light attention: few heads, each token attends to its own w x w window of the grid.
+
+    Projections run on the whole sequence in raster order; only the narrow q, k, v and the narrow
+    output are moved into windows and back, never the D-wide tokens. Prefix tokens stand outside
+    the grid: their window is themselves, so attention returns their own value.
+
+    Args:
+        dim: token width D.
+        num_heads, head_dim: light heads and their width.
+        window: side w of a window, in tokens.
+        qk_norm: normalise queries and keys per head with `norm_layer`.
+        num_prefix: prefix tokens P in front of the patches.
+    """
+
+    num_heads: Final[int]
+    head_dim: Final[int]
+    window: Final[int]
+    num_prefix: Final[int]
+    qk_norm: Final[bool]
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_heads: int,
+        head_dim: int,
+        window: int,
+        num_prefix: int = 0,
+        qkv_bias: bool = True,
+        proj_bias: bool = True,
+        qk_norm: bool = False,
+        proj_drop: float = 0.0,
+        norm_layer: type[nn.Module] = nn.LayerNorm,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.head_dim = head_dim
+        self.window = window
+        self.num_prefix = num_prefix
+        self.qk_norm = qk_norm
+        inner_dim = num_heads * head_dim
+        self.qkv = nn.Linear(dim, 3 * inner_dim, bias=qkv_bias, device=device, dtype=dtype)
+        self.q_norm = norm_layer(head_dim, device=device, dtype=dtype) if qk_norm else nn.Identity()
+        self.k_norm = norm_layer(head_dim, device=device, dtype=dtype) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(inner_dim, dim, bias=proj_bias, device=device, dtype=dtype)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor, grid: tuple[int, int], rope: Tensor | None = None) -> Tensor:
+        """x [B, P + N, D], grid (H, W) with N = H * W, rope [P + N, 2 * head_dim] -> [B, P + N,
+        D].
+        """
+        height, width = grid
+        inner_dim = self.num_heads * self.head_dim
+        qkv = self.qkv(x)
+        prefix_values = qkv[:, : self.num_prefix, 2 * inner_dim :]
+        patches = qkv[:, self.num_prefix :]
+        if self.qk_norm or rope is not None:
+            patches = self._normalise_and_rotate(patches, rope)
+        mask = window_mask(x, height, width, self.window)
+        windows = partition_windows(patches, height, width, self.window)
+        windows = windows.view(-1, self.window * self.window, 3, self.num_heads, self.head_dim)
+        q, k, v = windows.permute(2, 0, 3, 1, 4).unbind(0)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        out = out.transpose(1, 2).reshape(-1, self.window * self.window, inner_dim)
+        out = merge_windows(out, height, width, self.window)
+        if self.num_prefix > 0:
+            out = torch.cat([prefix_values, out], 1)
+        return self.proj_drop(self.proj(out))
+
+    def _normalise_and_rotate(self, qkv: Tensor, rope: Tensor | None) -> Tensor:
+        """qk-norm and rotary positions on qkv [B, N, 3 * inner]: they depend on the grid, not on
+        the window.
+        """
+        batch, num_tokens = qkv.shape[0], qkv.shape[1]
+        q, k, v = qkv.reshape(batch, num_tokens, 3, self.num_heads, self.head_dim).unbind(2)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            patch_rope = rope[self.num_prefix :].unsqueeze(1)
+            q = apply_rot_embed_cat(q, patch_rope)
+            k = apply_rot_embed_cat(k, patch_rope)
+        return torch.stack([q.type_as(v), k.type_as(v), v], 2).flatten(2)
+
+
+class HeavyAttention(nn.Module):
+    """Heavy attention: routed queries attend to routed keys and values, wherever in the image they
+    are.
+
+    With several kv routes the heads are divided among them: the heads of route r see the tokens of
+        route r. The rows
+    of `kv.weight` are ordered [route, k or v, head of the route, head_dim].
+
+    Args:
+        dim: token width D.
+        num_heads, head_dim: heavy heads and their width.
+        kv_routes: kv routes R; must divide num_heads.
+        kv_gate: what the kv gate multiplies: the normalised 'tokens' as in the paper, the 'values'
+            as in the seed, or 'keys_values' after projection.
+        null_kv: add a learned key and value per head that every query may attend to.
+    """
+
+    num_heads: Final[int]
+    head_dim: Final[int]
+    kv_routes: Final[int]
+    gate_tokens: Final[bool]
+    gate_keys: Final[bool]
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_heads: int,
+        head_dim: int,
+        kv_routes: int = 1,
+        kv_gate: str = "tokens",
+        null_kv: bool = False,
+        qkv_bias: bool = True,
+        proj_bias: bool = True,
+        qk_norm: bool = False,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        norm_layer: type[nn.Module] = nn.LayerNorm,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if num_heads % kv_routes:
+            raise ValueError(f"num_heads={num_heads} must be a multiple of kv_routes={kv_routes}")
+        if kv_gate not in KV_GATES:
+            raise ValueError(f"kv_gate={kv_gate!r} is unknown; choose one of {', '.join(KV_GATES)}")
+        self.num_heads = num_heads
+        self.head_dim = head_dim
+        self.kv_routes = kv_routes
+        self.gate_tokens = kv_gate == "tokens"
+        self.gate_keys = kv_gate == "keys_values"
+        inner_dim = num_heads * head_dim
+        self.q = nn.Linear(dim, inner_dim, bias=qkv_bias, device=device, dtype=dtype)
+        self.kv = nn.Linear(dim, 2 * inner_dim, bias=qkv_bias, device=device, dtype=dtype)
+        self.null_kv = (
+            nn.Parameter(torch.empty(2, num_heads, head_dim, device=device, dtype=dtype))
+            if null_kv
+            else None
+        )
+        self.q_norm = norm_layer(head_dim, device=device, dtype=dtype) if qk_norm else nn.Identity()
+        self.k_norm = norm_layer(head_dim, device=device, dtype=dtype) if qk_norm else nn.Identity()
+        self.attn_drop = attn_drop
+        self.proj = nn.Linear(inner_dim, dim, bias=proj_bias, device=device, dtype=dtype)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        if self.null_kv is not None:
+            nn.init.normal_(self.null_kv)
+
+    def forward(
+        self,
+        queries: Tensor,
+        context: Tensor,
+        kv_gate: Tensor,
+        q_rope: Tensor | None = None,
+        k_rope: Tensor | None = None,
+    ) -> Tensor:
+        """Attention of the routed rows.
+
+        Args:
+            queries: [B, Q, D] normalised rows.
+            context: [B, R, K, D] normalised rows of each kv route.
+            kv_gate: [B, R, K].
+            q_rope: [B, Q, 2 * head_dim] and k_rope: [B, R, K, 2 * head_dim], the positions of
+                these rows.
+
+        Returns:
+            [B, Q, D], not yet gated.
+        """
+        batch, num_queries = queries.shape[0], queries.shape[1]
+        gate = kv_gate.unsqueeze(-1).to(context.dtype)
+        q = self.q(queries).view(batch, num_queries, self.num_heads, self.head_dim).transpose(1, 2)
+        k, v = self._keys_values(context * gate if self.gate_tokens else context)
+        if not self.gate_tokens:
+            gate = self._per_head(gate)
+            v = v * gate
+            if self.gate_keys:
+                k = k * gate
+        q, k = self.q_norm(q), self.k_norm(k)
+        if q_rope is not None and k_rope is not None:
+            q = apply_rot_embed_cat(q, q_rope.unsqueeze(1)).type_as(v)
+            k = apply_rot_embed_cat(k, self._per_head(k_rope)).type_as(v)
+        if self.null_kv is not None:
+            null_k, null_v = self.null_kv.unsqueeze(2).unsqueeze(1).unbind(0)
+            k = torch.cat([null_k.expand(batch, -1, -1, -1), k], 2)
+            v = torch.cat([null_v.expand(batch, -1, -1, -1), v], 2)
+        dropout = self.attn_drop if self.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        out = out.transpose(1, 2).reshape(batch, num_queries, self.num_heads * self.head_dim)
+        return self.proj_drop(self.proj(out))
+
+    def _per_head(self, x: Tensor) -> Tensor:
+        """[B, R, K, ...] of the routes -> what broadcasts to [B, heads, K, ...]."""
+        if self.kv_routes == 1:
+            return x
+        return x.repeat_interleave(self.num_heads // self.kv_routes, dim=1)
+
+    def _keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, R, K, D] -> keys and values [B, heads, K, head_dim]."""
+        batch, _, num_keys, dim = context.shape
+        if self.kv_routes == 1:
+            kv = self.kv(context.squeeze(1)).view(batch, num_keys, 2, self.num_heads, self.head_dim)
+            k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
+            return k, v
+        # one batched GEMM, a slice of the weight for each route
+        heads = self.num_heads // self.kv_routes
+        weight = self.kv.weight.view(self.kv_routes, -1, dim)
+        rows = context.transpose(0, 1).reshape(self.kv_routes, -1, dim)
+        kv = rows @ weight.transpose(1, 2)
+        if self.kv.bias is not None:
+            kv = kv + self.kv.bias.view(self.kv_routes, 1, -1)
+        kv = kv.view(self.kv_routes, batch, num_keys, 2, heads, self.head_dim)
+        k, v = kv.permute(3, 1, 0, 4, 2, 5).flatten(2, 3).unbind(0)
+        return k, v

@@ -1,0 +1,26 @@
+"""Positions that timm's `VisionTransformer` lacks: the fixed 2-d sin-cos table, rotary rows for a
+prefix.
+"""
+
+import torch
+from timm.layers import build_sincos2d_pos_embed, register_notrace_function
+from torch import Tensor
+
+__all__ = ["add_sincos", "prefix_rope"]
+
+
+@register_notrace_function
+def add_sincos(x: Tensor, height: int, width: int) -> Tensor:
+    """Add the fixed 2-d sin-cos table to x [B, ..., D] of H x W patches -> [B, N, D]."""
+    table = build_sincos2d_pos_embed([height, width], x.shape[-1], device=x.device, dtype=x.dtype)
+    return x.reshape(x.shape[0], -1, x.shape[-1]) + table
+
+
+@register_notrace_function
+def prefix_rope(table: Tensor, num_prefix: int) -> Tensor:
+    """Put rows that rotate by nothing (sin 0, cos 1) in front of a sin | cos table [N, 2 *
+    head_dim].
+    """
+    sin, cos = table[:1].chunk(2, -1)
+    still = torch.cat([torch.zeros_like(sin), torch.ones_like(cos)], -1)
+    return torch.cat([still.expand(num_prefix, -1), table], 0)

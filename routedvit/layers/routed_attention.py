@@ -1,0 +1,201 @@
+"""Attention sublayer of a routed block (CoLT5, arXiv 2303.09752, section 3.1), with its residual.
+
+    x = x + light(norm(x)) + q_gate * heavy(norm(x)[q], kv_gate * norm(x)[kv])        added to the
+    rows q
+
+Light attention sees every token in its window; heavy attention lets the routed queries attend to
+the routed keys and values of the whole image. Unselected tokens get nothing from the heavy path,
+or a learned null token. Prefix tokens are always heavy, as queries and as keys, with gate 1.
+
+The switches of the seed (`colt5-attention`) are here too: heavy attention that stays inside each
+window (`heavy_window`), routers on the raw residual (`route_raw`), a norm of its own for the heavy
+path (`separate_norms`).
+"""
+
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Any
+
+import torch
+from timm.layers import DropPath, LayerScale, register_notrace_function
+from torch import Tensor, nn
+from torch.jit import Final
+
+from routedvit.layers.attention import HeavyAttention, WindowAttention
+from routedvit.layers.checkpointing import recompute
+from routedvit.layers.router import build_router
+from routedvit.ops import (
+    gather_tokens,
+    merge_windows,
+    partition_windows,
+    prepend_prefix,
+    scatter_add_tokens,
+)
+
+__all__ = ["RoutedAttention"]
+
+for function in (gather_tokens, scatter_add_tokens, prepend_prefix):
+    register_notrace_function(function)
+
+
+class RoutedAttention(nn.Module):
+    """Light window attention for all tokens plus heavy global attention for the routed ones.
+
+    Args:
+        dim: token width D.
+        num_heads, head_dim: heavy heads and their width.
+        light_heads, light_head_dim, light_window: light heads (0: no light path), their width,
+            side of a window.
+        num_prefix: prefix tokens P in front of the patches.
+        q_capacity, kv_capacity: share of the patches that are heavy queries, and heavy keys of
+            each kv route.
+        kv_routes, kv_gate, null_kv: see `HeavyAttention`.
+        router, router_kwargs: see `build_router`.
+        null_token: give unselected tokens a learned vector in place of heavy output.
+        separate_norms: the heavy path normalises its gathered rows with its own norm.
+        route_raw: routers read the residual stream instead of the normalised tokens.
+        heavy_window: route and attend inside each light window; needs a grid that the window
+            divides, and no prefix.
+        init_values: LayerScale on the sum of both paths, if not None.
+        drop_path: probability to drop the sublayer for an image.
+        norm_layer: LayerNorm or RMSNorm class.
+    """
+
+    num_prefix: Final[int]
+    light_window: Final[int]
+    shared_norm: Final[bool]
+    route_raw: Final[bool]
+    heavy_window: Final[bool]
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_heads: int,
+        head_dim: int,
+        light_heads: int,
+        light_head_dim: int,
+        light_window: int,
+        num_prefix: int = 0,
+        q_capacity: float | str | Fraction = 0.25,
+        kv_capacity: float | str | Fraction = 0.5,
+        kv_routes: int = 1,
+        kv_gate: str = "tokens",
+        null_kv: bool = False,
+        router: str = "learned",
+        router_kwargs: Mapping[str, Any] | None = None,
+        null_token: bool = False,
+        separate_norms: bool = False,
+        route_raw: bool = False,
+        heavy_window: bool = False,
+        qkv_bias: bool = True,
+        proj_bias: bool = True,
+        qk_norm: bool = False,
+        init_values: float | None = None,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        drop_path: float = 0.0,
+        norm_layer: type[nn.Module] = nn.LayerNorm,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        projections: dict[str, Any] = {
+            "qkv_bias": qkv_bias,
+            "proj_bias": proj_bias,
+            "qk_norm": qk_norm,
+            "proj_drop": proj_drop,
+            "norm_layer": norm_layer,
+            **factory,
+        }
+        routing = {**(router_kwargs or {}), **(factory if router == "learned" else {})}
+        self.num_prefix = num_prefix
+        self.light_window = light_window
+        self.shared_norm = not separate_norms
+        self.route_raw = route_raw
+        self.heavy_window = heavy_window
+        self.recompute_heavy = False  # see `RoutedBlock.set_checkpointing`
+        self.norm = norm_layer(dim, **factory)
+        self.norm_heavy = norm_layer(dim, **factory) if separate_norms else nn.Identity()
+        self.q_router = build_router(router, dim, q_capacity, **routing)
+        self.kv_router = build_router(router, dim, kv_capacity, num_routes=kv_routes, **routing)
+        self.light = (
+            WindowAttention(
+                dim,
+                num_heads=light_heads,
+                head_dim=light_head_dim,
+                window=light_window,
+                num_prefix=num_prefix,
+                **projections,
+            )
+            if light_heads
+            else None
+        )
+        self.heavy = HeavyAttention(
+            dim,
+            num_heads=num_heads,
+            head_dim=head_dim,
+            kv_routes=kv_routes,
+            kv_gate=kv_gate,
+            null_kv=null_kv,
+            attn_drop=attn_drop,
+            **projections,
+        )
+        self.null_token = nn.Parameter(torch.zeros(dim, **factory)) if null_token else None
+        self.ls = LayerScale(dim, init_values, **factory) if init_values else nn.Identity()
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def init_weights(self) -> None:
+        if self.null_token is not None:
+            nn.init.zeros_(self.null_token)
+
+    def forward(self, x: Tensor, grid: tuple[int, int], rope: Tensor | None = None) -> Tensor:
+        """x [B, P + N, D], grid (H, W) with N = H * W, rope [P + N, 2 * head_dim] -> like x."""
+        if self.heavy_window:
+            window = self.light_window
+            windows = partition_windows(x, grid[0], grid[1], window)
+            windows = self._attend(windows, (window, window), None)
+            return merge_windows(windows, grid[0], grid[1], window)
+        return self._attend(x, grid, rope)
+
+    def _attend(self, x: Tensor, grid: tuple[int, int], rope: Tensor | None) -> Tensor:
+        tokens = self.norm(x)
+        q_index, q_gate, kv_index, kv_gate = self._route(x if self.route_raw else tokens)
+        source = tokens if self.shared_norm else x
+        if self.recompute_heavy and not torch.jit.is_scripting():
+            rows = recompute(self._heavy, source, q_index, kv_index, kv_gate, rope)
+        else:
+            rows = self._heavy(source, q_index, kv_index, kv_gate, rope)
+        base = torch.zeros_like(x) if self.light is None else self.light(tokens, grid, rope)
+        if self.null_token is not None:
+            base = base + self.null_token
+            rows = rows * q_gate.unsqueeze(-1).to(rows.dtype) - self.null_token
+            q_gate = torch.ones_like(q_gate)
+        update = scatter_add_tokens(base, q_index, rows, q_gate)
+        return x + self.drop_path(self.ls(update))
+
+    def _route(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Token indices (prefix first) and gates: queries [B, Q], keys [B, R, K]."""
+        q_index, q_gate, _ = self.q_router(x, self.num_prefix)
+        kv_index, kv_gate, _ = self.kv_router(x, self.num_prefix)
+        q_index, q_gate = prepend_prefix(q_index.squeeze(1), q_gate.squeeze(1), self.num_prefix)
+        kv_index, kv_gate = prepend_prefix(kv_index, kv_gate, self.num_prefix)
+        return q_index, q_gate, kv_index, kv_gate
+
+    def _heavy(
+        self,
+        source: Tensor,
+        q_index: Tensor,
+        kv_index: Tensor,
+        kv_gate: Tensor,
+        rope: Tensor | None,
+    ) -> Tensor:
+        """Gather the routed rows and attend: [B, Q, D], not yet gated."""
+        routes, num_keys = kv_index.shape[1], kv_index.shape[2]
+        queries = self.norm_heavy(gather_tokens(source, q_index))
+        context = self.norm_heavy(gather_tokens(source, kv_index.flatten(1)))
+        context = context.unflatten(1, (routes, num_keys))
+        if rope is None:
+            return self.heavy(queries, context, kv_gate)
+        return self.heavy(queries, context, kv_gate, rope[q_index], rope[kv_index])

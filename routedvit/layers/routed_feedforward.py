@@ -1,0 +1,105 @@
+"""Feed-forward sublayer of a routed block (CoLT5, arXiv 2303.09752, section 3.1), with its
+residual.
+
+    x = x + light(norm(x)) + gate * heavy(norm(x)[f])        added to the rows f
+
+Prefix tokens are always heavy, with gate 1. Light and heavy hidden widths are multiples of D.
+"""
+
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Any
+
+import torch
+from timm.layers import DropPath, LayerScale, Mlp, SwiGLU
+from torch import Tensor, nn
+from torch.jit import Final
+
+from routedvit.layers.checkpointing import recompute
+from routedvit.layers.router import build_router
+from routedvit.ops import gather_tokens, prepend_prefix, scatter_add_tokens
+
+__all__ = ["MLP_LAYERS", "RoutedFeedForward"]
+
+MLP_LAYERS = {"mlp": Mlp, "swiglu": SwiGLU}
+
+
+class RoutedFeedForward(nn.Module):
+    """A narrow feed-forward for all tokens plus a wide one for the routed ones.
+
+    Args:
+        dim: token width D.
+        mlp_ratio, light_mlp_ratio: heavy and light hidden width over D (light 0: no light path).
+        mlp_layer: 'mlp' or 'swiglu'.
+        num_prefix: prefix tokens P in front of the patches.
+        capacity: share of the patches that go heavy.
+        router, router_kwargs: see `build_router`.
+        separate_norms, route_raw, init_values, drop_path, norm_layer: see `RoutedAttention`.
+    """
+
+    num_prefix: Final[int]
+    shared_norm: Final[bool]
+    route_raw: Final[bool]
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        mlp_ratio: float = 4.0,
+        light_mlp_ratio: float = 0.5,
+        mlp_layer: str = "mlp",
+        act_layer: type[nn.Module] | None = None,
+        num_prefix: int = 0,
+        capacity: float | str | Fraction = 0.25,
+        router: str = "learned",
+        router_kwargs: Mapping[str, Any] | None = None,
+        separate_norms: bool = False,
+        route_raw: bool = False,
+        proj_bias: bool = True,
+        init_values: float | None = None,
+        proj_drop: float = 0.0,
+        drop_path: float = 0.0,
+        norm_layer: type[nn.Module] = nn.LayerNorm,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if mlp_layer not in MLP_LAYERS:
+            raise ValueError(
+                f"mlp_layer={mlp_layer!r} is unknown; choose one of {', '.join(MLP_LAYERS)}"
+            )
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        hidden: dict[str, Any] = {"bias": proj_bias, "drop": proj_drop, **factory}
+        if act_layer is not None:
+            hidden["act_layer"] = act_layer
+        layer = MLP_LAYERS[mlp_layer]
+        routing = {**(router_kwargs or {}), **(factory if router == "learned" else {})}
+        self.num_prefix = num_prefix
+        self.shared_norm = not separate_norms
+        self.route_raw = route_raw
+        self.recompute_heavy = False  # see `RoutedBlock.set_checkpointing`
+        self.norm = norm_layer(dim, **factory)
+        self.norm_heavy = norm_layer(dim, **factory) if separate_norms else nn.Identity()
+        self.router = build_router(router, dim, capacity, **routing)
+        self.light = layer(dim, int(dim * light_mlp_ratio), **hidden) if light_mlp_ratio else None
+        self.heavy = layer(dim, int(dim * mlp_ratio), **hidden)
+        self.ls = LayerScale(dim, init_values, **factory) if init_values else nn.Identity()
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, P + N, D] -> like x."""
+        tokens = self.norm(x)
+        index, gate, _ = self.router(x if self.route_raw else tokens, self.num_prefix)
+        index, gate = prepend_prefix(index.squeeze(1), gate.squeeze(1), self.num_prefix)
+        source = tokens if self.shared_norm else x
+        if self.recompute_heavy and not torch.jit.is_scripting():
+            rows = recompute(self._heavy, source, index)
+        else:
+            rows = self._heavy(source, index)
+        base = torch.zeros_like(x) if self.light is None else self.light(tokens)
+        update = scatter_add_tokens(base, index, rows, gate)
+        return x + self.drop_path(self.ls(update))
+
+    def _heavy(self, source: Tensor, index: Tensor) -> Tensor:
+        """Gather the routed rows and transform them: [B, K, D], not yet gated."""
+        return self.heavy(self.norm_heavy(gather_tokens(source, index)))

@@ -1,0 +1,247 @@
+"""Routers: which tokens of an image go heavy.
+
+A router scores every patch token, k of them win, and the winners' gates are the exact soft top-k
+of the scores (`routedvit.ops.route`). Scores are fp32 dot products of the *normalised* token with
+a learned vector of unit variance, times 1/sqrt(D), so their standard deviation starts at 1 with
+eps = 1. That is where routing learns: 94 % of the selected tokens pass a gradient and the mean
+gate of a winner is about 0.5, against 0.3 % and 1.0 for unscaled logits at D = 768 (std 27), where
+the soft top-k is saturated and the router is dead. Gates are the soft values, as in the
+paper: an attenuated heavy branch is made up for by its weights within a few steps, whereas
+    straight-through gates
+leave that attenuation out and their gradient contradicts the forward pass.
+
+Capacity is an integer ratio, k = ceil(n * num / den): static shapes, any image size, traceable
+arithmetic. Ablation routers score by position or by chance and have no parameters; see
+`build_router`.
+"""
+
+from fractions import Fraction
+
+import torch
+import torch.nn.functional as F
+from timm.layers import register_notrace_function
+from torch import Tensor, nn
+from torch.jit import Final
+
+from routedvit.ops import coordinate_descent, route, select
+
+__all__ = ["ROUTERS", "FixedRouter", "Router", "as_ratio", "build_router"]
+
+register_notrace_function(route)
+register_notrace_function(select)
+
+ROUTERS = ("learned", "random", "static", "all_heavy", "all_light")
+
+
+def as_ratio(capacity: float | str | Fraction, name: str = "capacity") -> Fraction:
+    """A capacity in (0, 1] as an exact ratio: 0.25, '1/4' or Fraction(1, 4).
+
+    Raises:
+        TypeError: neither a number nor such a string.
+        ValueError: outside (0, 1].
+    """
+    if isinstance(capacity, bool) or not isinstance(capacity, float | int | str | Fraction):
+        raise TypeError(f"{name}={capacity!r} must be a number in (0, 1] or a ratio such as '1/4'")
+    try:
+        ratio = Fraction(capacity)
+    except (ValueError, ZeroDivisionError, OverflowError):
+        raise ValueError(f"{name}={capacity!r} is not a ratio; write 0.25 or '1/4'") from None
+    if isinstance(capacity, float):
+        ratio = ratio.limit_denominator(4096)  # 0.1 means 1/10, not its binary neighbour
+    if not 0 < ratio <= 1:
+        raise ValueError(
+            f"{name}={capacity!r} must lie in (0, 1]: the share of tokens that go heavy"
+        )
+    return ratio
+
+
+@register_notrace_function
+def router_logits(x: Tensor, weight: Tensor, scale: float, num_prefix: int) -> Tensor:
+    """x [B, P + N, D] and weight [R, D] -> fp32 logits [B, R, N] of the patches, also under
+    autocast.
+
+    The prefix is cut off the narrow logits: cutting it off x would copy all of x.
+    """
+    if torch.jit.is_scripting() or x.is_meta:
+        return F.linear(x.float(), weight.float() * scale)[:, num_prefix:].transpose(1, 2)
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x.float(), weight.float() * scale)[:, num_prefix:].transpose(1, 2)
+
+
+@register_notrace_function
+def straight_through(gates: Tensor) -> Tensor:
+    """Value 1, gradient of the gates."""
+    return gates + (1 - gates).detach()
+
+
+class Router(nn.Module):
+    """Learned routes over the tokens of an image.
+
+    Args:
+        dim: token width D.
+        capacity: share of the tokens selected, see `as_ratio`.
+        num_routes: routes R with a vector each (several kv routes).
+        scale: factor on the dot products; None is 1/sqrt(D).
+        eps: temperature of the soft top-k.
+        fetch_ratio: the gates of all tokens sum to fetch_ratio * k (9/8 in the paper).
+        straight_through: gates of value 1 with the gradient of the soft ones.
+        solver: 'exact', or 'coordinate_descent': the seed's 20 steps, which also selects by gate,
+            not by logit.
+    """
+
+    num_routes: Final[int]
+    scale: Final[float]
+    eps: Final[float]
+    fetch_ratio: Final[float]
+    straight_through: Final[bool]
+    exact: Final[bool]
+
+    def __init__(
+        self,
+        dim: int,
+        capacity: float | str | Fraction = 0.25,
+        *,
+        num_routes: int = 1,
+        scale: float | None = None,
+        eps: float = 1.0,
+        fetch_ratio: float = 1.125,
+        straight_through: bool = False,
+        solver: str = "exact",
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if solver not in ("exact", "coordinate_descent"):
+            raise ValueError(
+                f"solver={solver!r} is unknown; choose 'exact' or 'coordinate_descent'"
+            )
+        if eps <= 0 or fetch_ratio < 1:
+            raise ValueError(f"eps={eps} must be positive and fetch_ratio={fetch_ratio} at least 1")
+        self.num_routes = num_routes
+        self.scale = dim**-0.5 if scale is None else scale
+        self.eps = eps
+        self.fetch_ratio = fetch_ratio
+        self.straight_through = straight_through
+        self.exact = solver == "exact"
+        self.set_capacity(as_ratio(capacity))
+        self.weight = nn.Parameter(torch.empty(num_routes, dim, device=device, dtype=dtype))
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        nn.init.normal_(self.weight)
+
+    @torch.jit.ignore
+    def set_capacity(self, ratio: Fraction) -> None:
+        """Change the share of selected tokens."""
+        self.numerator, self.denominator = ratio.numerator, ratio.denominator
+
+    def forward(self, x: Tensor, num_prefix: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """Route the patches of x [B, P + N, D]; the P prefix tokens in front do not compete.
+
+        Returns:
+            indices [B, R, k] ascending, 0 = first patch; gates [B, R, k] fp32; logits [B, R, N]
+            fp32.
+        """
+        logits = router_logits(x, self.weight, self.scale, num_prefix)
+        k = (logits.shape[-1] * self.numerator + self.denominator - 1) // self.denominator
+        if self.exact:
+            indices, gates = route(logits, k, self.fetch_ratio, self.eps)
+        else:
+            indices, gates = route_by_descent(logits, k, self.fetch_ratio, self.eps)
+        if self.straight_through:
+            gates = straight_through(gates)
+        return indices, gates, logits
+
+
+@register_notrace_function
+def route_by_descent(
+    logits: Tensor, k: int, fetch_ratio: float, eps: float
+) -> tuple[Tensor, Tensor]:
+    """`routedvit.ops.route` with gates by coordinate descent; everything selected has gate 1, as
+    in the seed.
+    """
+    n = logits.shape[-1]
+    if k >= n:
+        indices = select(logits, k)
+        return indices, torch.ones_like(logits) + 0 * logits
+    target = torch.full_like(logits[..., :1], min(k * fetch_ratio, n))
+    all_gates = coordinate_descent(logits, target, eps=eps)
+    indices = select(all_gates, k)
+    return indices, all_gates.gather(-1, indices)
+
+
+class FixedRouter(nn.Module):
+    """Routing that does not look at the image: the controls every routing result is to be compared
+    with.
+
+    Args:
+        kind: 'random' draws new tokens in every training step and keeps to fixed ones in eval
+            mode; 'static' takes the first token of k equal blocks (the paper's control);
+            'all_heavy' takes every token, 'all_light' none.
+        capacity: share of the tokens, for 'random' and 'static'.
+        num_routes: as in `Router`.
+    """
+
+    kind: Final[str]
+    num_routes: Final[int]
+
+    def __init__(
+        self, kind: str, capacity: float | str | Fraction = 0.25, *, num_routes: int = 1
+    ) -> None:
+        super().__init__()
+        self.kind = kind
+        self.num_routes = num_routes
+        self.set_capacity(as_ratio(capacity))
+
+    @torch.jit.ignore
+    def set_capacity(self, ratio: Fraction) -> None:
+        """Change the share of selected tokens; 'all_heavy' and 'all_light' keep theirs."""
+        fixed = {"all_heavy": Fraction(1), "all_light": Fraction(0)}
+        ratio = fixed.get(self.kind, ratio)
+        self.numerator, self.denominator = ratio.numerator, ratio.denominator
+
+    def forward(self, x: Tensor, num_prefix: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """As `Router.forward`; the gates are 1."""
+        num_tokens = x.shape[1] - num_prefix
+        k = (num_tokens * self.numerator + self.denominator - 1) // self.denominator
+        scores = fixed_scores(
+            x, num_tokens, self.num_routes, k, self.kind == "random", self.training
+        )
+        indices = select(scores, k)
+        return indices, torch.ones_like(indices, dtype=torch.float32), scores
+
+
+@register_notrace_function
+def fixed_scores(
+    x: Tensor, num_tokens: int, num_routes: int, k: int, random: bool, training: bool
+) -> Tensor:
+    """Scores [B, R, N] for images x [B, ...] whose k largest are the tokens that a `FixedRouter`
+    takes.
+    """
+    batch = x.shape[0]
+    if random and training:
+        return torch.rand(batch, num_routes, num_tokens, device=x.device)
+    position = torch.arange(num_tokens, device=x.device)
+    if random:
+        # a hash of the position: irregular, and the same in every run and on every device
+        score = ((position + 1) * 7919 % 10007).float()
+    else:
+        # block i of k begins at ceil(i * N / k): there, and only there, floor(position * k / N)
+        # has just risen
+        score = (position * k % num_tokens < k).float()
+    return score.expand(batch, num_routes, num_tokens)
+
+
+def build_router(
+    kind: str, dim: int, capacity: float | str | Fraction, *, num_routes: int = 1, **kwargs: object
+) -> nn.Module:
+    """A `Router` (kind 'learned', keyword arguments are its own) or a `FixedRouter`.
+
+    Raises:
+        ValueError: unknown kind.
+    """
+    if kind not in ROUTERS:
+        raise ValueError(f"router={kind!r} is unknown; choose one of {', '.join(ROUTERS)}")
+    if kind == "learned":
+        return Router(dim, capacity, num_routes=num_routes, **kwargs)  # type: ignore[arg-type]
+    return FixedRouter(kind, capacity, num_routes=num_routes)

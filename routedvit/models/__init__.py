@@ -1,0 +1,6 @@
+"""Routed vision transformers; importing this package registers `colt5_vit_*` with timm."""
+
+from routedvit.models import colt5_vit
+from routedvit.models.routed_vit import RoutedVisionTransformer, Routing
+
+__all__ = ["RoutedVisionTransformer", "Routing", "colt5_vit"]

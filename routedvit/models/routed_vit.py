@@ -1,0 +1,382 @@
+"""The routed vision transformer: timm's `VisionTransformer` with routed blocks.
+
+Stem, position tables, pooling, head, resizing, weight initialisation and the rest of timm's
+contract are inherited;
+what differs is here: blocks that know the token grid, positions that timm's class lacks (sin-cos,
+    axial rotary),
+routing that can be changed (`set_capacity`) and looked at (`routing`).
+
+    images [B, C, H_img, W_img] -> tokens [B, P + N, D], N = H * W patches in raster order behind P
+    prefix tokens
+"""
+
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import torch
+from timm.layers import create_rope_embed, to_2tuple
+from timm.models._features import feature_take_indices
+from timm.models._input import update_model_args
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.jit import Final
+
+from routedvit.layers import RoutedBlock
+from routedvit.layers.checkpointing import POLICIES
+from routedvit.layers.positions import add_sincos, prefix_rope
+from routedvit.models.arguments import (
+    Capacities,
+    block_builder,
+    check_choice,
+    per_block,
+    plain,
+)
+
+__all__ = ["RoutedVisionTransformer", "Routing"]
+
+POS_EMBEDS = ("learn", "sincos", "none")
+POOLS = ("", "avg", "avgmax", "max", "token", "map", "prr")
+
+
+class Routing(NamedTuple):
+    """What one router decided for a batch.
+
+    indices: [B, k] int64 ascending, patches in raster order (prefix tokens are not counted).
+    gates: [B, k] float32, the factor of each selected patch.
+    logits: [B, N] float32, the score of every patch.
+    grid: (H, W) with N = H * W.
+    """
+
+    indices: Tensor
+    gates: Tensor
+    logits: Tensor
+    grid: tuple[int, int]
+
+
+class RoutedVisionTransformer(VisionTransformer):
+    """Vision transformer with conditional compute (CoLT5 for images).
+
+    Args:
+        q_capacity, kv_capacity, ffn_capacity: share of the patches in (0, 1] that each router
+            sends the heavy way, a number or a ratio such as '1/4'; a list gives one per block.
+        light_heads: heads of light attention; a quarter of num_heads, rounded up, if None; 0 for
+            none.
+        light_window: side of a light attention window in patches; need not divide the grid.
+        light_mlp_ratio: hidden width of the light FFN over embed_dim; 0 for none.
+        kv_routes: sets of heavy keys and values; the heavy heads are divided among them.
+        router: 'learned', or a control: 'random', 'static', 'all_heavy', 'all_light'.
+        router_kwargs: eps, fetch_ratio, scale, straight_through, solver of a learned `Router`.
+        dense_blocks: the first so many blocks are dense (early layers hardly learn to route).
+        pos_embed: 'learn', 'sincos' or 'none'.
+        rope: axial rotary positions in light and heavy attention.
+        mlp_layer: 'mlp' or 'swiglu'.
+        kv_gate, null_kv, null_token, separate_norms, route_raw, heavy_window, head_dim,
+            light_head_dim: see `RoutedAttention` and `HeavyAttention`; with their defaults the
+            block is the paper's.
+        kwargs: of timm's `VisionTransformer`; num_heads and mlp_ratio are those of the heavy path.
+
+    Raises:
+        ValueError, TypeError: an argument that cannot be, with its name and the mend.
+    """
+
+    sincos: Final[bool]
+
+    def __init__(
+        self,
+        *,
+        q_capacity: Capacities = 0.25,
+        kv_capacity: Capacities = 0.5,
+        ffn_capacity: Capacities = 0.25,
+        light_heads: int | None = None,
+        light_head_dim: int | None = None,
+        light_window: int = 7,
+        light_mlp_ratio: float = 0.5,
+        head_dim: int | None = None,
+        kv_routes: int = 1,
+        kv_gate: str = "tokens",
+        null_kv: bool = False,
+        null_token: bool = False,
+        router: str = "learned",
+        router_kwargs: dict[str, Any] | None = None,
+        separate_norms: bool = False,
+        route_raw: bool = False,
+        heavy_window: bool = False,
+        dense_blocks: int = 0,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int | tuple[int, int] = 16,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        global_pool: str = "avg",
+        class_token: bool = False,
+        reg_tokens: int = 4,
+        pos_embed: str = "learn",
+        rope: bool = False,
+        mlp_layer: str = "mlp",
+        patch_drop_rate: float = 0.0,
+        weight_init: str = "",
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> None:
+        check_choice("pos_embed", pos_embed, POS_EMBEDS)
+        check_choice("global_pool", global_pool, POOLS)
+        if global_pool == "token" and not class_token:
+            raise ValueError("global_pool='token' needs class_token=True")
+        if patch_drop_rate:
+            raise ValueError("patch_drop_rate must be 0: light windows need the whole grid")
+        if any(
+            size < patch
+            for size, patch in zip(to_2tuple(img_size), to_2tuple(patch_size), strict=True)
+        ):
+            raise ValueError(f"img_size={img_size} is smaller than patch_size={patch_size}")
+        if heavy_window and (class_token or reg_tokens or rope):
+            raise ValueError(
+                "heavy_window=True needs class_token=False, reg_tokens=0 and rope=False"
+            )
+        capacities = per_block(depth, q=q_capacity, kv=kv_capacity, ffn=ffn_capacity)
+        routed = partial(
+            RoutedBlock,
+            num_prefix=int(class_token) + reg_tokens,
+            light_heads=light_heads,
+            light_head_dim=light_head_dim,
+            light_window=light_window,
+            light_mlp_ratio=light_mlp_ratio,
+            head_dim=head_dim,
+            kv_routes=kv_routes,
+            kv_gate=kv_gate,
+            null_kv=null_kv,
+            null_token=null_token,
+            router=router,
+            router_kwargs=router_kwargs,
+            separate_norms=separate_norms,
+            route_raw=route_raw,
+            heavy_window=heavy_window,
+        )
+        super().__init__(
+            img_size=img_size,
+            patch_size=patch_size,
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads,
+            global_pool=cast(Any, global_pool),
+            class_token=class_token,
+            reg_tokens=reg_tokens,
+            pos_embed="learn" if pos_embed == "learn" else "none",
+            mlp_layer=cast(Any, mlp_layer),
+            block_fn=cast(Any, block_builder(routed, capacities, dense_blocks)),
+            weight_init="skip",
+            device=device,
+            dtype=dtype,
+            **kwargs,
+        )
+        # a Sequential could not pass the grid on
+        self.blocks = cast(Any, nn.ModuleList(self.blocks))
+        self.light_window = light_window
+        self.sincos = pos_embed == "sincos"
+        self.rope: Any = (
+            create_rope_embed(
+                dim=(head_dim or embed_dim // num_heads) * num_heads,
+                num_heads=num_heads,
+                in_pixels=False,
+                feat_shape=None if self.dynamic_img_size else list(self.patch_embed.grid_size),
+                device=device,
+            )
+            if rope
+            else None
+        )
+        self._check_window()
+        self.weight_init_mode = cast(Any, "reset" if weight_init == "skip" else weight_init)
+        if weight_init != "skip":
+            self.init_weights(needs_reset=False)
+
+    # --- forward ---------------------------------------------------------------------------------
+
+    def _embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int], Tensor | None]:
+        """Images -> tokens [B, P + N, D], their grid, the rotary table [P + N, 2 * head_dim]."""
+        x = self.patch_embed(x)
+        grid = (x.shape[1], x.shape[2]) if self.dynamic_img_size else self.patch_embed.grid_size
+        if self.sincos:
+            x = add_sincos(x, grid[0], grid[1])
+        x = self.norm_pre(self._pos_embed(x))
+        if self.rope is None:
+            return x, grid, None
+        table = self.rope.get_embed([grid[0], grid[1]])
+        return x, grid, prefix_rope(table, self.num_prefix_tokens)
+
+    def forward_features(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """Images [B, C, H_img, W_img] -> normalised tokens [B, P + N, D]."""
+        x, grid, rope = self._embed(x)
+        for block in self.blocks:
+            x = block(x, grid, rope)
+        return self.norm(x)
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """Images [B, C, H_img, W_img] -> logits [B, num_classes]."""
+        return self.forward_head(self.forward_features(x))
+
+    @torch.jit.ignore
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+    ) -> Any:
+        """Final tokens and the feature maps of some blocks; arguments and results as in timm."""
+        check_choice("output_fmt", output_fmt, ("NCHW", "NLC"))
+        take, last = feature_take_indices(len(self.blocks), indices)
+        x, grid, rope = self._embed(x)
+        taken = []
+        for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
+            x = block(x, grid, rope)
+            if i in take:
+                taken.append(self.norm(x) if norm else x)
+        prefix = [y[:, : self.num_prefix_tokens] for y in taken]
+        maps = [y[:, self.num_prefix_tokens :] for y in taken]
+        if output_fmt == "NCHW":
+            maps = [y.transpose(1, 2).unflatten(2, grid).contiguous() for y in maps]
+        with_prefix = return_prefix_tokens and self.num_prefix_tokens > 0
+        if output_dict:
+            result: dict[str, Any] = {"image_intermediates": maps}
+            if with_prefix:
+                result["image_intermediates_prefix"] = prefix
+            return result if intermediates_only else {**result, "image_features": self.norm(x)}
+        intermediates = list(zip(maps, prefix, strict=True)) if with_prefix else maps
+        return intermediates if intermediates_only else (self.norm(x), intermediates)
+
+    # --- routing ---------------------------------------------------------------------------------
+
+    @torch.jit.ignore
+    def _routed_blocks(self) -> list[RoutedBlock]:
+        return [cast(RoutedBlock, block) for block in self.blocks]
+
+    @torch.jit.ignore
+    def _routers(self) -> dict[str, Any]:
+        """Routers by place, in depth order: 'blocks.0.q', 'blocks.0.kv', 'blocks.0.ffn', ..."""
+        routers: dict[str, Any] = {}
+        for i, block in enumerate(self._routed_blocks()):
+            routers[f"blocks.{i}.q"] = block.attn.q_router
+            routers[f"blocks.{i}.kv"] = block.attn.kv_router
+            routers[f"blocks.{i}.ffn"] = block.mlp.router
+        return routers
+
+    @torch.jit.ignore
+    def routing(self, images: Tensor) -> dict[str, Routing]:
+        """What every router decides for these images: 'blocks.0.q', 'blocks.0.kv0', ...,
+        'blocks.0.ffn', ...
+
+        Runs the model once, without gradients, in the mode it is in; outputs of `forward` are not
+        affected.
+        """
+        found: dict[str, Routing] = {}
+        grid = self.patch_embed.dynamic_feat_size(tuple(images.shape[-2:]))
+
+        def record(
+            name: str, module: nn.Module, args: Any, output: tuple[Tensor, Tensor, Tensor]
+        ) -> None:
+            for route, parts in enumerate(zip(*(t.unbind(1) for t in output), strict=True)):
+                key = f"{name}{route}" if name.endswith(".kv") else name
+                found[key] = Routing(parts[0], parts[1], parts[2], grid)
+
+        hooks = [
+            r.register_forward_hook(partial(record, name)) for name, r in self._routers().items()
+        ]
+        try:
+            with torch.no_grad():
+                self(images)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found
+
+    @torch.jit.ignore
+    def set_capacity(
+        self,
+        capacity: Capacities | None = None,
+        *,
+        q: Capacities | None = None,
+        kv: Capacities | None = None,
+        ffn: Capacities | None = None,
+    ) -> None:
+        """Change the share of heavy patches, of all routers or of the named ones; a list gives one
+        per block.
+
+        The new capacity is exported with the weights.
+        """
+        chosen = {"q": q, "kv": kv, "ffn": ffn}
+        chosen = {name: capacity if own is None else own for name, own in chosen.items()}
+        chosen = {name: own for name, own in chosen.items() if own is not None}
+        if not chosen:
+            raise TypeError("set_capacity() needs a capacity, or one of q, kv, ffn")
+        routers = self._routers()
+        for name, ratios in per_block(len(self.blocks), **chosen).items():
+            for i, ratio in enumerate(ratios):
+                routers[f"blocks.{i}.{name}"].set_capacity(ratio)
+        update_model_args(self, **{f"{name}_capacity": plain(own) for name, own in chosen.items()})
+
+    # --- timm's contract -------------------------------------------------------------------------
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(
+        self,
+        enable: bool = True,
+        policy: str = "block",
+        every: int = 1,
+        check_routing: bool = False,
+    ) -> None:
+        """Trade compute for memory; routing is never recomputed, and gradients do not change.
+
+        Args:
+            enable: False is policy 'none'.
+            policy: 'none', 'heavy' (recompute the heavy branches) or 'block' (recompute the whole
+                block).
+            every: apply the policy to each n-th block only.
+            check_routing: for debugging: route again in the recompute and raise if the indices
+                differ.
+        """
+        check_choice("policy", policy, POLICIES)
+        if every < 1:
+            raise ValueError(f"every={every} must be at least 1")
+        self.grad_checkpointing = enable and policy != "none"
+        for i, block in enumerate(self._routed_blocks()):
+            chosen = enable and i % every == 0
+            block.set_checkpointing(policy if chosen else "none", check_routing)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Router vectors too: decay would pull the spread of their logits, 1 at the start, to 0."""
+        own = {"blocks.*router.weight", "blocks.*null_token", "blocks.*null_kv"}
+        return {"pos_embed", "cls_token", "reg_token"} | own
+
+    def fix_init_weight(self) -> None:
+        """Scale what each sublayer adds by depth (timm's `fix_init`)."""
+        with torch.no_grad():
+            for i, block in enumerate(self._routed_blocks()):
+                block.attn.heavy.proj.weight.div_((2.0 * (i + 1)) ** 0.5)
+                block.mlp.heavy.fc2.weight.div_((2.0 * (i + 1)) ** 0.5)
+
+    @torch.jit.ignore
+    def set_input_size(
+        self,
+        img_size: tuple[int, int] | None = None,
+        patch_size: tuple[int, int] | None = None,
+    ) -> None:
+        """Change the image or patch size; position tables and patch kernel are resampled."""
+        super().set_input_size(img_size, patch_size)
+        if self.rope is not None and not self.dynamic_img_size:
+            self.rope.update_feat_shape(list(self.patch_embed.grid_size))
+        self._check_window()
+
+    @torch.jit.ignore
+    def _check_window(self) -> None:
+        grid = self.patch_embed.grid_size
+        if self.light_window > min(grid):
+            raise ValueError(
+                f"light_window={self.light_window} is larger than the grid of {grid[0]} x {grid[1]}"
+                f" patches; pass light_window={min(grid)} or a larger img_size"
+            )

@@ -1,0 +1,123 @@
+"""Routing decisions: which k tokens of every row go heavy, and with which gate.
+
+`route` is an operator of its own (`torch.ops.routedvit.route`, with a fake and a backward) for
+three reasons: activation checkpointing can name it and keep its outputs, so that a recompute never
+routes again; its backward is the closed form on the saved gates, without the graph of the solver;
+and a Triton kernel can take its place behind the same signature. Export and TorchScript see the
+plain PyTorch below it, which any runtime understands.
+
+`select` is the same for scores whose gates come from elsewhere (coordinate descent, ablations).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from routedvit.ops.soft_topk import capped_softmax, soft_topk
+
+__all__ = ["SAVED_OPS", "route", "route_reference", "select", "select_reference"]
+
+TINY = torch.finfo(torch.float32).tiny
+
+
+def select_reference(scores: Tensor, k: int) -> Tensor:
+    """Indices of the k largest scores of the last dimension, ascending. [..., n] -> [..., k]
+    int64.
+    """
+    return scores.topk(k, dim=-1, sorted=False).indices.sort(dim=-1).values
+
+
+def route_reference(
+    logits: Tensor, k: int, fetch_ratio: float, eps: float
+) -> tuple[Tensor, Tensor]:
+    """`route` in plain differentiable PyTorch, with sizes that may be symbolic."""
+    n = logits.shape[-1]
+    target = (torch.full_like(logits[..., :1], k) * fetch_ratio).clamp(max=n)
+    gates = capped_softmax(logits, target, n, eps)
+    indices = select_reference(logits.detach(), k)
+    return indices, gates.gather(-1, indices)
+
+
+def route(
+    logits: Tensor, k: int, fetch_ratio: float = 1.125, eps: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Select k tokens per row and weigh them with the exact soft top-k.
+
+    Args:
+        logits: [..., n] float32.
+        k: tokens to select, 1 <= k <= n.
+        fetch_ratio: the gates of a row sum to min(k * fetch_ratio, n) over all n tokens. The
+            paper's 9/8 leaves weight, and with it gradient, to the tokens that just missed the
+            selection.
+        eps: temperature of the gates.
+
+    Returns:
+        indices [..., k] int64 ascending (not differentiable) and the gates [..., k] of these
+        tokens.
+    """
+    if torch.jit.is_scripting():
+        return route_reference(logits, k, fetch_ratio, eps)
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        return route_reference(logits, k, fetch_ratio, eps)
+    gates, indices, _ = torch.ops.routedvit.route(logits, k, fetch_ratio, eps)
+    return indices, gates
+
+
+def select(scores: Tensor, k: int) -> Tensor:
+    """`select_reference` as an operator that activation checkpointing can name."""
+    if torch.jit.is_scripting():
+        return select_reference(scores, k)
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        return select_reference(scores, k)
+    return torch.ops.routedvit.select(scores.detach(), k)
+
+
+@torch.library.custom_op("routedvit::route", mutates_args=())
+def _route(logits: Tensor, k: int, fetch_ratio: float, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    all_gates = soft_topk(logits, min(k * fetch_ratio, logits.shape[-1]), eps=eps)
+    indices = select_reference(logits, k)
+    return all_gates.gather(-1, indices), indices, all_gates
+
+
+@_route.register_fake
+def _(logits: Tensor, k: int, fetch_ratio: float, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (*logits.shape[:-1], k)
+    return (
+        logits.new_empty(shape),
+        logits.new_empty(shape, dtype=torch.long),
+        torch.empty_like(logits),
+    )
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, indices, all_gates = output
+    ctx.save_for_backward(indices, all_gates)
+    ctx.mark_non_differentiable(indices)
+    ctx.eps = inputs[3]
+
+
+def _route_backward(ctx: Any, grad_selected: Tensor, *_: Any) -> tuple[Tensor, None, None, None]:
+    """ds_i = gate_i / eps * (g_i - sum_U g * gate / sum_U gate) on U = {gate < 1}, else 0."""
+    indices, gates = ctx.saved_tensors
+    grad = torch.zeros_like(gates).scatter(-1, indices, grad_selected)
+    free = gates * (gates < 1)
+    mean = (grad * free).sum(-1, keepdim=True) / free.sum(-1, keepdim=True).clamp(min=TINY)
+    return free * (grad - mean) / ctx.eps, None, None, None
+
+
+_route.register_autograd(_route_backward, setup_context=_save_for_backward)
+
+
+@torch.library.custom_op("routedvit::select", mutates_args=())
+def _select(scores: Tensor, k: int) -> Tensor:
+    return select_reference(scores, k)
+
+
+@_select.register_fake
+def _(scores: Tensor, k: int) -> Tensor:
+    return scores.new_empty((*scores.shape[:-1], k), dtype=torch.long)
+
+
+# what a recompute must take from the forward pass instead of deciding again
+SAVED_OPS = (torch.ops.routedvit.route.default, torch.ops.routedvit.select.default)
