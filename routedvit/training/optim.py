@@ -45,10 +45,14 @@ def build_optimizer(
     known = [str(known) for known in timm.optim.list_optimizers()]
     if name not in known:
         raise ConfigError(f"optim.name = {name!r} is unknown{nearest(name, known)}")
-    if timm.optim.get_optimizer_info(name).second_order:
+    info = timm.optim.get_optimizer_info(name)
+    if info.second_order:
         raise ConfigError(f"optim.name = {name!r} needs second derivatives; use 'adamw'")
     given: dict[str, Any] = {"betas": betas, "eps": eps}
     options = {key: value for key, value in given.items() if value is not None}
+    for key, taken in (("betas", info.has_betas), ("eps", info.has_eps)):
+        if key in options and not taken:  # timm drops it without a word
+            raise ConfigError(f"optim.{key}: optim.name = {name!r} takes none; delete it")
     try:
         optimizer = timm.optim.create_optimizer_v2(
             model, name, lr=lr, weight_decay=weight_decay, layer_decay=layer_decay, **options

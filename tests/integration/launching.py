@@ -1,0 +1,52 @@
+"""Starts scripts as a user does, through the real `deepspeed` launcher, on CPU ranks."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+
+
+def start(script: Path, *args: object, ranks: int = 2) -> subprocess.Popen[str]:
+    """`deepspeed script args` in a process group of its own; stderr comes with stdout."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = Path(sys.executable).with_name("deepspeed")
+    command = [launcher, "--num_accelerators", ranks, "--master_port", port, script, *args]
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    return subprocess.Popen(
+        [str(word) for word in command],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def launch(script: Path, *args: object, ranks: int = 2, timeout: float = 150) -> str:
+    """Run to the end and return what it printed; fails the test on a bad exit or a hang."""
+    process = start(script, *args, ranks=ranks)
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    finally:
+        end(process)
+    assert process.returncode == 0, output
+    return output
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """Kill what is left of the group: the launcher leaves its ranks behind when it dies."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
