@@ -102,6 +102,10 @@ class AugmentConfig(_Section):
         return self
 
 
+# Keys that may change when a run is resumed: they alter how fast samples come, never which.
+FREE_ON_RESUME = ("num_workers", "prefetch_factor", "max_bad_samples", "verify")
+
+
 class DataConfig(_Section):
     """The `data` section of the run config."""
 
@@ -131,6 +135,13 @@ class DataConfig(_Section):
         default="dataset",
         description="Mean and std of the pixels: 'dataset' (of the training manifest), 'model' "
         "(those of the model's timm config), or {mean: [...], std: [...]}.",
+    )
+    crop_pct: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="Share of the resized image that the evaluation crop keeps; empty: the one of "
+        "the model's timm config.",
     )
     augment: AugmentConfig = Field(
         default_factory=AugmentConfig, description="Augmentation of the training images."

@@ -54,7 +54,7 @@ class Console:
         rank: int,
         *,
         user_errors: tuple[type[Exception], ...] = (),
-        grace_seconds: float = 3.0,
+        grace_seconds: float = 8.0,
     ) -> None:
         self.rank = rank
         self.stream: TextIO = sys.stdout

@@ -29,6 +29,13 @@ class TrainLoader(Protocol):
     def num_classes(self) -> int:
         """Classes of the data set, from its manifest."""
 
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """What the images are normalised with, per channel, in units of the range 0 to 1."""
+
+    @property
+    def std(self) -> tuple[float, ...]: ...
+
     def batches(self, start: int) -> Iterator[Batch]:
         """Micro-batches from global position `start` on (samples the WHOLE world has consumed).
 

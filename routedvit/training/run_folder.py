@@ -56,16 +56,29 @@ class RunFolder:
         return self.path / "weights"
 
 
-def claim(
-    folder: RunFolder, config: dict[str, Any], *, free: tuple[str, ...] = FREE_ON_RESUME
-) -> None:
+def open_folder(
+    folder: RunFolder, config: dict[str, Any], *, fresh: bool, free: tuple[str, ...]
+) -> str:
+    """Claim the folder, with `fresh` after moving an earlier run aside; one line for people."""
+    moved = move_aside(folder) if fresh else None
+    claim(folder, config, free=free)
+    return f"run folder {folder.path}" + (f" (the earlier run is kept in {moved})" if moved else "")
+
+
+def claim(folder: RunFolder, config: dict[str, Any], *, free: tuple[str, ...] = ()) -> None:
     """Make the folder this run's, or check that it already is. Rank 0 only.
 
+    Args:
+        config: the resolved run config.
+        free: dotted keys beyond `FREE_ON_RESUME` that may differ from the earlier run's.
+
     Raises:
-        ConfigError: the folder holds a run whose config differs in a key not listed in `free`.
+        ConfigError: the folder holds checkpoints of a run whose config differs in any other key.
     """
-    if folder.config.exists():
+    # Without a checkpoint there is nothing that another recipe could spoil.
+    if folder.config.exists() and any(folder.checkpoints.glob("step_*")):
         before = json.loads(folder.config.read_text(encoding="utf-8"))["config"]
+        free = FREE_ON_RESUME + free
         differing = [key for key in _differences(before, config) if not _is_free(key, free)]
         if differing:
             raise ConfigError(

@@ -29,15 +29,26 @@ def test_same_run_may_claim_again_and_change_what_is_logged(folder: RunFolder) -
     assert json.loads(folder.config.read_text())["config"]["log"]["every_steps"] == 99
 
 
-def test_another_recipe_is_refused_and_named(folder: RunFolder) -> None:
+def saved_run(folder: RunFolder) -> None:
     claim(folder, CONFIG)
+    (folder.checkpoints / "step_00000001").mkdir(parents=True)
+
+
+def test_a_run_that_saved_nothing_may_be_mended(folder: RunFolder) -> None:
+    claim(folder, CONFIG)
+    claim(folder, CONFIG | {"seed": 1})
+    assert json.loads(folder.config.read_text())["config"]["seed"] == 1
+
+
+def test_another_recipe_is_refused_and_named(folder: RunFolder) -> None:
+    saved_run(folder)
     with pytest.raises(ConfigError, match=r"seed was 0, is 1.*--fresh"):
         claim(folder, CONFIG | {"seed": 1})
     assert json.loads(folder.config.read_text())["config"]["seed"] == 0
 
 
 def test_every_differing_key_is_counted(folder: RunFolder) -> None:
-    claim(folder, CONFIG)
+    saved_run(folder)
     with pytest.raises(ConfigError, match=r"optim.betas was \[0.9, 0.95\].*and 2 more"):
         claim(folder, {"optim": {"lr": 0.2}, "seed": 1})
 

@@ -1,0 +1,50 @@
+"""The words around a run on the console: what begins, how it ended, what to type next."""
+
+from routedvit.training.config import RunConfig
+from routedvit.training.engine import Engine
+from routedvit.training.interfaces import TrainLoader
+from routedvit.training.progress import summary
+from routedvit.training.run_folder import RunFolder
+from routedvit.training.trainer import Summary
+
+
+def opening(
+    config: RunConfig,
+    engine: Engine,
+    loader: TrainLoader,
+    *,
+    num_parameters: int,
+    total_steps: int,
+    done: int,
+) -> str:
+    """Two lines: the model and its data, the machines and the steps."""
+    micro_batch = config.train.batch_size // (engine.world_size * engine.accumulation)
+    share = f"{engine.world_size} x {micro_batch}"
+    if engine.accumulation > 1:
+        share += f" x {engine.accumulation} accumulated"
+    steps = f"{total_steps:,} steps" if not done else f"steps {done:,} to {total_steps:,}"
+    return (
+        f"{config.model.name}, {num_parameters:,} parameters, on "
+        f"{loader.samples_per_epoch:,} images of {loader.num_classes} classes\n"
+        f"{engine.world_size} x {engine.device.type}, ZeRO-{engine.zero_stage}, "
+        f"{config.precision.dtype}, batch {config.train.batch_size} = {share}, {steps}"
+    )
+
+
+def closing(result: Summary, folder: RunFolder) -> str:
+    """The summary block of a finished run."""
+    rows = []
+    if result.best:
+        name, value = next(iter(result.best.items()))
+        rows.append((f"best {name}", f"{value:.2f} %"))
+    if result.images_per_second:
+        rows.append(("throughput", f"{result.images_per_second:,.0f} images/s"))
+    if result.skipped_steps:
+        rows.append(("skipped steps", str(result.skipped_steps)))
+    rows += [
+        ("checkpoint", str(result.checkpoint)),
+        ("weights", str(folder.weights)),
+        ("TensorBoard", str(folder.tensorboard)),
+    ]
+    title = "finished" if result.images_per_second else "already finished (--fresh starts over)"
+    return summary(f"{title}: {result.step:,} steps", rows, "tensorboard --logdir runs")
