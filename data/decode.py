@@ -28,6 +28,8 @@ def open_image(payload: bytes, max_pixels: int) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # ours is below
             image = Image.open(io.BytesIO(payload), formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise BadSample(f"too many pixels: {error}") from error
     except Exception as error:  # parsers fail in many ways on hostile bytes; all mean the same
         raise BadSample(f"no JPEG, PNG or WebP image ({type(error).__name__})") from error
     if image.width * image.height > max_pixels:

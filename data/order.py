@@ -186,3 +186,11 @@ def check_world(streams: int, global_batch_size: int, world_size: int) -> None:
         f"data.streams and the batch as multiples of {world_size} (data.streams is part of the "
         "sample order: choose it before the first step)"
     )
+
+
+if __name__ == "__main__":
+    import sys
+
+    from data.order_cli import main
+
+    sys.exit(main())

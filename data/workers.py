@@ -62,7 +62,7 @@ def batches_of(
     if workers:
         _LIVE.add(batches)
     try:
-        for batch in batches:
+        while (batch := _next(batches)) is not None:
             if isinstance(batch, DataError):
                 raise batch
             ledger.record(batch.pop("bad"))
@@ -70,6 +70,20 @@ def batches_of(
     finally:
         if workers:
             _end_workers(batches)
+
+
+def _next(batches: Iterator[Any]) -> Any:
+    """The next batch, None at the end. A worker that died is a DataError."""
+    try:
+        return next(batches, None)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        first_line = str(error).partition("\n")[0]
+        raise DataError(
+            f"{first_line}; a killed worker often means that memory or /dev/shm ran out: lower "
+            "data.num_workers or data.prefetch_factor, then start again"
+        ) from error
 
 
 def _begin_worker(worker: int) -> None:

@@ -1,0 +1,227 @@
+"""`python -m data.check`: is a set of shards whole, and what is in it?
+
+    python -m data.check shards/mnist/train
+    python -m data.check --write-manifest 'other/train-{000..099}.tar' --label-names classes.txt
+
+Compares sizes and hashes with the manifest, checks the tar structure block by block, decodes every
+image, looks for keys that come twice, and prints a report for people. Exit code 0: all is well;
+1: something is wrong, and every finding is a line; 2: there was nothing to check.
+
+--write-manifest makes the manifest of shards that were written elsewhere. It vouches for the files
+as they are now, so it refuses shards whose structure is damaged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import multiprocessing
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from data.decode import decode, open_image
+from data.errors import BadSample, DataError
+from data.manifest import MANIFEST_NAME, Manifest, ShardEntry, read_manifest, sha256_of
+from data.manifest import write_manifest as save_manifest
+from data.shards import match
+from data.statistics import ShardStatistics, combine
+from data.tar_index import TarIndex, read_index
+
+MAX_PIXELS = 200_000_000
+MAX_LINES = 50  # findings printed; the count is of all
+
+
+@dataclass
+class ShardReport:
+    """What was found in one shard. `note` is None when its structure is damaged."""
+
+    path: Path
+    note: dict[str, Any] | None = None
+    keys: list[str] = field(default_factory=list)
+    damage: list[str] = field(default_factory=list)  # of the shard
+    bad: list[str] = field(default_factory=list)  # samples
+    ignored: int = 0
+
+
+def examine(path: Path, full_decode: bool = True) -> ShardReport:
+    """Read a shard from end to end. Never raises for what is in it."""
+    report = ShardReport(path)
+    try:
+        index = read_index(path)
+    except FileNotFoundError:
+        report.damage.append(f"{path}: missing")
+        return report
+    except DataError as error:
+        report.damage.append(str(error).partition("; replace the shard")[0])
+        return report
+    report.keys = [index.key(sample) for sample in range(len(index))]
+    report.ignored = index.ignored
+    statistics = ShardStatistics()
+    with open(path, "rb") as file:
+        for sample in range(len(index)):
+            try:
+                _examine_sample(file, index, sample, statistics, full_decode)
+            except BadSample as error:
+                report.bad.append(f"{path}: {report.keys[sample]}: {error}")
+    if len(index):
+        entry = ShardEntry(
+            name=path.name,
+            samples=len(index),
+            bytes=path.stat().st_size,
+            sha256=sha256_of(path),
+        )
+        report.note = statistics.note(entry)
+    else:
+        report.damage.append(f"{path}: no sample in it")
+    return report
+
+
+def _examine_sample(
+    file: Any, index: TarIndex, sample: int, statistics: ShardStatistics, full_decode: bool
+) -> None:
+    if sample in index.faults:
+        raise BadSample(index.faults[sample])
+    file.seek(int(index.offsets[sample]))
+    payload = file.read(int(index.sizes[sample]))
+    image = open_image(payload, MAX_PIXELS)
+    if full_decode:
+        decode(payload, 3, MAX_PIXELS)
+    statistics.add(image, int(index.labels[sample]))
+
+
+def examine_all(paths: Sequence[Path], full_decode: bool, jobs: int) -> Iterator[ShardReport]:
+    """The reports of all shards, in order."""
+    work = functools.partial(examine, full_decode=full_decode)
+    if jobs == 1:
+        yield from map(work, paths)
+        return
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(work, paths)
+
+
+def against_manifest(reports: list[ShardReport], manifest: Manifest) -> list[str]:
+    """Where the shards of one folder differ from its manifest."""
+    known = {entry.name: entry for entry in manifest.shards}
+    findings = []
+    for report in reports:
+        entry = known.get(report.path.name)
+        if entry is None:
+            findings.append(f"{report.path}: not in the manifest")
+        elif report.note is not None:
+            found = report.note["entry"]
+            findings += [
+                f"{report.path}: {what} is {found[what]}, the manifest says {getattr(entry, what)}"
+                for what in ("samples", "bytes", "sha256")
+                if found[what] != getattr(entry, what)
+            ]
+            classes = len(manifest.class_counts)
+            top = max(map(int, report.note["class_counts"]), default=0)
+            if top >= classes:
+                findings.append(f"{report.path}: label {top}, the manifest has {classes} classes")
+    return findings
+
+
+def repeated_keys(reports: list[ShardReport]) -> list[str]:
+    """Keys that more than one shard holds."""
+    counts = Counter(key for report in reports for key in report.keys)
+    return [f"key {key} is in {count} shards" for key, count in counts.items() if count > 1]
+
+
+def describe(folder: Path, manifest: Manifest, ignored: int) -> str:
+    """The report's paragraph about what a folder holds."""
+    counts = manifest.class_counts
+    size = sum(entry.bytes for entry in manifest.shards)
+    (low, high), (short, tall) = manifest.width, manifest.height
+    mean, std = ([f"{value:.4f}" for value in values] for values in (manifest.mean, manifest.std))
+    lines = [
+        f"{folder}: {manifest.samples} samples in {len(manifest.shards)} shards, "
+        f"{size / 1e6:.1f} MB",
+        f"  classes   {len(counts)}, with {min(counts)} to {max(counts)} images each",
+        f"  images    {low} to {high} pixels wide, {short} to {tall} high; "
+        + ", ".join(f"{count} {mode}" for mode, count in manifest.modes.items()),
+        f"  pixels    mean {' '.join(mean)}, std {' '.join(std)} "
+        f"(of {manifest.pixel_samples} images)",
+    ]
+    if ignored:
+        lines.append(f"  ignored   {ignored} members that are neither image nor label")
+    return "\n".join(lines)
+
+
+def check_folder(
+    folder: Path, reports: list[ShardReport], write: bool, label_names: list[str] | None
+) -> list[str]:
+    """Print what is in a folder, write its manifest if asked; returns what is wrong."""
+    findings = [line for report in reports for line in report.damage]
+    if write and findings:
+        raise DataError(
+            f"{findings[0]} ({len(findings)} damaged shards); a manifest would vouch for them: "
+            "replace them or leave them out"
+        )
+    notes = [report.note for report in reports if report.note is not None]
+    if any(note["class_counts"] for note in notes):
+        found = combine(notes, label_names)
+        print(describe(folder, found, sum(report.ignored for report in reports)))
+        if write:
+            save_manifest(folder, found)
+            print(f"  wrote     {folder / MANIFEST_NAME}")
+    elif write:
+        raise DataError(f"{folder}: no usable sample; nothing to write a manifest about")
+    findings += against_manifest(reports, read_manifest(folder / MANIFEST_NAME))
+    return findings + [line for report in reports for line in report.bad]
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Check what the arguments name; returns the exit code."""
+    paths = [path for pattern in arguments.shards for path in match(pattern)]
+    names = arguments.label_names.read_text().splitlines() if arguments.label_names else None
+    reports = list(
+        tqdm(
+            examine_all(paths, not arguments.headers_only, arguments.jobs),
+            total=len(paths),
+            unit="shard",
+            disable=None,
+        )
+    )
+    findings = repeated_keys(reports)
+    for folder in dict.fromkeys(path.parent for path in paths):
+        inside = [report for report in reports if report.path.parent == folder]
+        findings += check_folder(folder, inside, arguments.write_manifest, names)
+    for line in findings[:MAX_LINES]:
+        print(f"  WRONG     {line}")
+    if len(findings) > MAX_LINES:
+        print(f"  WRONG     ... and {len(findings) - MAX_LINES} more")
+    depth = "headers read" if arguments.headers_only else "every image decoded"
+    print(f"{len(findings)} findings" if findings else f"all is well: {depth}")
+    return 1 if findings else 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m data.check",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("shards", nargs="+", help="manifest, folder, glob or brace pattern")
+    parser.add_argument(
+        "--write-manifest", action="store_true", help="make the manifest, from the shards as found"
+    )
+    parser.add_argument("--label-names", type=Path, help="file with one class name per line")
+    parser.add_argument("--headers-only", action="store_true", help="do not decode the images")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that read shards")
+    try:
+        return run(parser.parse_args(arguments))
+    except DataError as error:
+        print(f"data.check: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

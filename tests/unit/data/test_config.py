@@ -1,0 +1,41 @@
+"""The data section says what is wrong with it, and explains every key."""
+
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+
+from data.config import DataConfig
+
+
+def test_a_shards_pattern_is_all_that_must_be_given():
+    config = DataConfig.model_validate({"train": {"shards": "x/*.tar"}})
+    assert config.val is None
+    assert config.normalize == "dataset"
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({}, "train"),
+        ({"train": {"shards": "x"}, "num_worker": 2}, "num_worker"),
+        ({"train": {"shards": "x"}, "augment": {"hflip": 2}}, "hflip"),
+        ({"train": {"shards": "x"}, "augment": {"scale": [1.0, 0.1]}}, "scale is"),
+        (
+            {"train": {"shards": "x"}, "normalize": {"mean": [0.5], "std": [1, 1]}},
+            "one per channel",
+        ),
+        ({"train": {"shards": "x"}, "normalize": {"mean": [0.5], "std": [0]}}, "std"),
+        ({"train": {"shards": "x"}, "verify": "md5"}, "verify"),
+    ],
+)
+def test_a_wrong_key_or_value_is_named(section, words):
+    with pytest.raises(ValidationError, match=words):
+        DataConfig.model_validate(section)
+
+
+def test_every_key_is_described_in_the_schema():
+    schema = DataConfig.model_json_schema()
+    for part in [schema, *schema["$defs"].values()]:
+        for name, field in part["properties"].items():
+            assert field.get("description"), name

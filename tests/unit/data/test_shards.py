@@ -1,0 +1,91 @@
+"""What may be written as `shards`, and what is said when it cannot be used."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from data.errors import DataError
+from data.manifest import read_manifest
+from data.shards import resolve
+
+
+@pytest.mark.parametrize(
+    "pattern", ["", "/manifest.json", "/*.tar", "/{000..002}.tar", "/00{0,1,2}.tar", "/0??.tar"]
+)
+def test_manifest_folder_glob_and_braces_name_the_same_shards(make_set, pattern):
+    folder = make_set([4, 2, 3])
+    found = resolve(str(folder) + pattern)
+    assert [path.name for path in found.paths] == ["000.tar", "001.tar", "002.tar"]
+    assert (found.sizes, found.num_samples, found.num_classes) == ([4, 2, 3], 9, 3)
+
+
+def test_several_sets_are_one_with_pooled_statistics(make_set):
+    folders = [make_set([4], "a"), make_set([12], "b")]
+    for folder, mean, std in zip(folders, (0.2, 0.6), (0.1, 0.3), strict=True):
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest |= {"mean": [mean], "std": [std]}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+    found = resolve([str(folder) for folder in folders])
+    assert found.num_samples == 16
+    assert found.mean == pytest.approx([0.5])
+    variance = (4 * (0.01 + 0.04) + 12 * (0.09 + 0.36)) / 16 - 0.25
+    assert found.std == pytest.approx([variance**0.5])
+
+
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        ("{folder}/9*.tar", r"data\.train\.shards: no shard matches .*python -m data\.write"),
+        ("{folder}/{{000..005}}.tar", r"003\.tar is missing of"),
+        ("{folder}/{{000..", r"unbalanced braces"),
+        ("pipe:cat {folder}/000.tar", r"no local path"),
+        ("s3://bucket/000.tar", r"no local path"),
+        ("{folder}/$(touch canary).tar", r"no shard matches"),
+        (["{folder}/000.tar", "{folder}/000.tar"], r"twice"),
+        ([], r"is empty"),
+    ],
+)
+def test_a_pattern_that_names_nothing_usable_is_refused(make_set, pattern, words):
+    folder = make_set([1, 1, 1])
+    patterns = [pattern] if isinstance(pattern, str) else pattern
+    with pytest.raises(DataError, match=words):
+        resolve([part.format(folder=folder) for part in patterns])
+    assert not (folder.parent / "canary").exists()
+
+
+def test_shards_without_a_manifest_are_refused_with_the_command_that_makes_it(make_set):
+    folder = make_set([2])
+    (folder / "manifest.json").unlink()
+    with pytest.raises(DataError, match=r"python -m data\.check --write-manifest '.*/\*\.tar'"):
+        resolve(str(folder / "*.tar"))
+
+
+def test_a_shard_that_the_manifest_does_not_know_is_refused(make_set):
+    folder = make_set([2, 2])
+    (folder / "stray.tar").write_bytes((folder / "000.tar").read_bytes())
+    with pytest.raises(DataError, match=r"stray\.tar is not in"):
+        resolve(str(folder / "*.tar"))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"samples": 99}, r"samples is 99 but the shards add up to 2"),
+        ({"formatt": 1}, r"formatt"),
+        ({"shards": [{"name": "../x", "samples": 2, "bytes": 9999, "sha256": "0" * 64}]}, "name"),
+    ],
+)
+def test_a_manifest_that_does_not_add_up_is_refused(make_set, change, words):
+    path = make_set([2]) / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(DataError, match=words):
+        read_manifest(path)
+
+
+def test_a_cut_manifest_is_refused(make_set):
+    path = make_set([2]) / "manifest.json"
+    path.write_text(path.read_text()[:100])
+    with pytest.raises(DataError, match=r"manifest\.json: the file: Invalid JSON"):
+        read_manifest(path)

@@ -1,0 +1,97 @@
+"""Loader processes outlive signals that the trainer answers, and never outlive the trainer."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from data.errors import DataError
+from tests.unit.data.test_loaders import SIZES, train_loader
+
+ROOT = Path(__file__).resolve().parents[3]
+
+SCRIPT = """
+import itertools, os, signal, sys
+from data.config import DataConfig
+from data.loaders import build_train_loader
+config = DataConfig(train={"shards": sys.argv[1]}, num_workers=2, augment={"mode": "none"})
+loader = build_train_loader(config, input_size=(1, 8, 8), mean=(0.5,), std=(0.5,),
+    interpolation="bilinear", seed=0, global_batch_size=4, micro_batch_size=4, rank=0, world_size=1)
+batches = loader.batches(0)
+next(batches)
+"""
+
+
+def test_workers_go_on_after_sigterm_and_sigint(make_set, make_config):
+    config = make_config(make_set(SIZES), num_workers=2)
+    batches = train_loader(config).batches(0)
+    next(batches)
+    for child in multiprocessing.active_children():
+        os.kill(child.pid, signal.SIGTERM)
+        os.kill(child.pid, signal.SIGINT)
+    assert len(list(itertools.islice(batches, 20))) == 20
+    batches.close()
+    assert not multiprocessing.active_children()
+
+
+def test_a_killed_worker_is_an_error_in_one_line(make_set, make_config):
+    config = make_config(make_set(SIZES), num_workers=1, prefetch_factor=1)
+    batches = train_loader(config).batches(0)
+    next(batches)
+    (child,) = multiprocessing.active_children()
+    os.kill(child.pid, signal.SIGKILL)
+    with pytest.raises((DataError, RuntimeError), match=r"DataLoader worker"):
+        list(itertools.islice(batches, 10_000))
+
+
+@pytest.mark.parametrize(("ending", "code"), [("raise KeyError('trainer')", 1), ("sys.exit(3)", 3)])
+def test_a_trainer_that_ends_in_mid_stream_ends_its_workers(make_set, ending, code):
+    folder = make_set(SIZES)
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT + ending, str(folder)],
+        cwd=ROOT,
+        timeout=60,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == code, done.stderr.decode()
+    assert time.monotonic() - started < 40
+
+
+def test_workers_notice_that_their_trainer_was_killed(make_set):
+    """No orphan keeps memory: torch's watchdog sees the parent gone within its 5 s poll."""
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            SCRIPT + "import multiprocessing as m\n"
+            "print(*[c.pid for c in m.active_children()], flush=True)\n"
+            "os.kill(os.getpid(), signal.SIGKILL)",
+            str(make_set(SIZES)),
+        ],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+    )
+    pids = [int(pid) for pid in process.communicate(timeout=60)[0].split()]
+    assert len(pids) == 2
+    deadline = time.monotonic() + 20
+    while any(_alive(pid) for pid in pids):
+        assert time.monotonic() < deadline, "orphaned loader processes"
+        time.sleep(0.2)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"

@@ -1,0 +1,241 @@
+"""Shards come out whole, reproducible and vouched for; a stopped writer goes on where it was."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import struct
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+
+from data import check, order_cli, write
+from data.manifest import read_manifest, sha256_of
+from data.shards import resolve
+from data.sources import safe_key
+from data.tar_index import read_index
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    out = tmp_path_factory.mktemp("digits")
+    assert write.main(["--source", "mnist", "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    """Two classes of 12 JPEGs and PNGs, a text file, and a file that is no image."""
+    root = tmp_path / "photographs"
+    generator = np.random.default_rng(0)
+    for name in ("cat", "dog.v2"):
+        (root / name).mkdir(parents=True)
+        for number in range(12):
+            pixels = generator.integers(0, 256, (60 + number, 80, 3), dtype=np.uint8)
+            suffix = "jpg" if number % 2 else "png"
+            Image.fromarray(pixels).save(root / name / f"img.{number}.{suffix}")
+        (root / name / "notes.txt").write_text("not an image")
+    (root / "cat" / "broken.jpg").write_bytes(b"<html>")
+    return root
+
+
+def test_the_digits_are_stratified_and_match_their_manifest(digits):
+    for name, shards, per_class in (("train", 16, 400), ("val", 4, 100)):
+        manifest = read_manifest(digits / name / "manifest.json")
+        assert manifest.class_counts == [per_class] * 10
+        assert [entry.samples for entry in manifest.shards] == [250] * shards
+        for entry in manifest.shards:
+            path = digits / name / entry.name
+            assert (path.stat().st_size, sha256_of(path)) == (entry.bytes, entry.sha256)
+            labels = read_index(path, 250).labels
+            assert len(set(labels[:40].tolist())) > 5  # shuffled, not sorted by class
+    keys = {
+        split: {
+            key
+            for path in resolve(str(digits / split)).paths
+            for key in read_index(path).keys.tolist()
+        }
+        for split in ("train", "val")
+    }
+    assert (len(keys["train"]), len(keys["val"])) == (4000, 1000)
+    assert not keys["train"] & keys["val"]
+
+
+def test_mean_and_std_are_those_of_the_pixels(digits):
+    folder = digits / "val"
+    images = []
+    for path in sorted(folder.glob("*.tar")):
+        with tarfile.open(path) as tar:
+            images += [
+                np.asarray(Image.open(tar.extractfile(member))) / 255
+                for member in tar
+                if member.name.endswith("png")
+            ]
+    manifest = read_manifest(folder / "manifest.json")
+    assert manifest.mean == pytest.approx([np.mean(images)], abs=1e-5)
+    assert manifest.std == pytest.approx([np.std(images)], abs=1e-5)
+    assert (manifest.modes, manifest.width, manifest.height) == ({"L": 1000}, (28, 28), (28, 28))
+
+
+def test_webdataset_reads_the_shards(digits):
+    urls = [str(path) for path in resolve(str(digits / "val")).paths]
+    samples = list(webdataset.WebDataset(urls, shardshuffle=False))
+    assert len(samples) == 1000
+    assert {int(sample["cls"]) for sample in samples} == set(range(10))
+    assert samples[0]["__key__"] == read_index(Path(urls[0])).key(0)
+
+
+def test_a_second_run_does_nothing_and_says_so(digits, capsys):
+    before = {path: path.stat().st_mtime_ns for path in digits.rglob("*")}
+    assert write.main(["--source", "mnist", "--out", str(digits)]) == 0
+    said = capsys.readouterr().out
+    assert said.count("complete already") == 2
+    assert said.count("\n") == 1
+    assert {path: path.stat().st_mtime_ns for path in digits.rglob("*")} == before
+
+
+def test_image_bytes_are_copied_unchanged_and_junk_is_named(photographs, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = ["--source", "folder", "--path", str(photographs), "--out", str(out)]
+    assert write.main([*command, "--held-out", "0.25", "--shard-size", "5"]) == 0
+    assert "18 images of 2 classes in 4 shards" in capsys.readouterr().out
+    manifest = read_manifest(out / "train" / "manifest.json")
+    assert manifest.label_names == ["cat", "dog.v2"]
+    assert sum(manifest.class_counts) == 18
+    stored = set()
+    for path in out.rglob("*.tar"):
+        with tarfile.open(path) as tar:
+            for member in tar:
+                assert (member.mtime, member.uid) == (0, 0)
+                assert member.name.partition(".")[2] in ("png", "jpg", "cls")
+                if not member.name.endswith("cls"):
+                    stored.add(tar.extractfile(member).read())
+    originals = {path.read_bytes() for path in photographs.rglob("img*")}
+    assert stored == originals
+    skipped = [path.read_text() for path in out.rglob("skipped.jsonl")]
+    assert [json.loads(line)["key"] for line in skipped] == ["cat/broken"]
+
+
+def test_writing_again_gives_the_same_bytes_with_any_number_of_jobs(photographs, tmp_path):
+    hashes = []
+    for jobs in ("1", "2"):
+        out = tmp_path / f"out{jobs}"
+        command = ["--source", "folder", "--path", str(photographs), "--out", str(out)]
+        assert write.main([*command, "--shard-size", "6", "--jobs", jobs]) == 0
+        hashes.append([entry.sha256 for entry in resolve(str(out / "train")).entries])
+    assert hashes[0] == hashes[1]
+
+
+def test_a_stopped_writer_goes_on_and_leaves_finished_shards_alone(
+    photographs, tmp_path, monkeypatch
+):
+    out = tmp_path / "out"
+    command = ["--source", "folder", "--path", str(photographs), "--out", str(out)]
+    command += ["--shard-size", "6"]
+    import data.writer
+
+    original, written = data.writer._publish, []
+
+    def stopping(job, temporary, statistics):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(job.path.name)
+        return original(job, temporary, statistics)
+
+    monkeypatch.setattr(data.writer, "_publish", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        write.main(command)
+    assert not (out / "train" / "manifest.json").exists()
+    monkeypatch.setattr(data.writer, "_publish", original)
+    before = [(out / "train" / name).stat().st_mtime_ns for name in written]
+    assert write.main(command) == 0
+    assert [(out / "train" / name).stat().st_mtime_ns for name in written] == before
+    assert check.main([str(out / "train")]) == 0
+    assert sorted(path.name for path in (out / "train").iterdir()) == [
+        *(f"{number:06d}.tar" for number in range(5)),
+        "manifest.json",
+        "skipped.jsonl",
+    ]
+
+
+def test_resize_shrinks_the_shorter_side_and_keeps_small_images(photographs, tmp_path):
+    out = tmp_path / "out"
+    command = ["--source", "folder", "--path", str(photographs), "--out", str(out)]
+    assert write.main([*command, "--resize", "32"]) == 0
+    manifest = read_manifest(out / "train" / "manifest.json")
+    assert manifest.height == (32, 32)
+    assert 32 < manifest.width[0] <= manifest.width[1] < 48
+
+
+def test_idx_files_become_shards_with_the_same_pixels(tmp_path):
+    images = {}
+    for prefix, count in (("train", 20), ("t10k", 10)):
+        pixels = np.random.default_rng(count).integers(0, 256, (count, 9, 7), dtype=np.uint8)
+        labels = (np.arange(count) % 4).astype(np.uint8)
+        header = struct.pack(">4B3i", 0, 0, 8, 3, count, 9, 7)
+        (tmp_path / f"{prefix}-images-idx3-ubyte").write_bytes(header + pixels.tobytes())
+        packed = gzip.compress(struct.pack(">4Bi", 0, 0, 8, 1, count) + labels.tobytes())
+        (tmp_path / f"{prefix}-labels-idx1-ubyte.gz").write_bytes(packed)
+        images[prefix] = {image.tobytes(): n % 4 for n, image in enumerate(pixels)}
+    out = tmp_path / "out"
+    assert write.main(["--source", "idx", "--path", str(tmp_path), "--out", str(out)]) == 0
+    found = {}
+    with tarfile.open(out / "val" / "000000.tar") as tar:
+        members = tar.getmembers()
+        for image, label in zip(members[::2], members[1::2], strict=True):
+            pixels = np.asarray(Image.open(tar.extractfile(image)))
+            found[pixels.tobytes()] = int(tar.extractfile(label).read())
+    assert found == images["t10k"]
+
+
+def test_keys_hold_no_dots_and_nothing_unsafe():
+    assert safe_key("dog.v2/img 1.jpg") == "dog_v2/img_1_jpg"
+    assert safe_key("größe") == "gr__e"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--source", "folder"], "needs --path"),
+        (["--source", "folder", "--path", "nowhere"], "nowhere is no folder"),
+        (["--source", "idx", "--path", "nowhere"], "neither train-images-idx3-ubyte nor"),
+    ],
+)
+def test_a_source_that_is_not_there_is_said_in_a_line(tmp_path, capsys, arguments, words):
+    assert write.main([*arguments, "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert words in said
+    assert said.count("\n") == 1
+
+
+def test_order_prints_what_the_loader_serves(make_set, make_config, capsys):
+    from tests.unit.data.test_loaders import SIZES, train_loader
+
+    folder = make_set(SIZES)
+    command = ["--shards", str(folder), "--seed", "7", "--shuffle-buffer", "8"]
+    command += ["--batch-size", "16", "--steps", "2:4", "--world-size", "2", "--rank", "1"]
+    assert order_cli.main([*command, "--micro-batch-size", "4", "--workers", "3"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    batches = train_loader(make_config(folder), rank=1, world_size=2).batches(32)
+    served = [next(batches) for _ in range(4)]
+    assert [line["key"] for line in lines] == [key for batch in served for key in batch["key"]]
+    assert [line["position"] for line in lines] == list(range(33, 64, 2))
+    assert [line["worker"] for line in lines[::4]] == [1, 2, 0, 1]
+
+
+def test_order_counts_steps_from_an_epoch_on_request(make_set, capsys):
+    command = ["--shards", str(make_set([10, 11])), "--seed", "0", "--batch-size", "4"]
+    assert order_cli.main([*command, "--epoch", "1", "--steps", "0:1"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["position"] for line in lines] == [24, 25, 26, 27]
+    assert {line["epoch"] for line in lines} == {1}
+
+
+def test_order_refuses_a_world_that_does_not_fit(make_set, capsys):
+    command = ["--shards", str(make_set([5] * 4)), "--seed", "0", "--batch-size", "8"]
+    assert order_cli.main([*command, "--steps", "0:1", "--world-size", "3"]) == 2
+    assert "rank counts that fit: 1, 2, 4" in capsys.readouterr().err
