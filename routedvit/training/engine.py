@@ -48,6 +48,8 @@ from deepspeed.utils import safe_get_full_fp32_param
 T = TypeVar("T")
 STATE_FOLDER = "deepspeed"  # DeepSpeed's tag: its files lie in this folder of a checkpoint
 
+HYPERPARAMETERS = {"lr", "initial_lr", "lr_scale", "weight_decay", "betas", "eps"}
+
 
 class StepResult(NamedTuple):
     """One optimiser step, equal on all ranks."""
@@ -220,9 +222,16 @@ class Engine:
                 script.unlink()
 
     def load_state(self, folder: Path) -> None:
-        """Read what `save_state` wrote. It unpickles: verify the files first. Collective."""
+        """Read what `save_state` wrote. It unpickles: verify the files first. Collective.
+
+        Rates and decays stay as they are: the config decides them, not the checkpoint.
+        """
+        groups = self.optimizer.param_groups
+        kept = [{key: group[key] for key in HYPERPARAMETERS & group.keys()} for group in groups]
         path, _ = self._engine.load_checkpoint(str(folder), tag=STATE_FOLDER)
         assert path is not None, f"{folder} holds no DeepSpeed state"
+        for group, values in zip(self.optimizer.param_groups, kept, strict=True):
+            group.update(values)
 
     def gather(self, value: T) -> list[T]:
         """`value` of every rank, in the order of ranks, on every rank. Collective."""

@@ -20,13 +20,13 @@ GRAD_CLIP = 1.0
 CLASSES, SAMPLES = 5, 64
 
 
-def model(seed: int = 0) -> nn.Module:
+def model(seed: int = 0, **kwargs: Any) -> nn.Module:
     torch.manual_seed(seed)
-    return timm.create_model(MODEL, **KWARGS)
+    return timm.create_model(MODEL, **KWARGS, **kwargs)
 
 
-def objective(seed: int = 0) -> SupervisedObjective:
-    return SupervisedObjective(model(seed), build_loss("softmax", 0.1))
+def objective(seed: int = 0, **kwargs: Any) -> SupervisedObjective:
+    return SupervisedObjective(model(seed, **kwargs), build_loss("softmax", 0.1))
 
 
 def optimizer(network: nn.Module, zero_stage: int = 0) -> torch.optim.Optimizer:

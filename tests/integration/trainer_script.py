@@ -1,0 +1,149 @@
+"""Launched by test_trainer_run.py: three runs of the Trainer in one start of two ranks.
+
+One goes straight to the end; one gets SIGTERM on rank 1 in the middle; one goes on from there.
+Usage: trainer_script.py OUT. Writes OUT/report.json.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import toy
+
+from routedvit.training import engine as deepspeed_engine
+from routedvit.training.checkpoint import Checkpoints, RunState
+from routedvit.training.engine import Engine
+from routedvit.training.evaluators import Classification
+from routedvit.training.native_config import resolve_native_config
+from routedvit.training.trainer import Summary, Trainer, TrainerSettings
+from routedvit.training.world import World
+
+STEPS, SIGNAL_AT = 10, 5
+
+
+class Recorder:
+    """Writer, progress and routing monitor in one, that remember what they were told."""
+
+    def __init__(self) -> None:
+        self.scalars: list[tuple[str, int]] = []
+        self.messages: list[str] = []
+        self.updates: list[int] = []
+        self.watched: list[int] = []
+
+    def scalar(self, name: str, value: float, step: int) -> None:
+        self.scalars.append((name, step))
+
+    def run(self, model: torch.nn.Module, step: int) -> None:
+        model.routing(toy.batch(range(2))["image"])  # type: ignore[operator]
+        self.watched.append(step)
+
+    def start(self, step: int, total: int) -> None:
+        self.updates.append(step)
+
+    def update(self, step: int, loss: float, lr: float, images_per_second: float) -> None:
+        self.updates.append(step)
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class SignallingLoader(toy.Loader):
+    """Sends this process SIGTERM while it is asked for the data of step `SIGNAL_AT`."""
+
+    def batches(self, start: int) -> Iterator[dict[str, Any]]:
+        steps = BATCHES_PER_STEP * (SIGNAL_AT - 1 - start // toy.BATCH)
+        for number, rows in enumerate(super().batches(start)):
+            if number == steps and self.rank == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield rows
+
+
+BATCHES_PER_STEP = toy.BATCH // (2 * toy.MICRO)
+
+
+def fit(world: World, folder: Path, seed: int, loader: toy.Loader) -> tuple[Summary, Any, Recorder]:
+    """One run of the Trainer in `folder`; dropout makes the random state matter."""
+    objective = toy.objective(seed, proj_drop_rate=0.2)
+    native = resolve_native_config(
+        {"zero_optimization": {"stage": 2}},
+        batch_size=toy.BATCH,
+        micro_batch_size=toy.MICRO,
+        world_size=world.size,
+        grad_clip=None,
+        dtype="fp32",
+        num_parameters=100_000,
+    )
+    engine = Engine(world, objective, toy.optimizer(objective.model, 2), native)
+    checkpoints = Checkpoints(folder / "checkpoints", engine, keep=2)
+    state = checkpoints.load_newest() or RunState()
+    recorder = Recorder()
+    trainer = Trainer(
+        engine,
+        loader,
+        evaluators=[Classification(toy.Validation(world.rank, world.size), every_steps=4)],
+        writer=recorder,
+        monitor=recorder,
+        progress=recorder,
+        checkpoints=checkpoints,
+        schedule=toy.schedule(engine.optimizer, STEPS),  # after the load, as in train.py
+        settings=TrainerSettings(
+            total_steps=STEPS,
+            batch_size=toy.BATCH,
+            seed=0,
+            log_every=3,
+            checkpoint_every=4,
+            routing_every=4,
+        ),
+        state=state,
+    )
+    summary = trainer.fit()
+    weights = {name: value.detach().clone() for name, value in engine.full_parameters()}
+    return summary, weights, recorder
+
+
+def main(out: Path) -> None:
+    world = deepspeed_engine.start()
+    report: dict[str, Any] = {}
+    plain = toy.Loader(world.rank, world.size)
+    runs = {
+        "straight": ("a", 0, plain),
+        "stopped": ("b", 0, SignallingLoader(world.rank, world.size)),
+        "resumed": ("b", 77, plain),
+        "again": ("b", 78, plain),
+    }
+    weights = {}
+    for name, (folder, seed, loader) in runs.items():
+        summary, weights[name], recorder = fit(world, out / folder, seed, loader)
+        report[name] = {
+            "summary": dataclasses.asdict(summary) | {"checkpoint": summary.checkpoint.name},
+            "scalars": recorder.scalars,
+            "messages": recorder.messages,
+            "updates": recorder.updates,
+            "watched": recorder.watched,
+            "status": json.loads((out / folder / "status.json").read_text())
+            if world.rank == 0
+            else {},
+        }
+    report["resume_is_bit_identical"] = all(
+        torch.equal(weights["straight"][name], weights["resumed"][name])
+        for name in weights["straight"]
+    )
+    if world.rank == 0:
+        (out / "report.json").write_text(json.dumps(report))
+    deepspeed_engine.stop()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[-1]))
