@@ -22,7 +22,9 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import pydantic
 
 from routedvit.training.config import ConfigError
 from routedvit.training.engine import Engine
@@ -30,7 +32,21 @@ from routedvit.training.engine import Engine
 MANIFEST = "manifest.json"
 RUN_STATE = "run_state.json"
 LATEST = "latest"
-FORMAT = 1
+
+
+class Fingerprint(pydantic.BaseModel):
+    """What a file must be."""
+
+    size: int  # bytes
+    sha256: str
+
+
+class Manifest(pydantic.BaseModel):
+    """manifest.json of a checkpoint."""
+
+    format: Literal[1] = 1
+    step: int
+    files: dict[str, Fingerprint]  # by name relative to the checkpoint
 
 
 @dataclasses.dataclass
@@ -91,8 +107,8 @@ class Checkpoints:
         parts = engine.gather(self._seal_own_files(temporary))
         if engine.rank == 0:
             files = {name: entry for part in parts for name, entry in sorted(part.items())}
-            manifest = {"format": FORMAT, "step": state.step, "files": files}
-            write_json(temporary / MANIFEST, manifest)
+            manifest = Manifest(step=state.step, files=files)
+            write_json(temporary / MANIFEST, manifest.model_dump())
             for folder in (path for path in temporary.rglob("*") if path.is_dir()):
                 _sync(folder)
             _sync(temporary)
@@ -154,15 +170,15 @@ class Checkpoints:
         """What is wrong with a checkpoint, in words; each rank checks its share of the files."""
         try:
             files = read_manifest(folder)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError) as error:
             fault: str | None = f"{MANIFEST}: {error}"
         else:
             share = list(files)[self.engine.rank :: self.engine.world_size]
             fault = first_fault(folder, {name: files[name] for name in share})
         return next(filter(None, self.engine.gather(fault)), None)
 
-    def _seal_own_files(self, temporary: Path) -> dict[str, dict[str, Any]]:
-        """Sync this rank's files to disk; {relative name: {size, sha256}}."""
+    def _seal_own_files(self, temporary: Path) -> dict[str, Fingerprint]:
+        """Sync this rank's files to disk and fingerprint them, by relative name."""
         files = sorted(path for path in temporary.rglob("*") if path.is_file())
         own = [path for path in files if _writer_of(path) == self.engine.rank]
         for path in own:
@@ -187,23 +203,23 @@ class Checkpoints:
         return next(path for path in numbered if not path.exists())
 
 
-def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
-    """{relative name: {size, sha256}} of a checkpoint.
+def read_manifest(folder: Path) -> dict[str, Fingerprint]:
+    """The files of a checkpoint, by relative name.
 
     Raises:
         ValueError: it is not a manifest of this format and step, or it does not list every file
             that lies there (DeepSpeed would unpickle any that carries the right name).
     """
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    if manifest["format"] != FORMAT:
-        raise ValueError(f"format {manifest['format']} is not {FORMAT}")
-    if folder.name != step_name(manifest["step"]):
-        raise ValueError(f"it is of step {manifest['step']}")
-    files: dict[str, dict[str, Any]] = manifest["files"]
+    try:
+        manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
+    except pydantic.ValidationError as error:
+        raise ValueError(f"no manifest of format 1: {error.errors()[0]['msg']}") from None
+    if folder.name != step_name(manifest.step):
+        raise ValueError(f"it is of step {manifest.step}")
     present = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    if unlisted := present - files.keys() - {MANIFEST}:
+    if unlisted := present - manifest.files.keys() - {MANIFEST}:
         raise ValueError(f"{min(unlisted)} is not listed")
-    return files
+    return manifest.files
 
 
 def step_name(step: int) -> str:
@@ -211,27 +227,27 @@ def step_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def first_fault(folder: Path, files: dict[str, dict[str, Any]]) -> str | None:
+def first_fault(folder: Path, files: dict[str, Fingerprint]) -> str | None:
     """The first of `files` that is missing or differs from its manifest entry, in words."""
     for name, expected in files.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
         size = path.stat().st_size
-        if size != expected["size"]:
-            return f"{name} has {size} bytes instead of {expected['size']}"
+        if size != expected.size:
+            return f"{name} has {size} bytes instead of {expected.size}"
         if fingerprint(path) != expected:
             return f"{name} does not match its SHA-256"
     return None
 
 
-def fingerprint(path: Path) -> dict[str, Any]:
-    """{'size': bytes, 'sha256': hex} of a file."""
+def fingerprint(path: Path) -> Fingerprint:
+    """Size and SHA-256 of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 22):
             digest.update(block)
-        return {"size": file.tell(), "sha256": digest.hexdigest()}
+        return Fingerprint(size=file.tell(), sha256=digest.hexdigest())
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,0 +1,222 @@
+"""A checkpoint is complete or invisible, and nothing damaged is ever loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from routedvit.training import checkpoint as module
+from routedvit.training.checkpoint import Checkpoints, RunState, read_manifest
+from routedvit.training.config import ConfigError
+from tests.unit.training.fake_engine import FakeEngine
+
+
+@pytest.fixture(autouse=True)
+def _one_writer(monkeypatch):
+    """The fake writes the files of two ranks, so it must also seal those of the second."""
+    monkeypatch.setattr(module, "_writer_of", lambda path: 0)
+
+
+@pytest.fixture
+def engine():
+    return FakeEngine()
+
+
+def save(engine, folder: Path, step: int, keep: int = 3) -> Path:
+    engine.value = step
+    return Checkpoints(folder, engine, keep=keep).save(RunState(step=step, samples_seen=8 * step))
+
+
+def load(folder: Path, told: list[str] | None = None) -> tuple[RunState | None, FakeEngine]:
+    engine = FakeEngine()
+    engine.value = -1
+    lines = told if told is not None else []
+    return Checkpoints(folder, engine, keep=3, tell=lines.append).load_newest(), engine
+
+
+def test_what_is_saved_comes_back(engine, tmp_path):
+    state = RunState(step=3, samples_seen=24, best={"val/top1": 7.5}, config={"a": [1]})
+    engine.value = 3
+    Checkpoints(tmp_path / "new" / "folder", engine, keep=1).save(state)
+    loaded, engine = load(tmp_path / "new" / "folder")
+    assert loaded.best == {"val/top1": 7.5}
+    assert (loaded.step, loaded.samples_seen, loaded.config) == (3, 24, {"a": [1]})
+    assert (loaded.world_size, loaded.zero_stage) == (1, 2)
+    assert engine.value == 3
+
+
+def test_an_empty_folder_has_none(tmp_path):
+    assert load(tmp_path / "missing")[0] is None
+
+
+def test_the_manifest_covers_every_file(engine, tmp_path):
+    folder = save(engine, tmp_path, 1)
+    files = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+    assert set(read_manifest(folder)) == files - {"manifest.json"}
+    assert (tmp_path / "latest").read_text() == "step_00000001\n"
+
+
+def test_the_oldest_go(engine, tmp_path):
+    for step in (1, 2, 3, 4):
+        save(engine, tmp_path, step, keep=2)
+    assert sorted(os.listdir(tmp_path)) == ["latest", "step_00000003", "step_00000004"]
+
+
+def test_a_step_saved_twice_is_written_once(engine, tmp_path):
+    folder = save(engine, tmp_path, 1)
+    before = folder.stat().st_mtime_ns
+    save(engine, tmp_path, 1)
+    assert folder.stat().st_mtime_ns == before
+
+
+STATE = "deepspeed/zero_pp_rank_1_mp_rank_00_optim_states.pt"
+
+
+def flip_a_bit(folder: Path) -> None:
+    data = bytearray((folder / STATE).read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / STATE).write_bytes(data)
+
+
+def cut_the_end(folder: Path) -> None:
+    (folder / STATE).write_bytes((folder / STATE).read_bytes()[:-1])
+
+
+def lose_a_file(folder: Path) -> None:
+    (folder / STATE).unlink()
+
+
+def add_a_file(folder: Path) -> None:
+    (folder / "deepspeed" / "mp_rank_00_model_states.pt").write_text("a pickle")
+
+
+def lose_the_manifest(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+
+
+def garble_the_manifest(folder: Path) -> None:
+    (folder / "manifest.json").write_text('{"format"')
+
+
+def empty_the_manifest(folder: Path) -> None:
+    (folder / "manifest.json").write_text("[]")
+
+
+def swap_in_another_step(folder: Path) -> None:
+    shutil.rmtree(folder)
+    shutil.copytree(folder.with_name("step_00000001"), folder)
+
+
+def alter_the_run_state(folder: Path) -> None:
+    state = json.loads((folder / "run_state.json").read_text())
+    (folder / "run_state.json").write_text(json.dumps(state | {"step": 7}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "word"),
+    [
+        (flip_a_bit, "SHA-256"),
+        (cut_the_end, "bytes instead of"),
+        (lose_a_file, "is missing"),
+        (add_a_file, "is not listed"),
+        (lose_the_manifest, "manifest.json"),
+        (garble_the_manifest, "manifest.json"),
+        (empty_the_manifest, "manifest.json"),
+        (swap_in_another_step, "of step 1"),
+        (alter_the_run_state, "run_state.json"),
+    ],
+)
+def test_a_damaged_newest_is_named_and_the_one_before_is_used(engine, tmp_path, damage, word):
+    save(engine, tmp_path, 1)
+    damage(save(engine, tmp_path, 2))
+    told: list[str] = []
+    state, engine = load(tmp_path, told)
+    assert state.step == 1
+    assert engine.value == 1
+    assert len(told) == 1
+    assert "step_00000002" in told[0]
+    assert word in told[0]
+    assert (tmp_path / "latest").read_text() == "step_00000001\n"
+    # The damaged one is out of the way, so the run can reach and save that step again.
+    save(engine, tmp_path, 2)
+    assert load(tmp_path)[0].step == 2
+
+
+def test_all_damaged_is_an_error_and_not_a_silent_fresh_start(engine, tmp_path):
+    flip_a_bit(save(engine, tmp_path, 1))
+    with pytest.raises(ConfigError, match="--fresh"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(("attribute", "word"), [("world_size", "ranks"), ("zero_stage", "ZeRO")])
+def test_another_layout_is_refused_naming_both_numbers(engine, tmp_path, attribute, word):
+    setattr(engine, attribute, 7)
+    Checkpoints(tmp_path, engine, keep=1).save(RunState(step=1))
+    with pytest.raises(ConfigError, match=word) as caught:
+        load(tmp_path)
+    assert "= 7" in str(caught.value)
+    assert f"= {getattr(FakeEngine, attribute)}" in str(caught.value)
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_kill_at_any_moment_of_a_save_leaves_a_loadable_checkpoint(tmp_path, monkeypatch):
+    """Counts the system calls that change the disk and dies at each in turn."""
+    calls = 0
+    die_at: int | None = None
+
+    def counted(function):
+        def wrapper(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == die_at:
+                raise Killed
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    monkeypatch.setattr(os, "fsync", counted(os.fsync))
+    for name in ("rename", "replace", "mkdir", "write_text"):
+        monkeypatch.setattr(Path, name, counted(getattr(Path, name)))
+    monkeypatch.setattr(shutil, "rmtree", counted(shutil.rmtree))
+
+    engine = FakeEngine()
+    save(engine, tmp_path / "count", 1)
+    calls = 0
+    save(engine, tmp_path / "count", 2, keep=1)
+    total = calls
+    assert total > 10
+
+    for moment in range(1, total + 1):
+        folder = tmp_path / str(moment)
+        die_at = None
+        save(engine, folder, 1)
+        calls, die_at = 0, moment
+        with pytest.raises(Killed):
+            save(engine, folder, 2, keep=1)
+        die_at = None
+        state, loaded = load(folder)
+        assert state.step in (1, 2)
+        assert loaded.value == state.step
+        latest = (folder / "latest").read_text().strip()
+        assert latest == f"step_{state.step:08d}"  # after the load
+        save(engine, folder, 3)  # and the next save cleans up
+        assert not list(folder.glob(".*"))
+
+
+def test_latest_never_names_what_is_not_there(engine, tmp_path, monkeypatch):
+    save(engine, tmp_path, 1)
+
+    def crash(self, target):
+        raise Killed
+
+    monkeypatch.setattr(Path, "rename", crash)
+    with pytest.raises(Killed):
+        save(engine, tmp_path, 2)
+    assert (tmp_path / "latest").read_text() == "step_00000001\n"

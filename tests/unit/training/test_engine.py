@@ -1,0 +1,146 @@
+"""The engine as one process: mistakes in words, evaluation leaves no trace, a quick start.
+
+What needs several ranks or ZeRO-3 is in tests/integration/test_engine_stages.py.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from routedvit.training import engine as module
+from routedvit.training.config import ConfigError
+from routedvit.training.engine import Engine
+from routedvit.training.native_config import resolve_native_config
+from routedvit.training.objectives import SupervisedObjective, build_loss
+from routedvit.training.optim import build_optimizer
+
+
+@pytest.fixture(scope="module")
+def world():
+    environment = dict(os.environ)
+    yield module.start()
+    module.stop()
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+def make(world, user, dtype="fp32", **loss):
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", num_classes=3, img_size=32)
+    native = resolve_native_config(
+        user,
+        batch_size=4,
+        micro_batch_size=2,
+        world_size=1,
+        grad_clip=1.0,
+        dtype=dtype,
+        num_parameters=100_000,
+    )
+    objective = SupervisedObjective(model, build_loss("softmax"))
+    optimizer = build_optimizer(model, name="adamw", lr=1e-3, weight_decay=0.1)
+    return Engine(world, objective, optimizer, native)
+
+
+@pytest.fixture(scope="module", params=["fp32", "bf16"])
+def engine(world, request):
+    return make(world, {"zero_optimization": {"stage": 1}}, request.param)
+
+
+def batches():
+    generator = torch.Generator().manual_seed(0)
+    return [
+        {"image": torch.randn(2, 3, 32, 32, generator=generator), "target": torch.tensor([0, 2])}
+        for _ in range(2)
+    ]
+
+
+def test_plain_python_is_a_world_of_one(world):
+    assert (world.rank, world.size, world.device.type) == (0, 1, "cpu")
+
+
+def test_a_step_learns_and_tells(engine):
+    results = [engine.train_step(batches()) for _ in range(5)]
+    assert results[-1].loss < results[0].loss
+    assert results[0].grad_norm > 0
+    assert 0 <= results[0].metrics["top1"] <= 100
+    assert not any(result.skipped or result.stop for result in results)
+
+
+def test_a_wish_to_stop_comes_back(engine):
+    assert engine.train_step(batches(), stop=True).stop
+
+
+def test_a_step_that_is_not_finite_changes_nothing(engine):
+    before = {name: value.clone() for name, value in engine.full_parameters()}
+    poisoned = batches()
+    poisoned[1]["image"][0] = torch.inf
+    result = engine.train_step(poisoned)
+    assert result.skipped
+    assert all(torch.equal(before[name], value) for name, value in engine.full_parameters())
+    assert not engine.train_step(batches()).skipped
+
+
+def test_evaluation_leaves_train_mode_and_gradients_as_they_were(engine):
+    with engine.evaluating() as model:
+        assert not model.training
+        logits = model(torch.zeros(1, 3, 32, 32))
+        assert not logits.requires_grad
+    assert engine.model.training
+    assert torch.is_grad_enabled()
+
+
+def test_full_parameters_are_fp32(engine):
+    assert all(value.dtype == torch.float32 for _, value in engine.full_parameters())
+
+
+def test_a_typo_inside_a_block_gets_the_nearest_key(world):
+    with pytest.raises(ConfigError) as caught:
+        make(world, {"zero_optimization": {"stage": 1, "overlap_com": True}})
+    assert "deepspeed.zero_optimization.overlap_com" in str(caught.value)
+    assert "'overlap_comm'" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_wrong_type_inside_a_block_names_the_key(world):
+    with pytest.raises(ConfigError, match=r"deepspeed\.zero_optimization\.stage"):
+        make(world, {"zero_optimization": {"stage": 7}})
+
+
+def test_fp16_is_refused_in_words_where_the_device_has_none(world):
+    if module.get_accelerator().is_fp16_supported():
+        pytest.skip("this device has fp16")
+    with pytest.raises(ConfigError, match=r"precision\.dtype"):
+        make(world, {"zero_optimization": {"stage": 1}}, "fp16")
+
+
+START = """
+import sys, torch
+from routedvit.training import engine
+from routedvit.training.native_config import resolve_native_config
+world = engine.start()
+module = torch.nn.Module()
+module.model = torch.nn.Linear(2, 2)
+module.forward = lambda image, target: (module.model(image).sum(), {})
+native = resolve_native_config({"zero_optimization": {"stage": 2}}, batch_size=1, grad_clip=None,
+    micro_batch_size=1, world_size=1, dtype="fp32", num_parameters=1)
+built = engine.Engine(world, module, torch.optim.AdamW(module.parameters()), native)
+built.train_step([{"image": torch.ones(1, 2), "target": torch.zeros(1)}])
+assert "torch._inductor.compile_fx" not in sys.modules, "Inductor was loaded"
+"""
+
+
+def test_a_start_compiles_nothing_and_ends_cleanly(tmp_path):
+    """No C++ extension is built and Inductor is not loaded: together 30 to 40 s of a cold start."""
+    environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        environment.pop(name, None)
+    root = Path(__file__).parents[3]
+    subprocess.run([sys.executable, "-c", START], env=environment, cwd=root, check=True)
+    assert not (tmp_path / "extensions").exists()
