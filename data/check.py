@@ -26,7 +26,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data.decode import decode, open_image
+from data.decode import MAX_PIXELS, decode, open_image
 from data.errors import BadSample, DataError
 from data.manifest import MANIFEST_NAME, Manifest, ShardEntry, read_manifest, sha256_of
 from data.manifest import write_manifest as save_manifest
@@ -34,7 +34,6 @@ from data.shards import match
 from data.statistics import ShardStatistics, combine
 from data.tar_index import TarIndex, read_index
 
-MAX_PIXELS = 200_000_000
 MAX_LINES = 50  # findings printed; the count is of all
 
 

@@ -82,6 +82,12 @@ class AugmentConfig(_Section):
         default="pixel", description="timm: what erased areas are filled with."
     )
     re_count: int = Field(default=1, ge=1, description="timm: most areas erased in one image.")
+    repeats: int = Field(
+        default=1,
+        ge=1,
+        description="Repeated augmentation: each sample comes so many times in a row, augmented "
+        "differently. The schedule's epochs keep their length and see that much fewer samples.",
+    )
     rotate: float = Field(default=10.0, ge=0, description="light: largest rotation, in degrees.")
     translate: Fraction = Field(
         default=0.08, description="light: largest shift, as a share of width and height."

@@ -14,7 +14,9 @@ from PIL import Image
 
 from data.errors import BadSample
 
-FORMATS = ("JPEG", "PNG", "WEBP")
+EXTENSION_OF_FORMAT = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+FORMATS = tuple(EXTENSION_OF_FORMAT)
+MAX_PIXELS = 170_000_000  # for tools; Pillow itself refuses from 178,956,971 on
 MODE_OF_CHANNELS = {1: "L", 3: "RGB"}
 # Deeper modes (I;16, I, F) convert to 8 bits by clipping, which whitens the image without a word.
 EIGHT_BIT_MODES = frozenset(

@@ -46,7 +46,11 @@ def build_train_loader(
     """
     shards = resolve(config.train.shards)
     order = SampleOrder(
-        shards.sizes, seed=seed, shuffle_buffer=config.shuffle_buffer, streams=config.streams
+        shards.sizes,
+        seed=seed,
+        shuffle_buffer=config.shuffle_buffer,
+        streams=config.streams,
+        repeats=config.augment.repeats,
     )
     readers = world_size * max(1, config.num_workers)
     if len(shards.paths) < readers:

@@ -14,6 +14,10 @@ every epoch. In an epoch
 S comes from the config or the data, never from the world. Rank r of R takes p = r (mod R); with R
 dividing S a rank owns whole streams. The cursor of a run is the one integer p, so resume is a seek.
 
+Repeated augmentation (Hoffer et al., arXiv:1901.09335) shows each sample in K turns of its stream
+that follow each other, and so in the same batch if that is large enough. An epoch then takes K N
+positions.
+
 Cost: nothing is precomputed. A block of 4096 places is ordered from its 4096 + 2 * buffer
 neighbours when the first of them is asked for, about a millisecond; memory is a block per stream.
 
@@ -78,12 +82,14 @@ class SampleOrder:
         seed: int,
         shuffle_buffer: int,
         streams: int | None = None,
+        repeats: int = 1,
     ) -> None:
         self.sizes = np.asarray(shard_sizes, dtype=np.int64)
         self.num_samples = int(self.sizes.sum())
         self.streams = streams or default_streams(len(self.sizes))
         self.seed = seed
         self.buffer = shuffle_buffer
+        self.repeats = repeats
         if self.streams > self.num_samples:
             raise DataError(
                 f"data.streams is {self.streams} and the set has {self.num_samples} samples; "
@@ -94,6 +100,7 @@ class SampleOrder:
 
     def locate(self, positions: np.ndarray) -> Place:
         """The samples at `positions` (int64 [n], any order)."""
+        positions = self._without_repeats(positions)
         epoch = positions // self.num_samples
         stream = positions % self.streams
         turn = self._turns_before(positions, stream)
@@ -106,6 +113,7 @@ class SampleOrder:
         They stand in for a sample that cannot be used: a function of the data alone, so every
         world puts the same sample in its place.
         """
+        position = self._without_repeats(position)
         epoch, stream = position // self.num_samples, position % self.streams
         begins = self._epoch(epoch).span_begins
         length = int(begins[stream + 1] - begins[stream])
@@ -114,6 +122,11 @@ class SampleOrder:
         )
         turns = (first + np.arange(1, min(length, PLACES), dtype=np.int64)) % length
         return self._resolve(np.full_like(turns, epoch), np.full_like(turns, stream), turns)
+
+    def _without_repeats(self, positions: Any) -> Any:
+        """The positions that the same samples have with `repeats` 1; integers or arrays."""
+        turns = positions // self.streams
+        return turns // self.repeats * self.streams + positions % self.streams
 
     def _turns_before(self, positions: Any, streams: Any) -> Any:
         """How many positions below `positions` belong to `streams`; integers or arrays."""

@@ -4,9 +4,9 @@
     python -m data.order ... --epoch 1 --steps 0:2 --world-size 4 --rank 1 --workers 2
 
 --steps A:B are steps of the run, A included and B not; with --epoch E they count from the first
-step that begins in epoch E. --seed, --streams and --shuffle-buffer must be those of the run. With
---world-size each line names the rank, and with --workers the loader process that made the row in a
-run begun at step 0 (`--begin` for one resumed later).
+step that begins in epoch E. --seed, --streams, --shuffle-buffer and --repeats must be those of the
+run. With --world-size each line names the rank, and with --workers the loader process that made the
+row in a run begun at step 0 (`--begin` for one resumed later).
 """
 
 from __future__ import annotations
@@ -36,11 +36,14 @@ def rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         seed=arguments.seed,
         shuffle_buffer=arguments.shuffle_buffer,
         streams=arguments.streams,
+        repeats=arguments.repeats,
     )
     check_world(order.streams, batch, world)
     micro = arguments.micro_batch_size or batch // world
     reader = ShardReader(shards)
-    first = -(-arguments.epoch * order.num_samples // batch) if arguments.epoch else 0
+    first = (
+        -(-arguments.epoch * order.num_samples * order.repeats // batch) if arguments.epoch else 0
+    )
     for step in range(first + arguments.steps[0], first + arguments.steps[1]):
         positions = np.arange(step * batch, (step + 1) * batch, dtype=np.int64)
         place = order.locate(positions)
@@ -79,6 +82,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         default=defaults["shuffle_buffer"].default,
         help="data.shuffle_buffer (%(default)s)",
     )
+    parser.add_argument("--repeats", type=int, default=1, help="data.augment.repeats (1)")
     parser.add_argument("--world-size", type=int, default=1, help="ranks (1)")
     parser.add_argument("--rank", type=int, help="only the rows of this rank")
     parser.add_argument("--workers", type=int, default=0, help="data.num_workers")

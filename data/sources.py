@@ -1,8 +1,8 @@
-"""Where shards are made from: each source yields encoded images with labels, split by split.
+"""Where shards are made from: each source names its splits and the samples in them.
 
-A source answers `splits()`: the name of each split and its samples as a sequence of small
-references, each able to `read()` its bytes. Sequences, so that shards can be written in parallel
-and a stopped writer can go on; references, so that no image is in memory before its shard is.
+A split is a sequence of small references, each able to `read()` its encoded bytes. A sequence, so
+that shards can be written in parallel and a stopped writer can go on; references, so that no image
+is in memory before its shard is. Lists and dataset objects are in `data.listings`.
 """
 
 from __future__ import annotations
@@ -132,10 +132,7 @@ def _image_folder(root: Path, label_names: list[str] | None) -> Split:
         for path in sorted((root / name).rglob("*")):
             if path.suffix[1:].lower() in IMAGE_EXTENSIONS and path.is_file():
                 key = safe_key(str(path.relative_to(root).with_suffix("")))
-                while key in keys:  # a.jpg beside a.png, or names that differ in unsafe characters
-                    key += "_"
-                keys.add(key)
-                references.append(FileReference(key, path, label))
+                references.append(FileReference(unique_key(key, keys), path, label))
     if not references:
         raise DataError(
             f"{root} holds no images in class folders; expected {root}/CLASS/NAME with one of "
@@ -147,6 +144,17 @@ def _image_folder(root: Path, label_names: list[str] | None) -> Split:
 def safe_key(name: str) -> str:
     """`name` with everything that is not a letter, digit, '_', '-' or '/' replaced by '_'."""
     return "".join(c if c.isascii() and (c.isalnum() or c in "_-/") else "_" for c in name)
+
+
+def unique_key(key: str, taken: set[str]) -> str:
+    """`key`, with as many '_' as it takes to differ from those `taken`, and adds it there.
+
+    a.jpg beside a.png is one reason, names that differ in unsafe characters only another.
+    """
+    while key in taken:
+        key += "_"
+    taken.add(key)
+    return key
 
 
 def idx_splits(root: Path) -> dict[str, Split]:

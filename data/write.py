@@ -3,6 +3,8 @@
     python -m data.write --source mnist --out shards/mnist
     python -m data.write --source folder --path photographs --held-out 0.1 --out shards/photographs
     python -m data.write --source idx --path fashion-mnist --out shards/fashion
+    python -m data.write --source list --path images.csv --label-column species --out shards/birds
+    python -m data.write --source dataset --name torch/cifar10 --path downloads --out shards/cifar
 
 Writes OUT/train and OUT/val, each with its manifest; a split whose manifest is there and whose
 shards have the right sizes is left alone, so a stopped run is simply started again. Samples are
@@ -19,6 +21,8 @@ from data.errors import DataError
 from data.manifest import MANIFEST_NAME, Manifest, read_manifest
 from data.sources import Split, folder_splits, idx_splits, mnist_splits
 from data.writer import Encoding, write_split
+
+SOURCES = ("mnist", "folder", "idx", "list", "dataset")
 
 
 def complete(folder: Path) -> Manifest | None:
@@ -37,11 +41,23 @@ def splits_of(arguments: argparse.Namespace) -> dict[str, Split]:
     """The splits of the source that the arguments name."""
     if arguments.source == "mnist":
         return mnist_splits()
-    if arguments.path is None:
-        raise DataError(f"--source {arguments.source} needs --path, the folder with the images")
+    path, held_out = arguments.path, arguments.held_out
+    if path is None:
+        raise DataError(f"--source {arguments.source} needs --path: where the images are")
     if arguments.source == "folder":
-        return folder_splits(arguments.path, arguments.held_out)
-    return idx_splits(arguments.path)
+        return folder_splits(path, held_out)
+    if arguments.source == "idx":
+        return idx_splits(path)
+    # timm's datasets import torch: seconds that the other sources need not wait
+    from data.listings import list_splits, named_dataset_splits
+
+    if arguments.source == "list":
+        return list_splits(path, arguments.image_column, arguments.label_column, held_out)
+    if arguments.name is None:
+        raise DataError("--source dataset needs --name, timm's name of it, such as torch/cifar10")
+    return named_dataset_splits(
+        arguments.name, path, {"train": "train", "val": arguments.val_split}
+    )
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -51,19 +67,34 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--source", required=True, choices=("mnist", "folder", "idx"))
-    parser.add_argument("--path", type=Path, help="the images to read (folder and idx)")
+    parser.add_argument("--source", required=True, choices=SOURCES)
+    parser.add_argument("--path", type=Path, help="folder or file to read (all but mnist)")
+    parser.add_argument("--name", help="dataset: timm's name, such as torch/cifar10 or hfds/mnist")
+    parser.add_argument("--val-split", default="validation", help="dataset: the split for val")
+    parser.add_argument("--image-column", default="image", help="list: column with the paths")
+    parser.add_argument("--label-column", default="label", help="list: column with the classes")
     parser.add_argument("--out", type=Path, required=True, help="folder that gets train/ and val/")
     parser.add_argument("--shard-size", type=int, help="samples per shard (mnist: 250; else 1000)")
     parser.add_argument(
-        "--held-out", type=float, default=0.0, help="share of each class for val (folder)"
+        "--held-out",
+        type=_share,
+        default=0.0,
+        help="folder, list: share of each class for val",
     )
     parser.add_argument(
-        "--resize", type=int, help="shrink the shorter side to this; images are re-encoded"
+        "--resize", type=int, help="shrink the shorter side to this; those images are encoded anew"
     )
-    parser.add_argument("--quality", type=int, default=90, help="JPEG quality with --resize")
+    parser.add_argument("--encode", choices=("jpg", "png", "webp"), help="encode all images so")
+    parser.add_argument("--quality", type=int, default=90, help="quality of what is encoded anew")
     parser.add_argument("--jobs", type=int, default=1, help="processes that write shards")
     return parser.parse_args(arguments)
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no share; give a number from 0 to below 1")
+    return value
 
 
 def run(arguments: argparse.Namespace) -> list[str]:
@@ -72,7 +103,8 @@ def run(arguments: argparse.Namespace) -> list[str]:
     manifests = {name: complete(arguments.out / name) for name in ("train", "val")}
     if all(manifests.values()):
         return [
-            f"{arguments.out / name}: complete already: {summary(manifest)}"
+            f"{arguments.out / name} is complete already (remove it to write it anew): "
+            f"{summary(manifest)}"
             for name, manifest in manifests.items()
             if manifest
         ]
@@ -82,7 +114,7 @@ def run(arguments: argparse.Namespace) -> list[str]:
         manifest = complete(folder)
         if manifest is None:
             size = arguments.shard_size or (250 if arguments.source == "mnist" else 1000)
-            encoding = Encoding(arguments.resize, arguments.quality)
+            encoding = Encoding(arguments.resize, arguments.encode, arguments.quality)
             manifest = write_split(split, folder, size, encoding, arguments.jobs)
         lines.append(f"{folder}: {summary(manifest)}")
     return lines
@@ -104,6 +136,9 @@ def main(arguments: list[str] | None = None) -> int:
     except DataError as error:
         print(f"data.write: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("data.write: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
     return 0
 
 

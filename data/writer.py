@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from data.decode import open_image
+from data.decode import EXTENSION_OF_FORMAT, MAX_PIXELS, open_image
 from data.errors import BadSample, DataError
 from data.manifest import (
     MANIFEST_NAME,
@@ -40,31 +40,41 @@ from data.sources import Encoded, Reference, Split
 from data.statistics import ShardStatistics, combine
 
 PARTS = ".parts"
-MAX_PIXELS = 200_000_000
+FORMAT_OF_EXTENSION = {extension: name for name, extension in EXTENSION_OF_FORMAT.items()}
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """What is done to an image before it is stored. Without `resize` its bytes are copied."""
+    """What is done to an image before it is stored; by default nothing: its bytes are copied."""
 
-    resize: int | None = None  # pixels of the shorter side; smaller images stay as they are
+    resize: int | None = None  # pixels of the shorter side; smaller images keep their size
+    kind: str | None = None  # encode anew as jpg, png or webp; None: only what was resized
     quality: int = 90
 
     def apply(self, sample: Encoded) -> Encoded:
         """The sample as it goes into the shard. BadSample when it is no image we can read back."""
         image = open_image(sample.payload, MAX_PIXELS)
-        if self.resize is None or min(image.size) <= self.resize:
+        shrink = self.resize is not None and min(image.size) > self.resize
+        if not shrink and self.kind in (None, EXTENSION_OF_FORMAT[image.format or ""]):
             return sample
-        scale = self.resize / min(image.size)
-        size = (round(image.width * scale), round(image.height * scale))
-        # draft decodes a JPEG at a lower resolution that is still above the one wanted
-        image.draft(None, size)
-        small = image.convert("L" if image.mode == "L" else "RGB").resize(
-            size, Image.Resampling.BICUBIC
-        )
+        try:
+            return self._encoded(sample, image, shrink)
+        except Exception as error:  # as in data.decode: hostile bytes fail in many ways
+            raise BadSample(f"cannot be decoded ({type(error).__name__}: {error})") from error
+
+    def _encoded(self, sample: Encoded, image: Image.Image, shrink: bool) -> Encoded:
+        kind = self.kind or EXTENSION_OF_FORMAT[image.format or ""]
+        size = image.size
+        if shrink and self.resize is not None:
+            scale = self.resize / min(size)
+            size = (round(size[0] * scale), round(size[1] * scale))
+            # a JPEG is decoded at half or a quarter of its size while that is above the one wanted
+            image.draft(None, size)
+        pixels = image.convert("L" if image.mode in ("L", "1") else "RGB")
+        if pixels.size != size:
+            pixels = pixels.resize(size, Image.Resampling.BICUBIC)
         buffer = io.BytesIO()
-        kind = "png" if sample.extension == "png" else "jpg"
-        small.save(buffer, format="PNG" if kind == "png" else "JPEG", quality=self.quality)
+        pixels.save(buffer, format=FORMAT_OF_EXTENSION[kind], quality=self.quality)
         return sample._replace(extension=kind, payload=buffer.getvalue())
 
 
@@ -91,6 +101,7 @@ def write_split(
     references = [split.references[number] for number in mixed]
     chunks = [references[at : at + shard_size] for at in range(0, len(references), shard_size)]
     (folder / PARTS).mkdir(parents=True, exist_ok=True)
+    _refuse_strangers(folder, {f"{number:06d}.tar" for number in range(len(chunks))})
     (folder / MANIFEST_NAME).unlink(missing_ok=True)  # it would vouch for shards we replace
     _forget_other_plans(folder / PARTS, chunks, encoding)
     work = [
@@ -110,6 +121,17 @@ def write_split(
     write_manifest(folder, manifest)
     shutil.rmtree(folder / PARTS)
     return manifest
+
+
+def _refuse_strangers(folder: Path, ours: set[str]) -> None:
+    """DataError when the folder holds other shards; half-written files of ours are removed."""
+    for path in folder.glob(".*.tar.*"):
+        path.unlink()
+    if strangers := sorted({path.name for path in folder.glob("*.tar")} - ours):
+        raise DataError(
+            f"{folder} holds shards that this command would not write ({strangers[0]} and "
+            f"{len(strangers) - 1} more); give an empty folder as --out, or remove them"
+        )
 
 
 def _forget_other_plans(parts: Path, chunks: list[list[Reference]], encoding: Encoding) -> None:

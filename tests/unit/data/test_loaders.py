@@ -199,3 +199,13 @@ def test_the_probe_is_the_head_of_the_set_on_every_rank(make_set, make_config):
 def test_evaluation_without_shards_says_what_to_set(make_set, make_config):
     with pytest.raises(DataError, match=r"data\.val\.shards"):
         eval_loader(make_config(make_set(SIZES)))
+
+
+def test_repeated_augmentation_fills_a_batch_with_different_views(make_set, make_config):
+    augment = {"mode": "light", "repeats": 4}
+    loader = train_loader(make_config(make_set(SIZES), streams=4, augment=augment), micro=16)
+    batch = next(loader.batches(0))
+    views = {key: set() for key in batch["key"]}
+    for key, image in zip(batch["key"], batch["image"], strict=True):
+        views[key].add(image.numpy().tobytes())
+    assert [len(images) for images in views.values()] == [4] * 4

@@ -82,6 +82,16 @@ def test_the_order_of_a_given_seed_never_changes():
     assert hashlib.sha256(listing.encode()).hexdigest()[:16] == "48c2ddf1c3c185e0"
 
 
+@pytest.mark.parametrize("repeats", [2, 3])
+def test_repeats_show_a_sample_in_turns_that_follow_each_other(repeats):
+    order = SampleOrder(UNEVEN, seed=3, shuffle_buffer=7, streams=4, repeats=repeats)
+    once = SampleOrder(UNEVEN, seed=3, shuffle_buffer=7, streams=4)
+    for stream in range(4):
+        lane = np.arange(stream, 4 * 97, 4)  # 97 turns
+        turns = samples(order, np.arange(stream, 4 * 97 * repeats, 4))
+        assert turns == [sample for sample in samples(once, lane) for _ in range(repeats)]
+
+
 def test_substitutes_are_the_rest_of_the_stream_in_order():
     order = SampleOrder(UNEVEN, seed=3, shuffle_buffer=7, streams=4)
     stream = list(range(97 + 2, 194, 4))  # epoch 1: positions 97..193; those with p % 4 == 3

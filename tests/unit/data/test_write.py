@@ -14,6 +14,7 @@ import webdataset
 from PIL import Image
 
 from data import check, order_cli, write
+from data.listings import dataset_split
 from data.manifest import read_manifest, sha256_of
 from data.shards import resolve
 from data.sources import safe_key
@@ -147,8 +148,7 @@ def test_a_stopped_writer_goes_on_and_leaves_finished_shards_alone(
         return original(job, temporary, statistics)
 
     monkeypatch.setattr(data.writer, "_publish", stopping)
-    with pytest.raises(KeyboardInterrupt):
-        write.main(command)
+    assert write.main(command) == 130
     assert not (out / "train" / "manifest.json").exists()
     monkeypatch.setattr(data.writer, "_publish", original)
     before = [(out / "train" / name).stat().st_mtime_ns for name in written]
@@ -239,3 +239,75 @@ def test_order_refuses_a_world_that_does_not_fit(make_set, capsys):
     command = ["--shards", str(make_set([5] * 4)), "--seed", "0", "--batch-size", "8"]
     assert order_cli.main([*command, "--steps", "0:1", "--world-size", "3"]) == 2
     assert "rank counts that fit: 1, 2, 4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("numeric", [False, True])
+def test_a_csv_list_becomes_shards(photographs, tmp_path, numeric):
+    rows = [(path, path.parent.name) for path in sorted(photographs.rglob("img*"))]
+    lines = [f"{p.relative_to(tmp_path)},{2 if numeric else name},x" for p, name in rows]
+    (tmp_path / "list.csv").write_text("\n".join(["file,species,note", *lines]))
+    out = tmp_path / "out"
+    command = ["--source", "list", "--path", str(tmp_path / "list.csv"), "--out", str(out)]
+    assert write.main([*command, "--image-column", "file", "--label-column", "species"]) == 0
+    manifest = read_manifest(out / "train" / "manifest.json")
+    assert manifest.class_counts == ([0, 0, 24] if numeric else [12, 12])
+    assert manifest.label_names == (["0", "1", "2"] if numeric else ["cat", "dog.v2"])
+    assert check.main([str(out / "train")]) == 0
+
+
+def test_a_list_without_the_named_column_says_which_it_has(tmp_path, capsys):
+    (tmp_path / "list.csv").write_text("file,species\na.png,cat\n")
+    command = ["--source", "list", "--path", str(tmp_path / "list.csv")]
+    assert write.main([*command, "--out", str(tmp_path / "out")]) == 2
+    assert "row 1 has no 'image' (columns: file, species)" in capsys.readouterr().err
+
+
+def test_a_torchvision_dataset_becomes_shards_by_its_timm_name(tmp_path):
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for prefix, count in (("train", 30), ("t10k", 10)):
+        pixels, labels = bytes(count * 784), bytes(n % 10 for n in range(count))
+        header = struct.pack(">4B3i", 0, 0, 8, 3, count, 28, 28)
+        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(header + pixels)
+        header = struct.pack(">4Bi", 0, 0, 8, 1, count)
+        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(header + labels)
+    command = ["--source", "dataset", "--name", "torch/fashion_mnist", "--path", str(tmp_path)]
+    assert write.main([*command, "--out", str(tmp_path / "out")]) == 0
+    manifest = read_manifest(tmp_path / "out" / "val" / "manifest.json")
+    assert (manifest.samples, manifest.class_counts, manifest.modes) == (10, [1] * 10, {"L": 10})
+    assert manifest.label_names[9] == "Ankle boot"
+
+
+def test_a_dataset_that_is_not_there_is_said_in_a_line(tmp_path, capsys):
+    command = ["--source", "dataset", "--name", "torch/fashion_mnist", "--path", str(tmp_path)]
+    assert write.main([*command, "--out", str(tmp_path / "out")]) == 2
+    assert "Dataset not found" in capsys.readouterr().err
+
+
+def test_items_of_any_dataset_object_keep_their_encoded_bytes(photographs):
+    paths = sorted(photographs.rglob("img*.jpg"))
+    as_bytes = [{"image": {"bytes": path.read_bytes()}, "label": 1} for path in paths]
+    as_file = [(path.open("rb"), 1) for path in paths]
+    for dataset in (as_bytes, as_file):
+        split = dataset_split(dataset, "x", label_names=["a", "b"])
+        sample = split.references[3].read()
+        assert sample == ("x00000003", "jpg", paths[3].read_bytes(), 1)
+
+
+def test_images_can_be_encoded_anew(photographs, tmp_path):
+    out = tmp_path / "out"
+    command = ["--source", "folder", "--path", str(photographs), "--out", str(out)]
+    assert write.main([*command, "--encode", "webp"]) == 0
+    with tarfile.open(out / "train" / "000000.tar") as tar:
+        kinds = {member.name.rpartition(".")[2] for member in tar}
+    assert kinds == {"webp", "cls"}
+    assert check.main([str(out / "train")]) == 0
+
+
+def test_a_folder_with_other_shards_is_not_mixed_into(photographs, tmp_path, capsys):
+    out = tmp_path / "out"
+    (out / "train").mkdir(parents=True)
+    (out / "train" / "precious.tar").write_bytes(b"")
+    command = ["--source", "folder", "--path", str(photographs), "--out", str(out)]
+    assert write.main(command) == 2
+    assert "precious.tar and 0 more" in capsys.readouterr().err

@@ -1,0 +1,126 @@
+"""Hostile bytes cost little and do nothing: no crash, no other program, no memory to speak of."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data.decode import decode
+from data.errors import BadSample, DataError
+from data.tar_index import read_index
+from tests.unit.data.making import pair, write_tar
+from tests.unit.data.test_faults import bomb
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def encoded(kind: str, mode: str = "RGB", **options: object) -> bytes:
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(buffer, format=kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [
+        *(("JPEG", mode) for mode in ("RGB", "L", "CMYK")),
+        *(("PNG", mode) for mode in ("1", "L", "LA", "P", "RGB", "RGBA")),
+        *(("WEBP", mode) for mode in ("RGB", "RGBA")),
+    ],
+)
+def test_every_usual_mode_becomes_the_models_channels(kind, mode, channels):
+    image = decode(encoded(kind, mode), channels, 10_000)
+    assert (image.mode, image.size) == ({1: "L", 3: "RGB"}[channels], (64, 48))
+
+
+def mutated(content: bytes, rng: random.Random) -> bytes:
+    spoiled = bytearray(content)
+    for _ in range(rng.choice((1, 3, 20))):
+        where = rng.randrange(len(spoiled))
+        action = rng.randrange(4)
+        if action == 0:
+            spoiled[where] ^= 1 << rng.randrange(8)
+        elif action == 1:
+            spoiled[where : where + 4] = rng.choice((b"\xff" * 4, bytes(4)))
+        elif action == 2:
+            del spoiled[where : where + rng.randrange(1, 40)]
+        else:
+            spoiled[where:where] = spoiled[: rng.randrange(40)]
+        if len(spoiled) < 2:
+            break
+    return bytes(spoiled)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_mutated_images_decode_or_are_bad_samples(kind):
+    content, rng = encoded(kind), random.Random(0)
+    for _ in range(400):
+        with contextlib.suppress(BadSample):
+            decode(mutated(content, rng), 3, 1_000_000)
+
+
+def test_mutated_shards_are_indexed_or_refused(tmp_path):
+    path = tmp_path / "x.tar"
+    write_tar(path, [member for n in range(6) for member in pair(f"s{n}", n, 0)])
+    content, rng, refused = path.read_bytes(), random.Random(0), 0
+    for _ in range(400):
+        path.write_bytes(mutated(content, rng))
+        try:
+            index = read_index(path, 6)
+        except DataError:
+            refused += 1
+        else:
+            assert len(index) == 6
+    assert refused > 100
+
+
+def test_a_bomb_is_refused_from_its_header_in_no_time():
+    started = time.perf_counter()
+    for _ in range(20):
+        with pytest.raises(BadSample, match="pixels"):
+            decode(bomb(10_000, 9_000), 3, 50_000_000)
+    assert (time.perf_counter() - started) / 20 < 0.05
+
+
+MEMORY = """
+import resource, sys
+from data.decode import decode
+from data.errors import BadSample
+payloads = [open(name, "rb").read() for name in sys.argv[1:]]
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for payload in payloads:
+    try:
+        decode(payload, 3, 50_000_000)
+    except BadSample:
+        pass
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_bombs_take_no_memory(tmp_path):
+    """A claimed 196 megapixels would be 600 MB; a text chunk that inflates to 1 GB is cut short."""
+    from PIL.PngImagePlugin import PngInfo
+
+    text = PngInfo()
+    text.add_text("comment", "a" * 300_000_000, zip=True)
+    (tmp_path / "text.png").write_bytes(encoded("PNG", pnginfo=text))
+    (tmp_path / "pixels.png").write_bytes(bomb(14_000, 14_000))
+    (tmp_path / "large.png").write_bytes(bomb(12_000, 12_000))
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, *sorted(map(str, tmp_path.iterdir()))],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+    )
+    assert int(done.stdout) < 100_000  # KiB
