@@ -84,7 +84,7 @@ def run(config: RunConfig, fresh: bool, console: Console) -> int:
     model.set_grad_checkpointing(config.train.grad_checkpointing)  # type: ignore[operator]
     loader, eval_loader, image_format = build_loaders(config, model, world, folder)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    engine = build_engine(config, model, world)
+    engine, schedule = build_engine(config, model, world, loader.samples_per_epoch)
 
     # Only now, since a run that cannot be built must not claim or move a folder.
     record = config.model_dump(mode="json")
@@ -96,7 +96,7 @@ def run(config: RunConfig, fresh: bool, console: Console) -> int:
     )
     state = checkpoints.load_newest() or RunState(config=record, versions=versions())
     trainer = build_trainer(
-        config, engine, loader, eval_loader,
+        config, engine, schedule, loader, eval_loader,
         checkpoints=checkpoints, state=state, tensorboard=folder.tensorboard, console=console,
     )  # fmt: skip
     total_steps = trainer.settings.total_steps

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from routedvit.training.checkpoint import Checkpoints, RunState
@@ -20,8 +21,13 @@ from routedvit.training.trainer import Trainer, TrainerSettings
 from routedvit.training.world import World
 
 
-def build_engine(config: RunConfig, model: nn.Module, world: World) -> Engine:
-    """The model under its loss, optimiser and ZeRO. Collective."""
+def build_engine(
+    config: RunConfig, model: nn.Module, world: World, samples_per_epoch: int
+) -> tuple[Engine, Scheduler]:
+    """The model under its loss, optimiser and ZeRO, and the schedule of its learning rate.
+
+    Collective.
+    """
     micro_batch_size, _ = split_batch(
         config.train.batch_size, config.train.micro_batch_size, world.size
     )
@@ -36,12 +42,20 @@ def build_engine(config: RunConfig, model: nn.Module, world: World) -> Engine:
     )
     objective = SupervisedObjective(model, build_loss(**config.loss.model_dump()))
     optimizer = build_optimizer(model, **config.optim.model_dump(), zero_stage=zero_stage(native))
-    return Engine(world, objective, optimizer, native)
+    warmup = config.schedule.warmup_epochs * samples_per_epoch / config.train.batch_size
+    schedule = build_schedule(
+        optimizer,
+        total_steps=config.total_steps(samples_per_epoch),
+        warmup_steps=round(warmup),
+        **config.schedule.model_dump(exclude={"warmup_epochs"}),
+    )
+    return Engine(world, objective, optimizer, native), schedule
 
 
 def build_trainer(
     config: RunConfig,
     engine: Engine,
+    schedule: Scheduler,
     loader: TrainLoader,
     eval_loader: EvalLoader | None,
     *,
@@ -52,14 +66,6 @@ def build_trainer(
 ) -> Trainer:
     """The loop and everything it calls; `state` says where it begins."""
     samples = loader.samples_per_epoch
-    total_steps = config.total_steps(samples)
-    warmup_steps = round(config.schedule.warmup_epochs * samples / config.train.batch_size)
-    schedule = build_schedule(
-        engine.optimizer,
-        total_steps=total_steps,
-        warmup_steps=warmup_steps,
-        **config.schedule.model_dump(exclude={"warmup_epochs"}),
-    )
     progress = build_progress(engine.rank, console.stream)
     writer = build_writer(
         tensorboard,
@@ -90,7 +96,7 @@ def build_trainer(
         checkpoints=checkpoints,
         schedule=schedule,
         settings=TrainerSettings(
-            total_steps=total_steps,
+            total_steps=config.total_steps(samples),
             batch_size=config.train.batch_size,
             seed=config.seed,
             log_every=config.log.every_steps,

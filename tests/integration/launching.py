@@ -13,13 +13,19 @@ ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 
 
-def start(script: Path, *args: object, ranks: int = 2) -> subprocess.Popen[str]:
-    """`deepspeed script args` in a process group of its own; stderr comes with stdout."""
+def start(
+    script: Path, *args: object, ranks: int = 2, quiet: bool = False
+) -> subprocess.Popen[str]:
+    """`deepspeed script args` in a process group of its own; stderr comes with stdout.
+
+    `quiet` keeps the launcher's own lines away, as the Makefile does.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     launcher = Path(sys.executable).with_name("deepspeed")
-    command = [launcher, "--num_accelerators", ranks, "--master_port", port, script, *args]
+    level = ["--log_level", "critical"] if quiet else []
+    command = [launcher, *level, "--num_accelerators", ranks, "--master_port", port, script, *args]
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     return subprocess.Popen(
