@@ -1,30 +1,44 @@
-"""SIGTERM and SIGUSR1 become a flag, so that a run ends at a step boundary with a checkpoint.
+"""Wishes to stop become a flag, so that a run ends at a step boundary with a checkpoint.
 
-Schedulers send one of them some time before they take the machine away, and DeepSpeed's launcher
-passes SIGTERM on to one rank after the other, with 30 s for each. The trainer spreads the flag to
-all ranks with the loss of the step, and all save together.
+Schedulers send SIGTERM or SIGUSR1 some time before they take the machine away, people press Ctrl-C,
+and DeepSpeed's launcher passes SIGTERM on to one rank after the other, with 30 s for each. The
+trainer spreads the flag to all ranks with the loss of the step, and all save together.
+
+One wish arrives as no signal at all: `deepspeed` on a single machine dies of a SIGTERM without
+telling anyone, and its ranks would train on, unseen, in the way of the next start. So a rank under
+a launcher also looks whether that is still there (two small reads from /proc per step).
 """
 
+import os
 import signal
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
 # What `train.py` exits with after such a stop: EX_TEMPFAIL, "try again later".
 REQUEUE_EXIT_CODE = 75
 
+NODE_LAUNCHERS = ("deepspeed.launcher.launch", "torchrun", "torch.distributed.run")
+
 
 class StopSignals:
-    """Within the `with` block, `received` turns True at the first SIGTERM or SIGUSR1.
+    """Within the `with` block SIGTERM, SIGUSR1 and the first SIGINT only make `wanted` true.
 
-    Processes forked inside inherit the harmless handler.
+    Processes forked inside inherit the harmless handler. A second SIGINT interrupts as usual.
     """
 
     def __init__(self) -> None:
-        self.received = False
+        self._received = False
         self._previous: dict[int, Any] = {}
+        self._launchers = launcher_chain()
+
+    @property
+    def wanted(self) -> bool:
+        """Whether this process was asked to stop or has lost its launcher."""
+        return self._received or any(parent_of(pid) != parent for pid, parent in self._launchers)
 
     def __enter__(self) -> "StopSignals":
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             self._previous[number] = signal.signal(number, self._note)
         return self
 
@@ -38,4 +52,38 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = True
+        self._received = True
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def launcher_chain() -> list[tuple[int, int]]:
+    """(process, its parent) pairs that hold as long as the launchers of this process live.
+
+    Empty without a launcher: whoever runs plain `python train.py` may log out. Under `deepspeed`
+    the parent is its per-node launcher, whose own parent is the command the user typed.
+    """
+    me, parent = os.getpid(), os.getppid()
+    command = _command_of(parent)
+    if not any(name in command for name in NODE_LAUNCHERS):
+        return []
+    chain = [(me, parent)]
+    if NODE_LAUNCHERS[0] in command and (grandparent := parent_of(parent)):
+        chain.append((parent, grandparent))
+    return chain
+
+
+def parent_of(pid: int) -> int | None:
+    """Parent of a process, None if there is no such process (or no /proc)."""
+    try:
+        # "pid (name) state parent ...", and the name may hold anything, brackets too.
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return None
+
+
+def _command_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").replace("\0", " ")
+    except OSError:
+        return ""

@@ -102,7 +102,7 @@ class Trainer:
         self.skipped_in_a_row = 0
 
     def fit(self) -> Summary:
-        """Train to the end, or until SIGTERM or SIGUSR1 on any rank; saves in both cases."""
+        """Train to the end, or until any rank wants to stop (see signals.py); saves either way."""
         state, settings = self.state, self.settings
         first, total, stop = state.step + 1, settings.total_steps, False
         self.progress.start(state.step, total)
@@ -133,7 +133,7 @@ class Trainer:
         waited = time.perf_counter() - began
         seed_step(self.settings.seed, state.step, self.engine.rank)
         self.schedule.step_update(state.step)
-        result = self.engine.train_step(micro_batches, stop=self.signals.received)
+        result = self.engine.train_step(micro_batches, stop=self.signals.wanted)
         state.step += 1
         state.samples_seen += self.settings.batch_size
         self.meter.add(time.perf_counter() - began, waited)
