@@ -80,11 +80,15 @@ def run(config: RunConfig, fresh: bool, console: Console) -> int:
     world = engines.start(tf32=config.precision.tf32)
     folder = RunFolder(Path(config.folder))
     num_classes = resolve(config.data.train.shards).num_classes
+    model_kwargs = {"num_classes": num_classes, **config.model.kwargs}
     model = create_model(config.model, num_classes=num_classes, seed=config.seed)
     model.set_grad_checkpointing(config.train.grad_checkpointing)  # type: ignore[operator]
     loader, eval_loader, image_format = build_loaders(config, model, world, folder)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    engine, schedule = build_engine(config, model, world, loader.samples_per_epoch)
+    engine, schedule = build_engine(
+        config, model, world,
+        samples_per_epoch=loader.samples_per_epoch, num_classes=model_kwargs["num_classes"],
+    )  # fmt: skip
 
     # Only now, since a run that cannot be built must not claim or move a folder.
     record = config.model_dump(mode="json")
@@ -110,10 +114,10 @@ def run(config: RunConfig, fresh: bool, console: Console) -> int:
     if not result.finished:
         console.print(f"stopped at step {result.step} and saved; the same command goes on")
         return REQUEUE_EXIT_CODE
-    kwargs = {"num_classes": num_classes, **config.model.kwargs}
     export_model(
-        engine, folder.weights, name=config.model.name, kwargs=kwargs, data_config=image_format
-    )
+        engine, folder.weights,
+        name=config.model.name, kwargs=model_kwargs, data_config=image_format,
+    )  # fmt: skip
     console.print(closing(result, folder))
     return 0
 

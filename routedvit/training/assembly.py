@@ -13,7 +13,7 @@ from routedvit.training.evaluators import build_evaluators
 from routedvit.training.interfaces import EvalLoader, TrainLoader
 from routedvit.training.metrics import build_writer
 from routedvit.training.native_config import resolve_native_config, split_batch, zero_stage
-from routedvit.training.objectives import SupervisedObjective, build_loss
+from routedvit.training.objectives import SupervisedObjective, build_loss, build_mixup
 from routedvit.training.optim import build_optimizer, build_schedule
 from routedvit.training.progress import build_progress
 from routedvit.training.routing_monitor import RoutingMonitor
@@ -22,7 +22,7 @@ from routedvit.training.world import World
 
 
 def build_engine(
-    config: RunConfig, model: nn.Module, world: World, samples_per_epoch: int
+    config: RunConfig, model: nn.Module, world: World, *, samples_per_epoch: int, num_classes: int
 ) -> tuple[Engine, Scheduler]:
     """The model under its loss, optimiser and ZeRO, and the schedule of its learning rate.
 
@@ -40,7 +40,15 @@ def build_engine(
         dtype=config.precision.dtype,
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
     )
-    objective = SupervisedObjective(model, build_loss(**config.loss.model_dump()))
+    mixup = build_mixup(
+        config.loss.mixup,
+        config.loss.cutmix,
+        label_smoothing=config.loss.label_smoothing,
+        num_classes=num_classes,
+        batch_size=micro_batch_size,
+    )
+    loss = build_loss(config.loss.name, config.loss.label_smoothing, mixed=mixup is not None)
+    objective = SupervisedObjective(model, loss, mixup)
     optimizer = build_optimizer(model, **config.optim.model_dump(), zero_stage=zero_stage(native))
     warmup = config.schedule.warmup_epochs * samples_per_epoch / config.train.batch_size
     schedule = build_schedule(

@@ -79,6 +79,10 @@ class LossConfig(Section):
     """Softmax or binary cross-entropy."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Probability mass moved from the label to all classes."""
+    mixup: float = Field(0.0, ge=0)
+    """Mixup's alpha (1710.09412); 0 turns it off. Pairs come from one rank's micro-batch."""
+    cutmix: float = Field(0.0, ge=0)
+    """CutMix's alpha (1905.04899); 0 turns it off. With mixup too, each batch draws one."""
 
 
 class OptimConfig(Section):

@@ -92,8 +92,9 @@ def _first_mistake(error: ValidationError, config_class: type[BaseModel]) -> str
     """One line for the first mistake, with a count of the others."""
     mistakes = error.errors(include_url=False)
     first = mistakes[0]
-    field = ".".join(str(part) for part in first["loc"])
+    field = _field_path(config_class, first["loc"])
     if first["type"] == "extra_forbidden":
+        field = ".".join(map(str, first["loc"]))
         known = _known_keys(config_class, first["loc"][:-1])
         text = f"unknown key {field!r}{nearest(str(first['loc'][-1]), known)}"
         text += f"; known here: {', '.join(known)}"
@@ -115,6 +116,19 @@ def _known_keys(config_class: type[BaseModel], loc: tuple[int | str, ...]) -> li
         inner = _model_inside(field.annotation) if field else None
         section = inner or section  # a list index or the tag of a union names no section
     return list(section.model_fields)
+
+
+def _field_path(config_class: type[BaseModel], loc: tuple[int | str, ...]) -> str:
+    """Dotted path without what pydantic adds for the members of a union, such as '.float'."""
+    path, section = [], config_class
+    for part in loc:
+        path.append(str(part))
+        field = section.model_fields.get(str(part))
+        inner = _model_inside(field.annotation) if field else None
+        if field and inner is None:
+            break
+        section = inner or section
+    return ".".join(path)
 
 
 def _model_inside(annotation: Any) -> type[BaseModel] | None:

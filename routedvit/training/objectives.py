@@ -7,40 +7,72 @@ forward(image, target) -> (scalar loss, {name: scalar}); the engine averages bot
 
 import timm.loss
 import torch
+from timm.data import Mixup
 from torch import nn
+
+from routedvit.training.config import ConfigError
 
 
 class SupervisedObjective(nn.Module):
     """Classification against one label per image.
 
-    The metric `top1` is in percent, on the augmented training images.
+    The metric `top1` is in percent, on the augmented training images; of a mixed image the label
+    is the one with the larger share.
 
     Args:
         model: images [B, C, H, W] -> logits [B, num_classes].
-        loss: (float32 logits [B, num_classes], int64 target [B]) -> scalar.
+        loss: (float32 logits [B, num_classes], target) -> scalar; target is int64 [B], or float
+            [B, num_classes] where `mixup` mixes.
+        mixup: mixes images and labels in training, if not None; needs an even B. It draws from
+            numpy's global generator, which the trainer seeds by step and rank.
     """
 
-    def __init__(self, model: nn.Module, loss: nn.Module) -> None:
+    def __init__(self, model: nn.Module, loss: nn.Module, mixup: Mixup | None = None) -> None:
         super().__init__()
         self.model = model
         self.loss = loss
+        self.mixup = mixup
 
     def forward(
         self, image: torch.Tensor, target: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        if self.mixup is not None and self.training:
+            image, target = self.mixup(image.clone(), target)  # timm mixes in place
         logits = self.model(image).float()
-        accuracy = 100 * (logits.detach().argmax(dim=-1) == target).float().mean()
+        label = target if target.dim() == 1 else target.argmax(dim=-1)
+        accuracy = 100 * (logits.detach().argmax(dim=-1) == label).float().mean()
         return self.loss(logits, target), {"top1": accuracy}
 
 
-def build_loss(name: str, label_smoothing: float = 0.0) -> nn.Module:
+def build_mixup(
+    mixup: float, cutmix: float, *, label_smoothing: float, num_classes: int, batch_size: int
+) -> Mixup | None:
+    """timm's Mixup for micro-batches of `batch_size`, or None when both alphas are 0.
+
+    Raises:
+        ConfigError: the micro-batch is odd, so that an image would have no partner.
+    """
+    if not mixup and not cutmix:
+        return None
+    if batch_size % 2:
+        raise ConfigError(
+            f"loss.mixup and loss.cutmix pair the images of a micro-batch, and {batch_size} is "
+            "odd; choose an even train.micro_batch_size"
+        )
+    return Mixup(mixup, cutmix, label_smoothing=label_smoothing, num_classes=num_classes)
+
+
+def build_loss(name: str, label_smoothing: float = 0.0, *, mixed: bool = False) -> nn.Module:
     """'softmax' or 'bce' (one sigmoid per class, summed over classes as in DeiT III, 2204.07118).
 
-    timm's BinaryCrossEntropy smooths by itself; its sum over classes keeps the gradient's scale
-    independent of the number of classes.
+    With `mixed` the targets are dense and smoothed by Mixup already. timm's BinaryCrossEntropy
+    smooths by itself; its sum over classes keeps the gradient's scale independent of their number.
     """
     if name == "bce":
-        return timm.loss.BinaryCrossEntropy(smoothing=label_smoothing, sum_classes=True)
+        smoothing = 0.0 if mixed else label_smoothing
+        return timm.loss.BinaryCrossEntropy(smoothing=smoothing, sum_classes=True)
+    if mixed:
+        return timm.loss.SoftTargetCrossEntropy()
     if label_smoothing > 0:
         return timm.loss.LabelSmoothingCrossEntropy(smoothing=label_smoothing)
     return nn.CrossEntropyLoss()

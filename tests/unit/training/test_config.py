@@ -1,4 +1,4 @@
-"""The run config refuses what it does not understand, in one line that names the field and the mend."""
+"""The run config refuses what it does not understand, in a line that names field and mend."""
 
 import json
 from pathlib import Path
@@ -48,6 +48,8 @@ def test_set_overrides_nested_keys_with_json_values(path: str) -> None:
         ("train.batch_size=-1", ["train.batch_size", "greater than 0"]),
         ("train.steps=7", ["exactly one of train.epochs and train.steps"]),
         ("loss.name=hinge", ["loss.name", "'softmax' or 'bce'"]),
+        ("optim.betas=1", ["optim.betas = 1: input should be a valid array"]),
+        ("train.grad_clip=no", ['train.grad_clip = "no": input should be a valid number']),
         ("optim.lr", ["--set optim.lr", "section.key=value"]),
         ("name.x=1", ["--set name.x=1", "not a section"]),
     ],

@@ -1,11 +1,13 @@
 """The supervised objective: its losses and what it reports."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from routedvit.training.objectives import SupervisedObjective, build_loss
+from routedvit.training.config import ConfigError
+from routedvit.training.objectives import SupervisedObjective, build_loss, build_mixup
 
 
 @pytest.fixture
@@ -42,3 +44,34 @@ def test_bce_sums_over_classes():
     onehot = F.one_hot(target, 5).float()
     expected = F.binary_cross_entropy_with_logits(logits, onehot, reduction="none").sum(1).mean()
     torch.testing.assert_close(build_loss("bce")(logits, target), expected)
+
+
+def mixed_objective(alpha_mixup=0.0, alpha_cutmix=1.0):
+    mixup = build_mixup(alpha_mixup, alpha_cutmix, label_smoothing=0.0, num_classes=3, batch_size=8)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 3))
+    return SupervisedObjective(model, build_loss("softmax", mixed=True), mixup)
+
+
+def test_mixing_follows_the_seed_and_leaves_the_batch_alone():
+    objective = mixed_objective()
+    image, target = torch.randn(8, 3, 4, 4), torch.randint(0, 3, (8,))
+    before = image.clone()
+    losses = []
+    for seed in (1, 1, 2):
+        np.random.seed(seed)
+        losses.append(objective(image, target)[0].item())
+    assert losses[0] == losses[1] != losses[2]
+    assert torch.equal(image, before)
+
+
+def test_nothing_is_mixed_in_eval_mode():
+    objective = mixed_objective().eval()
+    image, target = torch.randn(8, 3, 4, 4), torch.randint(0, 3, (8,))
+    losses = {objective(image, F.one_hot(target, 3).float())[0].item() for _ in range(3)}
+    assert len(losses) == 1
+
+
+def test_an_odd_micro_batch_cannot_be_paired():
+    with pytest.raises(ConfigError, match=r"7 is odd.*train.micro_batch_size"):
+        build_mixup(0.5, 0.0, label_smoothing=0.1, num_classes=3, batch_size=7)

@@ -1,0 +1,33 @@
+"""The configs that ship with the project load, name real models, and match the schema file."""
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+import train
+from routedvit.training.config_file import json_schema, load_config
+from routedvit.training.native_config import check_keys, split_batch
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+RECIPES = sorted(path for path in CONFIGS.glob("*.json") if path.name != "schema.json")
+
+
+def test_the_named_recipes_are_there() -> None:
+    assert {"quickstart", "vit_s", "vit_b", "vit_l", "vit_h"} <= {path.stem for path in RECIPES}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_loads_and_says_what_it_costs(path: Path) -> None:
+    config = load_config(train.RunConfig, str(path), [])
+    assert config.name == path.stem
+    assert all(config.about.model_dump().values()), "fill in every field of about"
+    check_keys(config.deepspeed)
+    split_batch(config.train.batch_size, config.train.micro_batch_size, world_size=2)
+    with torch.device("meta"):
+        timm.create_model(config.model.name, **config.model.kwargs)
+
+
+def test_schema_is_fresh() -> None:
+    assert (CONFIGS / "schema.json").read_text() == json_schema(train.RunConfig), "run: make schema"
