@@ -98,10 +98,10 @@ def build_eval_loader(
     """The evaluation batches of one rank, normalised as in training. DataError without data.val."""
     if config.val is None:
         raise DataError("data.val is not set; name the shards to evaluate on in data.val.shards")
-    mean, std = normalization(
-        config, resolve(config.train.shards), mean, std, channels=input_size[0]
-    )
+    train = resolve(config.train.shards)
     shards = resolve(config.val.shards, "data.val.shards")
+    _check_same_classes(train, shards)
+    mean, std = normalization(config, train, mean, std, channels=input_size[0])
     dataset = EvalBatches(
         ShardReader(shards, config.verify),
         eval_transform(
@@ -114,6 +114,16 @@ def build_eval_loader(
         world_size=world_size,
     )
     return EvalLoader(config, dataset, Ledger(ledger_dir, "val", rank, config.max_bad_samples))
+
+
+def _check_same_classes(train: ShardSet, val: ShardSet) -> None:
+    """Other numbers for the same classes would be an accuracy that looks real and means nothing."""
+    named = train.label_names and val.label_names
+    if (named and train.label_names != val.label_names) or val.num_classes > train.num_classes:
+        raise DataError(
+            f"data.val.shards ({val.num_classes} classes) number their classes differently than "
+            f"data.train.shards ({train.num_classes} classes); write both from one list of classes"
+        )
 
 
 def normalization(

@@ -6,8 +6,12 @@ indexed by `data.tar_index`; both are lazy, so that a resume touches only the sh
 
 from __future__ import annotations
 
+import io
 import os
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -17,7 +21,7 @@ from data.manifest import sha256_of
 from data.shards import ShardSet
 from data.tar_index import NO_LABEL, TarIndex, read_index
 
-MAX_OPEN_SHARDS = 64  # per process: streams read many shards in turn, and descriptors are scarce
+MAX_OPEN_SHARDS = 256  # per process: streams read many in turn; 1024 descriptors are usual
 MAX_IMAGE_BYTES = 1 << 28
 
 
@@ -39,7 +43,7 @@ class ShardReader:
         self.shards = shards
         self.verify = verify
         self._indices: dict[int, TarIndex] = {}
-        self._open: OrderedDict[int, int] = OrderedDict()
+        self._open: OrderedDict[int, io.FileIO] = OrderedDict()
         # Shared with the loader processes: a rank hashes each shard once, not once per worker.
         self._verified = torch.zeros(len(shards.paths), dtype=torch.uint8).share_memory_()
 
@@ -61,7 +65,8 @@ class ShardReader:
             raise BadSample(f"label {label} is outside 0..{self.shards.num_classes - 1}")
         if size > MAX_IMAGE_BYTES:
             raise BadSample(f"an image of {size} encoded bytes; {MAX_IMAGE_BYTES} are allowed")
-        payload = os.pread(self._descriptor(shard), size, int(index.offsets[sample]))
+        with _failures_named(self.shards.paths[shard]):
+            payload = os.pread(self._file(shard).fileno(), size, int(index.offsets[sample]))
         if len(payload) != size:
             raise DataError(
                 f"{self.shards.paths[shard]}: it shrank while it was read; leave shards alone "
@@ -71,20 +76,16 @@ class ShardReader:
 
     def _index(self, shard: int) -> TarIndex:
         if shard not in self._indices:
-            self._check(shard)
             path, entry = self.shards.paths[shard], self.shards.entries[shard]
-            self._indices[shard] = read_index(path, entry.samples)
+            with _failures_named(path):
+                self._check(shard)
+                self._indices[shard] = read_index(path, entry.samples)
         return self._indices[shard]
 
     def _check(self, shard: int) -> None:
         """Compare a shard with its manifest entry, as thoroughly as `verify` asks."""
         path, entry = self.shards.paths[shard], self.shards.entries[shard]
-        try:
-            size = path.stat().st_size
-        except FileNotFoundError:
-            raise DataError(
-                f"{path} is in the manifest but not there; bring it back or write the shards again"
-            ) from None
+        size = path.stat().st_size
         if self.verify != "off" and size != entry.bytes:
             raise DataError(
                 f"{path}: offset {min(size, entry.bytes)}: {size} bytes long and the manifest says "
@@ -99,15 +100,26 @@ class ShardReader:
                 )
             self._verified[shard] = 1
 
-    def _descriptor(self, shard: int) -> int:
+    def _file(self, shard: int) -> io.FileIO:
         if shard not in self._open:
             if len(self._open) >= MAX_OPEN_SHARDS:
-                os.close(self._open.popitem(last=False)[1])
-            self._open[shard] = os.open(self.shards.paths[shard], os.O_RDONLY | os.O_CLOEXEC)
+                self._open.popitem(last=False)[1].close()
+            self._open[shard] = io.FileIO(self.shards.paths[shard])
         self._open.move_to_end(shard)
         return self._open[shard]
 
-    def close(self) -> None:
-        """Close the open shards."""
-        while self._open:
-            os.close(self._open.popitem()[1])
+
+@contextmanager
+def _failures_named(path: Path) -> Iterator[None]:
+    """Turn what the file system says into an error that names the shard."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise DataError(
+            f"{path} is in the manifest but not there; bring it back or write the shards again"
+        ) from None
+    except OSError as error:
+        raise DataError(
+            f"{path}: it cannot be read ({error.strerror}); mend the disk or its mount, then start "
+            "the same command again"
+        ) from error

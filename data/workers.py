@@ -21,6 +21,8 @@ from data.config import DataConfig
 from data.errors import DataError
 from data.ledger import Ledger
 
+PATIENCE = 540  # seconds to wait for a batch: below the 10 minutes after which collectives give up
+
 _LIVE: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
@@ -52,6 +54,7 @@ def batches_of(
         num_workers=workers,
         prefetch_factor=config.prefetch_factor if workers else None,
         worker_init_fn=_begin_worker,
+        timeout=PATIENCE if workers else 0,
         # Forked workers start in milliseconds and share the indices; spawned ones import torch.
         multiprocessing_context="fork" if workers else None,
         pin_memory=torch.cuda.is_available(),
@@ -73,17 +76,21 @@ def batches_of(
 
 
 def _next(batches: Iterator[Any]) -> Any:
-    """The next batch, None at the end. A worker that died is a DataError."""
+    """The next batch, None at the end. A worker that died or hangs is a DataError."""
     try:
         return next(batches, None)
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
         first_line = str(error).partition("\n")[0]
-        raise DataError(
-            f"{first_line}; a killed worker often means that memory or /dev/shm ran out: lower "
-            "data.num_workers or data.prefetch_factor, then start again"
-        ) from error
+        if "DataLoader timed out" in first_line:
+            mend = "a loader process hangs: look at the disk that the shards are on"
+        elif "DataLoader worker" in first_line:
+            mend = (
+                "a killed loader process often means that memory or /dev/shm ran out: lower "
+                "data.num_workers or data.prefetch_factor"
+            )
+        else:
+            raise
+        raise DataError(f"{first_line}; {mend}, then start again") from error
 
 
 def _begin_worker(worker: int) -> None:
@@ -93,9 +100,13 @@ def _begin_worker(worker: int) -> None:
 
 
 def _end_workers(batches: Any) -> None:
-    """Tell the workers to finish, and wait for them."""
+    """Tell the workers to finish and wait for them; one that hangs is killed after 5 seconds."""
     _LIVE.discard(batches)
     batches._shutdown_workers()
+    for worker in batches._workers:
+        if worker.is_alive():
+            worker.kill()
+            worker.join()
 
 
 @atexit.register

@@ -198,3 +198,29 @@ def test_a_shard_is_hashed_once_per_rank_not_once_per_worker(make_set, make_conf
     loader.config = config.model_copy(update={"num_workers": 2})
     list(itertools.islice(loader.batches(0), 6))
     assert sorted(hashed.read_text().split()) == ["000.tar", "001.tar"]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_shard_that_went_away_or_cannot_be_read_is_named(make_set, make_config, workers):
+    folder = make_set([6, 6])
+    config = make_config(folder, num_workers=workers, streams=1, verify="off")
+    gone, blocked = train_loader(config, batch=4), train_loader(config, batch=4)
+    (folder / "001.tar").unlink()
+    with pytest.raises(DataError, match=r"001\.tar is in the manifest but not there"):
+        list(itertools.islice(gone.batches(0), 3))
+    (folder / "001.tar").mkdir()
+    with pytest.raises(DataError, match=r"001\.tar: it cannot be read \(Is a directory\)"):
+        list(itertools.islice(blocked.batches(0), 3))
+
+
+def test_evaluation_with_other_classes_than_training_is_refused(make_set, make_config):
+    train, val = make_set([6]), make_set([4], "val")
+    vouch(val, {"000.tar": 4}, classes=5)
+    with pytest.raises(DataError, match=r"\(5 classes\) number their classes differently"):
+        eval_loader(make_config(train, val={"shards": str(val)}))
+    for folder, names in ((train, ["a", "b", "c"]), (val, ["a", "c", "b"])):
+        vouch(folder, {"000.tar": 6 if folder == train else 4})
+        manifest = json.loads((folder / "manifest.json").read_text())
+        (folder / "manifest.json").write_text(json.dumps(manifest | {"label_names": names}))
+    with pytest.raises(DataError, match=r"number their classes differently"):
+        eval_loader(make_config(train, val={"shards": str(val)}))

@@ -95,3 +95,15 @@ def _alive(pid: int) -> bool:
     except FileNotFoundError:
         return False
     return state != "Z"
+
+
+def test_a_hanging_worker_is_an_error_and_not_a_hang(make_set, make_config, monkeypatch):
+    monkeypatch.setattr("data.workers.PATIENCE", 1)
+    config = make_config(make_set(SIZES), num_workers=1, prefetch_factor=1)
+    batches = train_loader(config).batches(0)
+    next(batches)
+    (child,) = multiprocessing.active_children()
+    os.kill(child.pid, signal.SIGSTOP)
+    with pytest.raises(DataError, match=r"timed out after 1 seconds; a loader process hangs"):
+        list(itertools.islice(batches, 10))
+    assert not multiprocessing.active_children()
