@@ -1,4 +1,4 @@
-"""Starts scripts as a user does, through the real `deepspeed` launcher, on CPU ranks."""
+"""Starts scripts as a user does, through the real launchers, on CPU ranks."""
 
 from __future__ import annotations
 
@@ -14,18 +14,22 @@ HERE = Path(__file__).parent
 
 
 def start(
-    script: Path, *args: object, ranks: int = 2, quiet: bool = False
+    script: Path, *args: object, ranks: int = 2, quiet: bool = False, torchrun: bool = False
 ) -> subprocess.Popen[str]:
     """`deepspeed script args` in a process group of its own; stderr comes with stdout.
 
-    `quiet` keeps the launcher's own lines away, as the Makefile does.
+    `quiet` keeps the launcher's own lines away, as the Makefile does; `torchrun` takes that one.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    launcher = Path(sys.executable).with_name("deepspeed")
-    level = ["--log_level", "critical"] if quiet else []
-    command = [launcher, *level, "--num_accelerators", ranks, "--master_port", port, script, *args]
+    programs = Path(sys.executable).parent
+    command = [programs / "deepspeed", "--num_accelerators", ranks, "--master_port", port]
+    if quiet:
+        command += ["--log_level", "critical"]
+    if torchrun:
+        command = [programs / "torchrun", "--nproc-per-node", ranks, "--master-port", port]
+    command += [script, *args]
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     return subprocess.Popen(
@@ -39,9 +43,9 @@ def start(
     )
 
 
-def launch(script: Path, *args: object, ranks: int = 2, timeout: float = 150) -> str:
+def launch(script: Path, *args: object, torchrun: bool = False, timeout: float = 150) -> str:
     """Run to the end and return what it printed; fails the test on a bad exit or a hang."""
-    process = start(script, *args, ranks=ranks)
+    process = start(script, *args, torchrun=torchrun)
     try:
         output, _ = process.communicate(timeout=timeout)
     finally:

@@ -1,0 +1,84 @@
+"""`deepspeed train.py` is stopped in the middle, started again, and ends as if nothing had been."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration.launching import ROOT, end, launch, start
+
+STEPS = 60
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: Any) -> Path:
+    """The quickstart, shorter, on shards of its own."""
+    folder = tmp_path_factory.mktemp("preemption")
+    command = [sys.executable, "-m", "data.write", "--source", "mnist", "--out", str(folder)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    run = json.loads((ROOT / "configs" / "quickstart.json").read_text())
+    run["data"]["train"]["shards"] = str(folder / "train")
+    run["data"]["val"]["shards"] = str(folder / "val")
+    run["train"] = {"batch_size": 32, "steps": STEPS}
+    run["model"]["kwargs"] |= {"depth": 2, "proj_drop_rate": 0.1}
+    run["schedule"]["warmup_epochs"] = 0.1
+    run["log"]["every_steps"] = 5
+    path = folder / "config.json"
+    path.write_text(json.dumps(run))
+    return path
+
+
+def arguments(config: Path, folder: Path) -> tuple[Any, ...]:
+    return ROOT / "train.py", "--config", config, "--set", f"output_dir={folder}"
+
+
+@pytest.fixture(scope="module")
+def straight(config: Path) -> bytes:
+    """Exported weights of a run that nobody disturbed, under another launcher besides."""
+    folder = config.parent / "straight"
+    launch(*arguments(config, folder), torchrun=True)
+    return (folder / "weights" / "model.safetensors").read_bytes()
+
+
+def kill_the_typed_command(process: subprocess.Popen[str]) -> None:
+    """SIGTERM to `deepspeed` itself, which dies of it without telling its ranks."""
+    process.terminate()
+
+
+def interrupt_from_the_keyboard(process: subprocess.Popen[str]) -> None:
+    """Ctrl-C reaches every process of the terminal's foreground group."""
+    os.killpg(process.pid, signal.SIGINT)
+
+
+@pytest.mark.parametrize("stop", [kill_the_typed_command, interrupt_from_the_keyboard])
+def test_a_stopped_run_saves_goes_on_and_loses_nothing(
+    config: Path, straight: bytes, stop: Callable[[subprocess.Popen[str]], None]
+) -> None:
+    folder = config.parent / stop.__name__
+    process = start(*arguments(config, folder))
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("step"):
+                break
+        stop(process)
+        printed = process.stdout.read()  # ends when the last rank has ended
+        process.wait(timeout=30)
+    finally:
+        end(process)
+    status = json.loads((folder / "status.json").read_text())
+    assert status["status"] == "stopped", printed
+    assert 0 < status["step"] < STEPS
+    assert (folder / "checkpoints" / f"step_{status['step']:08d}").is_dir()
+
+    launch(*arguments(config, folder))
+    assert json.loads((folder / "status.json").read_text())["status"] == "finished"
+    assert (folder / "weights" / "model.safetensors").read_bytes() == straight
