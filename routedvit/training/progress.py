@@ -23,8 +23,8 @@ BAR_FORMAT = "{n_fmt}/{total_fmt} {percentage:3.0f}%|{bar}| {desc}"
 class Pace:
     """Seconds per step, as an exponential average over the intervals between updates.
 
-    The first interval (warm-up, compilation) and those with a pause are used only until there is a
-    better one.
+    A first interval of one step (workers, compilation) says nothing about the rest and is left out;
+    the first of several and those with a pause are used only until there is a better one.
 
     Args:
         weight: of the newest interval; with 0.1 an estimate forgets a change of speed in some 20
@@ -50,8 +50,11 @@ class Pace:
     def update(self, step: int) -> None:
         """The running interval ends at `step` and the next one begins."""
         now = self._clock()
-        seconds = (now - self._last[1]) / max(1, step - self._last[0])
-        if self._seconds_per_step is None or self._provisional:
+        steps = step - self._last[0]
+        seconds = (now - self._last[1]) / max(1, steps)
+        if self._seconds_per_step is None and steps == 1:
+            pass
+        elif self._seconds_per_step is None or self._provisional:
             self._seconds_per_step = seconds
             self._provisional = self._paused
         elif not self._paused:

@@ -117,3 +117,15 @@ def test_the_summary_is_aligned_and_ends_with_the_next_command() -> None:
         "  weights     w.safetensors",
         "  next        make tensorboard",
     ]
+
+
+def test_the_first_step_alone_promises_nothing() -> None:
+    clock, stream = Clock(), io.StringIO()
+    progress = LineProgress(stream, clock)
+    progress.start(0, 1000)
+    clock.now = 30.0
+    progress.update(1, 1.0, 1e-3, 1.0)
+    assert stream.getvalue().endswith("left ?\n")
+    clock.now = 40.0
+    progress.update(101, 1.0, 1e-3, 1.0)
+    assert stream.getvalue().endswith("left 0:01:30\n")
