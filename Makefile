@@ -32,7 +32,7 @@ shards/mnist/val/manifest.json: $(VENV)/train.stamp
 	@$(BIN)/python -m data.write --source mnist --out shards/mnist
 
 train: shards/mnist/val/manifest.json  ## pretrain on MNIST digits with two CPU ranks (ARGS="--fresh")
-	@PATH="$(CURDIR)/$(BIN):$$PATH" DS_ACCELERATOR=cpu deepspeed --num_accelerators $(RANKS) \
+	@PATH="$(CURDIR)/$(BIN):$$PATH" DS_ACCELERATOR=cpu deepspeed --log_level critical --num_accelerators $(RANKS) \
 		--master_port $(PORT) train.py --config configs/quickstart.json $(ARGS)
 
 tensorboard: $(VENV)/train.stamp  ## open the curves and the pictures of all runs
