@@ -123,9 +123,9 @@ class HeavyAttention(nn.Module):
     """Heavy attention: routed queries attend to routed keys and values, wherever in the image they
     are.
 
-    With several kv routes the heads are divided among them: the heads of route r see the tokens of
-        route r. The rows
-    of `kv.weight` are ordered [route, k or v, head of the route, head_dim].
+    With several kv routes the heads are divided among them, in order: the heads of route r see the
+    tokens of route r. The rows of `kv.weight` are ordered [head, k or v, head_dim], whatever the
+    number of routes.
 
     Args:
         dim: token width D.
@@ -241,8 +241,8 @@ class HeavyAttention(nn.Module):
         """[B, R, K, D] -> keys and values [B, heads, K, head_dim]."""
         batch, _, num_keys, dim = context.shape
         if self.kv_routes == 1:
-            kv = self.kv(context.squeeze(1)).view(batch, num_keys, 2, self.num_heads, self.head_dim)
-            k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
+            kv = self.kv(context.squeeze(1)).view(batch, num_keys, self.num_heads, 2, self.head_dim)
+            k, v = kv.permute(3, 0, 2, 1, 4).unbind(0)
             return k, v
         # one batched GEMM, a slice of the weight for each route
         heads = self.num_heads // self.kv_routes
@@ -251,6 +251,6 @@ class HeavyAttention(nn.Module):
         kv = rows @ weight.transpose(1, 2)
         if self.kv.bias is not None:
             kv = kv + self.kv.bias.view(self.kv_routes, 1, -1)
-        kv = kv.view(self.kv_routes, batch, num_keys, 2, heads, self.head_dim)
-        k, v = kv.permute(3, 1, 0, 4, 2, 5).flatten(2, 3).unbind(0)
+        kv = kv.view(self.kv_routes, batch, num_keys, heads, 2, self.head_dim)
+        k, v = kv.permute(4, 1, 0, 3, 2, 5).flatten(2, 3).unbind(0)
         return k, v
