@@ -51,6 +51,7 @@ class RoutedAttention(nn.Module):
             each kv route.
         kv_routes, kv_gate, null_kv: see `HeavyAttention`.
         router, router_kwargs: see `build_router`.
+        gate_queries: the q gate also multiplies the normalised queries, not only their output.
         null_token: give unselected tokens a learned vector in place of heavy output.
         separate_norms: the heavy path normalises its gathered rows with its own norm.
         route_raw: routers read the residual stream instead of the normalised tokens.
@@ -66,6 +67,7 @@ class RoutedAttention(nn.Module):
     shared_norm: Final[bool]
     route_raw: Final[bool]
     heavy_window: Final[bool]
+    gate_queries: Final[bool]
 
     def __init__(
         self,
@@ -88,6 +90,7 @@ class RoutedAttention(nn.Module):
         separate_norms: bool = False,
         route_raw: bool = False,
         heavy_window: bool = False,
+        gate_queries: bool = False,
         qkv_bias: bool = True,
         proj_bias: bool = True,
         qk_norm: bool = False,
@@ -115,6 +118,7 @@ class RoutedAttention(nn.Module):
         self.shared_norm = not separate_norms
         self.route_raw = route_raw
         self.heavy_window = heavy_window
+        self.gate_queries = gate_queries
         self.recompute_heavy = False  # see `RoutedBlock.set_checkpointing`
         self.norm = norm_layer(dim, **factory)
         self.norm_heavy = norm_layer(dim, **factory) if separate_norms else nn.Identity()
@@ -152,28 +156,37 @@ class RoutedAttention(nn.Module):
 
     def forward(self, x: Tensor, grid: tuple[int, int], rope: Tensor | None = None) -> Tensor:
         """x [B, P + N, D], grid (H, W) with N = H * W, rope [P + N, 2 * head_dim] -> like x."""
-        if self.heavy_window:
-            window = self.light_window
-            windows = partition_windows(x, grid[0], grid[1], window)
-            windows = self._attend(windows, (window, window), None)
-            return merge_windows(windows, grid[0], grid[1], window)
-        return self._attend(x, grid, rope)
+        return x + self.drop_path(self.ls(self.update(x, grid, rope)))
+
+    def update(self, x: Tensor, grid: tuple[int, int], rope: Tensor | None = None) -> Tensor:
+        """What both paths add to x, before LayerScale and drop-path; arguments as in `forward`."""
+        if not self.heavy_window:
+            return self._attend(x, grid, rope)
+        height, width = grid
+        window = self.light_window
+        if height % window + width % window > 0:
+            raise ValueError(
+                f"heavy attention inside windows needs a grid that light_window={window} divides,"
+                f" not {height} x {width} patches"
+            )
+        windows = partition_windows(x, height, width, window)
+        windows = self._attend(windows, (window, window), None)
+        return merge_windows(windows, height, width, window)
 
     def _attend(self, x: Tensor, grid: tuple[int, int], rope: Tensor | None) -> Tensor:
         tokens = self.norm(x)
         q_index, q_gate, kv_index, kv_gate = self._route(x if self.route_raw else tokens)
         source = tokens if self.shared_norm else x
         if self.recompute_heavy and not torch.jit.is_scripting():
-            rows = recompute(self._heavy, source, q_index, kv_index, kv_gate, rope)
+            rows = recompute(self._heavy, source, q_index, q_gate, kv_index, kv_gate, rope)
         else:
-            rows = self._heavy(source, q_index, kv_index, kv_gate, rope)
+            rows = self._heavy(source, q_index, q_gate, kv_index, kv_gate, rope)
         base = torch.zeros_like(x) if self.light is None else self.light(tokens, grid, rope)
         if self.null_token is not None:
             base = base + self.null_token
             rows = rows * q_gate.unsqueeze(-1).to(rows.dtype) - self.null_token
             q_gate = torch.ones_like(q_gate)
-        update = scatter_add_tokens(base, q_index, rows, q_gate)
-        return x + self.drop_path(self.ls(update))
+        return scatter_add_tokens(base, q_index, rows, q_gate)
 
     def _route(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Token indices (prefix first) and gates: queries [B, Q], keys [B, R, K]."""
@@ -187,6 +200,7 @@ class RoutedAttention(nn.Module):
         self,
         source: Tensor,
         q_index: Tensor,
+        q_gate: Tensor,
         kv_index: Tensor,
         kv_gate: Tensor,
         rope: Tensor | None,
@@ -194,6 +208,8 @@ class RoutedAttention(nn.Module):
         """Gather the routed rows and attend: [B, Q, D], not yet gated."""
         routes, num_keys = kv_index.shape[1], kv_index.shape[2]
         queries = self.norm_heavy(gather_tokens(source, q_index))
+        if self.gate_queries:
+            queries = queries * q_gate.unsqueeze(-1).to(queries.dtype)
         context = self.norm_heavy(gather_tokens(source, kv_index.flatten(1)))
         context = context.unflatten(1, (routes, num_keys))
         if rope is None:

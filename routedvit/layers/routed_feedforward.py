@@ -88,6 +88,10 @@ class RoutedFeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, P + N, D] -> like x."""
+        return x + self.drop_path(self.ls(self.update(x)))
+
+    def update(self, x: Tensor) -> Tensor:
+        """What both paths add to x, before LayerScale and drop-path."""
         tokens = self.norm(x)
         index, gate, _ = self.router(x if self.route_raw else tokens, self.num_prefix)
         index, gate = prepend_prefix(index.squeeze(1), gate.squeeze(1), self.num_prefix)
@@ -97,8 +101,7 @@ class RoutedFeedForward(nn.Module):
         else:
             rows = self._heavy(source, index)
         base = torch.zeros_like(x) if self.light is None else self.light(tokens)
-        update = scatter_add_tokens(base, index, rows, gate)
-        return x + self.drop_path(self.ls(update))
+        return scatter_add_tokens(base, index, rows, gate)
 
     def _heavy(self, source: Tensor, index: Tensor) -> Tensor:
         """Gather the routed rows and transform them: [B, K, D], not yet gated."""

@@ -56,12 +56,16 @@ def as_ratio(capacity: float | str | Fraction, name: str = "capacity") -> Fracti
 
 
 @register_notrace_function
-def router_logits(x: Tensor, weight: Tensor, scale: float, num_prefix: int) -> Tensor:
+def router_logits(
+    x: Tensor, weight: Tensor, scale: float, num_prefix: int, cosine: bool = False
+) -> Tensor:
     """x [B, P + N, D] and weight [R, D] -> fp32 logits [B, R, N] of the patches, also under
     autocast.
 
     The prefix is cut off the narrow logits: cutting it off x would copy all of x.
     """
+    if cosine:
+        x, weight = F.normalize(x.float(), dim=-1), F.normalize(weight.float(), dim=-1)
     if torch.jit.is_scripting() or x.is_meta:
         return F.linear(x.float(), weight.float() * scale)[:, num_prefix:].transpose(1, 2)
     with torch.autocast(x.device.type, enabled=False):
@@ -85,8 +89,11 @@ class Router(nn.Module):
         eps: temperature of the soft top-k.
         fetch_ratio: the gates of all tokens sum to fetch_ratio * k (9/8 in the paper).
         straight_through: gates of value 1 with the gradient of the soft ones.
-        solver: 'exact', or 'coordinate_descent': the seed's 20 steps, which also selects by gate,
-            not by logit.
+        cosine: score the cosine between token and vector in place of their dot product.
+        solver: 'exact', or 'coordinate_descent' as in the seed, which also selects by gate, not by
+            logit.
+        eps_init, eps_decay, num_iterations: of coordinate descent, see
+            `routedvit.ops.coordinate_descent`.
     """
 
     num_routes: Final[int]
@@ -94,7 +101,11 @@ class Router(nn.Module):
     eps: Final[float]
     fetch_ratio: Final[float]
     straight_through: Final[bool]
+    cosine: Final[bool]
     exact: Final[bool]
+    eps_init: Final[float]
+    eps_decay: Final[float]
+    num_iterations: Final[int]
 
     def __init__(
         self,
@@ -106,7 +117,11 @@ class Router(nn.Module):
         eps: float = 1.0,
         fetch_ratio: float = 1.125,
         straight_through: bool = False,
+        cosine: bool = False,
         solver: str = "exact",
+        eps_init: float = 4.0,
+        eps_decay: float = 0.7,
+        num_iterations: int = 20,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -117,12 +132,17 @@ class Router(nn.Module):
             )
         if eps <= 0 or fetch_ratio < 1:
             raise ValueError(f"eps={eps} must be positive and fetch_ratio={fetch_ratio} at least 1")
+        if num_iterations < 1:
+            raise ValueError(f"num_iterations={num_iterations} must be at least 1")
         self.num_routes = num_routes
         self.scale = dim**-0.5 if scale is None else scale
         self.eps = eps
         self.fetch_ratio = fetch_ratio
         self.straight_through = straight_through
+        self.cosine = cosine
         self.exact = solver == "exact"
+        self.eps_init, self.eps_decay = eps_init, eps_decay
+        self.num_iterations = num_iterations
         self.set_capacity(as_ratio(capacity))
         self.weight = nn.Parameter(torch.empty(num_routes, dim, device=device, dtype=dtype))
         self.init_weights()
@@ -134,6 +154,18 @@ class Router(nn.Module):
     def set_capacity(self, ratio: Fraction) -> None:
         """Change the share of selected tokens."""
         self.numerator, self.denominator = ratio.numerator, ratio.denominator
+        self.fixed_number = 0
+
+    @torch.jit.ignore
+    def set_number(self, number: int) -> None:
+        """Select this number of tokens instead of a share, or all where there are fewer."""
+        self.fixed_number = number
+
+    def num_selected(self, num_tokens: int) -> int:
+        """k = ceil(capacity * num_tokens), in integers."""
+        if self.fixed_number > 0:
+            return min(self.fixed_number, num_tokens)
+        return (num_tokens * self.numerator + self.denominator - 1) // self.denominator
 
     def forward(self, x: Tensor, num_prefix: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """Route the patches of x [B, P + N, D]; the P prefix tokens in front do not compete.
@@ -142,12 +174,20 @@ class Router(nn.Module):
             indices [B, R, k] ascending, 0 = first patch; gates [B, R, k] fp32; logits [B, R, N]
             fp32.
         """
-        logits = router_logits(x, self.weight, self.scale, num_prefix)
-        k = (logits.shape[-1] * self.numerator + self.denominator - 1) // self.denominator
+        logits = router_logits(x, self.weight, self.scale, num_prefix, self.cosine)
+        k = self.num_selected(logits.shape[-1])
         if self.exact:
             indices, gates = route(logits, k, self.fetch_ratio, self.eps)
         else:
-            indices, gates = route_by_descent(logits, k, self.fetch_ratio, self.eps)
+            indices, gates = route_by_descent(
+                logits,
+                k,
+                self.fetch_ratio,
+                self.eps,
+                self.eps_init,
+                self.eps_decay,
+                self.num_iterations,
+            )
         if self.straight_through:
             gates = straight_through(gates)
         return indices, gates, logits
@@ -155,7 +195,13 @@ class Router(nn.Module):
 
 @register_notrace_function
 def route_by_descent(
-    logits: Tensor, k: int, fetch_ratio: float, eps: float
+    logits: Tensor,
+    k: int,
+    fetch_ratio: float,
+    eps: float,
+    eps_init: float,
+    eps_decay: float,
+    num_iterations: int,
 ) -> tuple[Tensor, Tensor]:
     """`routedvit.ops.route` with gates by coordinate descent; everything selected has gate 1, as
     in the seed.
@@ -165,7 +211,14 @@ def route_by_descent(
         indices = select(logits, k)
         return indices, torch.ones_like(logits) + 0 * logits
     target = torch.full_like(logits[..., :1], min(k * fetch_ratio, n))
-    all_gates = coordinate_descent(logits, target, eps=eps)
+    all_gates = coordinate_descent(
+        logits,
+        target,
+        eps=eps,
+        eps_init=eps_init,
+        eps_decay=eps_decay,
+        num_iterations=num_iterations,
+    )
     indices = select(all_gates, k)
     return indices, all_gates.gather(-1, indices)
 
@@ -200,10 +253,14 @@ class FixedRouter(nn.Module):
         ratio = fixed.get(self.kind, ratio)
         self.numerator, self.denominator = ratio.numerator, ratio.denominator
 
+    def num_selected(self, num_tokens: int) -> int:
+        """As `Router.num_selected`."""
+        return (num_tokens * self.numerator + self.denominator - 1) // self.denominator
+
     def forward(self, x: Tensor, num_prefix: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """As `Router.forward`; the gates are 1."""
         num_tokens = x.shape[1] - num_prefix
-        k = (num_tokens * self.numerator + self.denominator - 1) // self.denominator
+        k = self.num_selected(num_tokens)
         scores = fixed_scores(
             x, num_tokens, self.num_routes, k, self.kind == "random", self.training
         )
