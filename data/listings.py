@@ -25,14 +25,13 @@ from data.sources import Encoded, FileReference, Reference, Split, divide, safe_
 def list_splits(
     path: Path, image_column: str, label_column: str, held_out: float
 ) -> dict[str, Split]:
-    """The images that a CSV, TSV or Parquet file lists, one per row.
+    """The images that a CSV or TSV file lists, one per row under a header line.
 
     Image paths are taken relative to the file. Labels that are all whole numbers are the classes
     themselves; any others are class names, numbered in sorted order.
     """
-    rows = _parquet_rows(path) if path.suffix == ".parquet" else _csv_rows(path)
     images, labels = [], []
-    for number, row in enumerate(rows):
+    for number, row in enumerate(_rows(path)):
         for column in (image_column, label_column):
             if row.get(column) in (None, ""):
                 known = ", ".join(str(name) for name in row)
@@ -60,7 +59,7 @@ def list_splits(
     return divide(Split(references, names), held_out)
 
 
-def _csv_rows(path: Path) -> Iterable[dict[str, Any]]:
+def _rows(path: Path) -> Iterable[dict[str, Any]]:
     try:
         with open(path, newline="", encoding="utf-8") as file:
             yield from csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
@@ -68,16 +67,6 @@ def _csv_rows(path: Path) -> Iterable[dict[str, Any]]:
         raise DataError(
             f"--path {path} is not there; name the file that lists the images"
         ) from None
-
-
-def _parquet_rows(path: Path) -> Iterable[dict[str, Any]]:
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise DataError("reading Parquet needs pyarrow; pip install pyarrow") from None
-    if not path.is_file():
-        raise DataError(f"--path {path} is not there; name the file that lists the images")
-    yield from parquet.read_table(path).to_pylist()
 
 
 def _stem(name: str) -> str:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import glob
 import itertools
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import braceexpand
 import numpy as np
 
 from data.errors import DataError
@@ -93,10 +93,7 @@ def match(pattern: str, field: str = "shards") -> list[Path]:
         path = path / MANIFEST_NAME
     if path.name == MANIFEST_NAME:
         return [path.parent / entry.name for entry in read_manifest(path).shards]
-    try:
-        names = list(itertools.islice(braceexpand.braceexpand(pattern), MAX_SHARDS + 1))
-    except ValueError:
-        raise DataError(f"{field}: {pattern!r} has unbalanced braces; close them") from None
+    names = expand_braces(pattern, field)
     found: list[Path] = []
     for name in names:
         hits = [name] if Path(name).is_file() else sorted(glob.glob(name))
@@ -108,6 +105,35 @@ def match(pattern: str, field: str = "shards") -> list[Path]:
             )
         found += [Path(hit) for hit in hits]
     return found
+
+
+def expand_braces(pattern: str, field: str = "shards") -> list[str]:
+    """`x-{000..002}{a,b}` -> the six names, as a shell would make them. DataError when it cannot.
+
+    Counted before the names are made: `{0..999999999}` is a typing error.
+    """
+    texts = re.split(r"\{([^{}]*)\}", pattern)
+    if any("{" in text or "}" in text for text in texts[::2]):
+        raise DataError(f"{field}: {pattern!r} has unbalanced or nested braces; write them out")
+    choices = [_choices(text) if number % 2 else [text] for number, text in enumerate(texts)]
+    count = math.prod(len(choice) for choice in choices)
+    if not 0 < count <= MAX_SHARDS:
+        raise DataError(
+            f"{field}: {pattern!r} stands for {count} shards or more; from 1 to {MAX_SHARDS} can "
+            "be read"
+        )
+    return ["".join(parts) for parts in itertools.product(*choices)]
+
+
+def _choices(body: str) -> list[str]:
+    """What stands between braces: a range of numbers or a comma list."""
+    ends = re.fullmatch(r"(\d{1,9})\.\.(\d{1,9})", body)
+    if not ends:
+        return body.split(",") if "," in body else [f"{{{body}}}"]
+    padded = any(len(end) > 1 and end.startswith("0") for end in ends.groups())
+    width = max(map(len, ends.groups())) if padded else 0
+    first, last = int(ends[1]), min(int(ends[2]), int(ends[1]) + MAX_SHARDS)  # one too many at most
+    return [str(number).zfill(width) for number in range(first, last + 1)]
 
 
 def _folders(paths: Iterable[Path]) -> list[Path]:

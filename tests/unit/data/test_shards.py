@@ -8,7 +8,7 @@ import pytest
 
 from data.errors import DataError
 from data.manifest import read_manifest
-from data.shards import resolve
+from data.shards import expand_braces, resolve
 
 
 @pytest.mark.parametrize(
@@ -19,6 +19,21 @@ def test_manifest_folder_glob_and_braces_name_the_same_shards(make_set, pattern)
     found = resolve(str(folder) + pattern)
     assert [path.name for path in found.paths] == ["000.tar", "001.tar", "002.tar"]
     assert (found.sizes, found.num_samples, found.num_classes) == ([4, 2, 3], 9, 3)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("plain", ["plain"]),
+        ("a{0..2}", ["a0", "a1", "a2"]),
+        ("{08..10}", ["08", "09", "10"]),
+        ("{1..003}", ["001", "002", "003"]),
+        ("{9..10}{x,y}z", ["9xz", "9yz", "10xz", "10yz"]),
+        ("{train}-{,b}", ["{train}-", "{train}-b"]),
+    ],
+)
+def test_braces_expand_as_in_a_shell(pattern, names):
+    assert expand_braces(pattern) == names
 
 
 def test_several_sets_are_one_with_pooled_statistics(make_set):
@@ -39,7 +54,9 @@ def test_several_sets_are_one_with_pooled_statistics(make_set):
     [
         ("{folder}/9*.tar", r"data\.train\.shards: no shard matches .*python -m data\.write"),
         ("{folder}/{{000..005}}.tar", r"003\.tar is missing of"),
-        ("{folder}/{{000..", r"unbalanced braces"),
+        ("{folder}/{{000..", r"unbalanced or nested braces"),
+        ("{folder}/{{0..999999999}}.tar", r"stands for 1000001 shards or more"),
+        ("{folder}/{{5..2}}.tar", r"stands for 0 shards"),
         ("pipe:cat {folder}/000.tar", r"no local path"),
         ("s3://bucket/000.tar", r"no local path"),
         ("{folder}/$(touch canary).tar", r"no shard matches"),
