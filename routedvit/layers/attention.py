@@ -7,7 +7,7 @@ per route
 
 import torch
 import torch.nn.functional as F
-from timm.layers import apply_rot_embed_cat, register_notrace_function
+from timm.layers import LayerNorm, apply_rot_embed_cat, register_notrace_function
 from torch import Tensor, nn
 from torch.jit import Final
 
@@ -66,7 +66,7 @@ class WindowAttention(nn.Module):
         proj_bias: bool = True,
         qk_norm: bool = False,
         proj_drop: float = 0.0,
-        norm_layer: type[nn.Module] = nn.LayerNorm,
+        norm_layer: type[nn.Module] = LayerNorm,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -96,10 +96,10 @@ class WindowAttention(nn.Module):
             patches = self._normalise_and_rotate(patches, rope)
         mask = window_mask(x, height, width, self.window)
         windows = partition_windows(patches, height, width, self.window)
-        windows = windows.view(-1, self.window * self.window, 3, self.num_heads, self.head_dim)
+        windows = windows.unflatten(2, (3, self.num_heads, self.head_dim))
         q, k, v = windows.permute(2, 0, 3, 1, 4).unbind(0)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        out = out.transpose(1, 2).reshape(-1, self.window * self.window, inner_dim)
+        out = out.transpose(1, 2).flatten(2)
         out = merge_windows(out, height, width, self.window)
         if self.num_prefix > 0:
             out = torch.cat([prefix_values, out], 1)
@@ -156,7 +156,7 @@ class HeavyAttention(nn.Module):
         qk_norm: bool = False,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
-        norm_layer: type[nn.Module] = nn.LayerNorm,
+        norm_layer: type[nn.Module] = LayerNorm,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:

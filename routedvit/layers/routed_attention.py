@@ -17,7 +17,7 @@ from fractions import Fraction
 from typing import Any
 
 import torch
-from timm.layers import DropPath, LayerScale, register_notrace_function
+from timm.layers import DropPath, LayerNorm, LayerScale, register_notrace_function
 from torch import Tensor, nn
 from torch.jit import Final
 
@@ -98,7 +98,7 @@ class RoutedAttention(nn.Module):
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
         drop_path: float = 0.0,
-        norm_layer: type[nn.Module] = nn.LayerNorm,
+        norm_layer: type[nn.Module] = LayerNorm,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:

@@ -5,7 +5,7 @@ from fractions import Fraction
 from typing import Any
 
 import torch
-from timm.layers import Attention
+from timm.layers import Attention, LayerNorm
 from torch import Tensor, nn
 
 from routedvit.layers.checkpointing import checkpoint_routed
@@ -49,7 +49,7 @@ class RoutedBlock(nn.Module):
         attn_drop: float = 0.0,
         drop_path: float = 0.0,
         act_layer: type[nn.Module] | None = None,
-        norm_layer: type[nn.Module] = nn.LayerNorm,
+        norm_layer: type[nn.Module] = LayerNorm,
         mlp_layer: str = "mlp",
         attn_layer: type[nn.Module] = Attention,
         *,

@@ -11,7 +11,7 @@ from fractions import Fraction
 from typing import Any
 
 import torch
-from timm.layers import DropPath, LayerScale, Mlp, SwiGLU
+from timm.layers import DropPath, LayerNorm, LayerScale, Mlp, SwiGLU
 from torch import Tensor, nn
 from torch.jit import Final
 
@@ -59,7 +59,7 @@ class RoutedFeedForward(nn.Module):
         init_values: float | None = None,
         proj_drop: float = 0.0,
         drop_path: float = 0.0,
-        norm_layer: type[nn.Module] = nn.LayerNorm,
+        norm_layer: type[nn.Module] = LayerNorm,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:

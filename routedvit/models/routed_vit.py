@@ -31,6 +31,7 @@ from routedvit.models.arguments import (
     per_block,
     plain,
 )
+from routedvit.models.flops import Flops, count_flops
 
 __all__ = ["RoutedVisionTransformer", "Routing"]
 
@@ -318,6 +319,11 @@ class RoutedVisionTransformer(VisionTransformer):
             for i, ratio in enumerate(ratios):
                 routers[f"blocks.{i}.{name}"].set_capacity(ratio)
         update_model_args(self, **{f"{name}_capacity": plain(own) for name, own in chosen.items()})
+
+    @torch.jit.ignore
+    def flops(self, img_size: int | tuple[int, int] | None = None) -> Flops:
+        """FLOPs of one image, forward (a multiply-add is 2): light, heavy, router, per block."""
+        return count_flops(self, img_size)
 
     # --- timm's contract -------------------------------------------------------------------------
 

@@ -18,7 +18,6 @@ __all__ = ["coordinate_descent"]
 def coordinate_descent(
     logits: Tensor,
     k: Tensor,
-    *,
     eps: float = 1.0,
     eps_init: float = 4.0,
     eps_decay: float = 0.7,

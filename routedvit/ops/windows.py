@@ -25,32 +25,33 @@ def needs_padding(height: int, width: int, window: int) -> bool:
 
 def partition_windows(x: Tensor, height: int, width: int, window: int) -> Tensor:
     """[B, H * W, C] -> [B * windows, w * w, C], windows in raster order, zeros where padded."""
+    # rounded up without negative numbers: export formats disagree on how to divide those
+    rows, columns = (height + window - 1) // window, (width + window - 1) // window
     batch, _, channels = x.shape
     x = x.reshape(batch, height, width, channels)
     if needs_padding(height, width, window):
-        x = F.pad(x, (0, 0, 0, -width % window, 0, -height % window))
-    rows, columns = -(-height // window), -(-width // window)
+        x = F.pad(x, (0, 0, 0, columns * window - width, 0, rows * window - height))
     x = x.view(batch, rows, window, columns, window, channels).transpose(2, 3)
     return x.reshape(batch * rows * columns, window * window, channels)
 
 
 def merge_windows(x: Tensor, height: int, width: int, window: int) -> Tensor:
     """Inverse of `partition_windows`: [B * windows, w * w, C] -> [B, H * W, C], padding dropped."""
-    channels = x.shape[-1]
-    rows, columns = -(-height // window), -(-width // window)
-    x = x.reshape(-1, rows, columns, window, window, channels).transpose(2, 3)
-    x = x.reshape(-1, rows * window, columns * window, channels)
+    rows, columns = (height + window - 1) // window, (width + window - 1) // window
+    batch, channels = x.shape[0] // (rows * columns), x.shape[-1]
+    x = x.reshape(batch, rows, columns, window, window, channels).transpose(2, 3)
+    x = x.reshape(batch, rows * window, columns * window, channels)
     if needs_padding(height, width, window):
-        x = x[:, :height, :width]
-    return x.reshape(-1, height * width, channels)
+        # pad by a negative amount, not slice: a slice may happen to be contiguous, and an export
+        # that asked would be tied to grids without padding
+        x = F.pad(x, (0, 0, 0, width - columns * window, 0, height - rows * window))
+    return x.reshape(batch, height * width, channels)
 
 
 def window_padding_mask(
     batch: int, height: int, width: int, window: int, device: torch.device
 ) -> Tensor:
-    """[B * windows, 1, 1, w * w] bool, True where a key is a real token (for
-    scaled_dot_product_attention).
-    """
+    """[B * windows, 1, 1, w * w] bool, True where a key is a real token."""
     real = torch.ones(1, height * width, 1, dtype=torch.bool, device=device)
     windows = partition_windows(real, height, width, window)
     return windows.transpose(1, 2).unsqueeze(1).repeat(batch, 1, 1, 1)

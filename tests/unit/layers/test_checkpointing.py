@@ -1,0 +1,123 @@
+"""A recompute never routes again, and gradients do not notice it."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from routedvit.layers import RoutedBlock
+from routedvit.ops import SAVED_OPS
+
+GRID = (6, 6)
+POLICIES = ["none", "heavy", "block"]
+
+
+def block(**kwargs: object) -> RoutedBlock:
+    torch.manual_seed(0)
+    return RoutedBlock(32, 4, light_window=3, num_prefix=1, **kwargs).train()
+
+
+def run(model: RoutedBlock, policy: str, **kwargs: bool) -> tuple[Tensor, list[Tensor]]:
+    model.set_checkpointing(policy, **kwargs)
+    model.zero_grad()
+    x = torch.randn(3, 37, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    torch.manual_seed(2)  # of drop-path and dropout
+    out = model(x, GRID)
+    out.square().sum().backward()
+    return out.detach(), [x.grad, *(p.grad for p in model.parameters())]
+
+
+class CountRouting(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += func in SAVED_OPS
+        return func(*args, **(kwargs or {}))
+
+
+OPTIONS = [
+    {},
+    {"drop_path": 0.5, "proj_drop": 0.2, "attn_drop": 0.2},
+    {"router": "random"},
+    {"router_kwargs": {"solver": "coordinate_descent", "straight_through": True}},
+    {"kv_routes": 2, "null_token": True, "qk_norm": True},
+]
+
+
+@pytest.mark.parametrize("policy", ["heavy", "block"])
+@pytest.mark.parametrize("kwargs", OPTIONS)
+def test_gradients_are_bit_identical(kwargs, policy):
+    model = block(**kwargs)
+    plain, expected = run(model, "none")
+    out, found = run(model, policy)
+    assert torch.equal(plain, out)
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_each_router_decides_once_per_step(policy):
+    with CountRouting() as routing:
+        run(block(), policy)
+    assert routing.calls == 3  # q, kv, ffn
+
+
+def test_gradients_belong_to_the_tokens_of_the_forward_pass_even_if_the_recompute_differs():
+    """With the router changed behind its back, the recompute still uses the saved choice."""
+    model = block()
+    chosen = []
+    for change in (False, True):
+        model.set_checkpointing("block")
+        x = torch.randn(1, 37, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        out = model.mlp(x) if not change else None
+        model.zero_grad()
+        out = model(x, GRID)
+        if change:
+            with torch.no_grad():
+                model.mlp.router.weight.neg_()  # would select the other tokens
+        out.square().sum().backward()
+        if change:
+            with torch.no_grad():
+                model.mlp.router.weight.neg_()
+        chosen.append(model.mlp.heavy.fc1.weight.grad.clone())
+    torch.testing.assert_close(chosen[0], chosen[1])
+
+
+def test_debug_switch_is_silent_when_all_is_well_and_changes_nothing():
+    model = block()
+    _, expected = run(model, "none")
+    _, found = run(model, "block", check_routing=True)
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+def test_debug_switch_raises_when_the_recompute_would_route_otherwise():
+    model = block()
+    model.set_checkpointing("block", check_routing=True)
+    out = model(torch.randn(2, 37, 32, requires_grad=True), GRID)
+    with torch.no_grad():
+        model.attn.q_router.weight.neg_()
+    with pytest.raises(RuntimeError, match="otherwise than the forward pass"):
+        out.sum().backward()
+
+
+def test_policies_save_what_they_promise():
+    saved = {}
+    for policy in POLICIES:
+        model = block()
+        model.set_checkpointing(policy)
+        held: dict[int, int] = {}
+        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+        def keep(t: Tensor, held: dict[int, int] = held, own: set[int] = own) -> Tensor:
+            storage = t.untyped_storage()
+            if storage.data_ptr() not in own:
+                held[storage.data_ptr()] = storage.nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            out = model(torch.randn(8, 37, 32, requires_grad=True), GRID)
+        saved[policy] = sum(held.values())
+        del out
+    assert saved["block"] < 0.2 * saved["none"]
+    assert saved["block"] < saved["heavy"] < saved["none"]

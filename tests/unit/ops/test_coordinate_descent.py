@@ -1,0 +1,39 @@
+"""Our coordinate descent is that of the PyPI package, gates and gradients."""
+
+import pytest
+import torch
+from colt5_attention.coor_descent import coor_descent
+
+from routedvit.ops import coordinate_descent, soft_topk
+
+GRID = [(1, 1.0), (27, 1.0), (54, 1.125), (196, 1.0)]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("k", "ratio"), GRID)
+@pytest.mark.parametrize(("spread", "eps"), [(1.0, 1.0), (5.0, 1.0), (27.0, 1.0), (1.0, 0.03)])
+def test_equals_the_package_forward_and_gradient(masked, k, ratio, spread, eps):
+    generator = torch.Generator().manual_seed(k)
+    logits = torch.randn(4, 196, generator=generator, dtype=torch.float64) * spread
+    weight = torch.randn(4, 196, generator=generator, dtype=torch.float64)
+    mask = torch.rand(4, 196, generator=generator) > 0.3 if masked else None
+    target = min(k * ratio, 196)
+    results = []
+    for ours in (True, False):
+        s = logits.clone().requires_grad_()
+        if ours:
+            gates = soft_topk(s, target, eps=eps, mask=mask, solver="coordinate_descent")
+        else:
+            gates = coor_descent(
+                s, n_iters=20, k=target, eps=eps, eps_init=4.0, eps_decay=0.7, mask=mask
+            )
+        (gates * weight).sum().backward()
+        results.append((gates.detach(), s.grad))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=1e-6)
+
+
+def test_converges_to_the_exact_gates_where_the_spread_is_small():
+    logits = torch.randn(4, 196, dtype=torch.float64)
+    k = torch.full((4, 1), 27.0, dtype=torch.float64)
+    gates = coordinate_descent(logits, k, num_iterations=200)
+    torch.testing.assert_close(gates, soft_topk(logits, 27), rtol=0, atol=1e-6)
