@@ -56,7 +56,7 @@ class StepResult(NamedTuple):
 
     loss: float  # mean over the global batch
     metrics: dict[str, float]  # the objective's metrics, likewise
-    grad_norm: float  # global 2-norm before clipping; inf when the step was skipped
+    grad_norm: torch.Tensor | float  # global 2-norm before clipping; float() waits for the step
     skipped: bool  # a loss or gradient was not finite on some rank: weights are unchanged
     stop: bool  # some rank asked to stop
 
@@ -150,36 +150,36 @@ class Engine:
                 self._engine.step()  # counts the micro-batch
         assert totals is not None
         mean = _Read(torch.cat([totals / self.accumulation, totals.new_tensor([float(stop)])]))
-        grad_norm = self._finish_step()
+        grad_norm, applied = self._finish_step()
         loss_mean, *metric_means, stops = mean.get()
         return StepResult(
             loss=loss_mean,
             metrics=dict(zip(names, metric_means, strict=True)),
             grad_norm=grad_norm,
-            skipped=grad_norm == float("inf"),
+            skipped=not applied,
             stop=stops > 0,
         )
 
-    def _finish_step(self) -> float:
-        """Clip and step, or skip; returns the gradient norm, inf for a skipped step."""
+    def _finish_step(self) -> tuple[torch.Tensor | float, bool]:
+        """Clip and step, or skip; returns the gradient norm and whether the step was applied."""
         if self.zero_stage == 0:
             return self._finish_step_unsharded()
         self._engine.step()
-        if not self._engine.was_step_applied():
-            return float("inf")
-        return float(self._engine.get_global_grad_norm())
+        applied = self._engine.was_step_applied()
+        return self._engine.get_global_grad_norm() if applied else float("inf"), applied
 
-    def _finish_step_unsharded(self) -> float:
+    def _finish_step_unsharded(self) -> tuple[torch.Tensor, bool]:
         """As `_finish_step`; without ZeRO, DeepSpeed neither checks nor tells the norm."""
         parameters = [p for p in self.objective.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])  # type: ignore[misc]
-        if not norm.isfinite():
+        applied = bool(norm.isfinite())
+        if not applied:
             for parameter in parameters:
                 parameter.grad = None  # torch optimisers leave these alone
         elif self._grad_clip > 0:
             torch.nn.utils.clip_grads_with_norm_(parameters, self._grad_clip, norm)
         self._engine.step()
-        return float(norm) if norm.isfinite() else float("inf")
+        return norm, applied
 
     @contextmanager
     def evaluating(self) -> Iterator[nn.Module]:

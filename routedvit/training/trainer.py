@@ -165,7 +165,7 @@ class Trainer:
             "train/loss": result.loss,
             **{f"train/{name}": value for name, value in result.metrics.items()},
             "train/learning_rate": rate,
-            "train/gradient_norm": result.grad_norm,
+            "train/gradient_norm": float(result.grad_norm),
             "train/skipped_steps": float(self.state.skipped_steps),
             "train/epoch": self.state.samples_seen / self.loader.samples_per_epoch,
             "speed/images_per_second": speed,

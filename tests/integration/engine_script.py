@@ -79,7 +79,9 @@ def main(stage: int, out: Path) -> None:
     report["skipped_left_weights"] = all(torch.equal(before[name], after[name]) for name in before)
 
     straight = run(engine, schedule, range(toy.STEPS))
-    report["steps"] = [dataclasses.asdict(StepDict(*result)) for result in straight]
+    report["steps"] = [
+        result._replace(grad_norm=float(result.grad_norm))._asdict() for result in straight
+    ]
     final = weights(engine)
     with engine.evaluating() as model:
         logits = model(toy.batch(range(8))["image"]).float()
@@ -136,15 +138,6 @@ def main(stage: int, out: Path) -> None:
         save_file({"logits": logits.contiguous()}, out / "logits.safetensors")
         (out / "report.json").write_text(json.dumps(report))
     deepspeed_engine.stop()
-
-
-@dataclasses.dataclass
-class StepDict:
-    loss: float
-    metrics: dict[str, float]
-    grad_norm: float
-    skipped: bool
-    stop: bool
 
 
 if __name__ == "__main__":
