@@ -28,6 +28,7 @@ from routedvit.training.world import World
 def make(world: World, stage: int, seed: int = 0) -> tuple[Engine, Any]:
     """A fresh engine and its schedule."""
     objective = toy.objective(seed)
+    objective.model.set_grad_checkpointing(stage >= 2)  # must not change a number
     micro, _ = split_batch(toy.BATCH, toy.MICRO, world.size)
     zero = (
         {"stage": stage, "stage3_param_persistence_threshold": 0}
