@@ -101,7 +101,7 @@ def run(config: RunConfig, fresh: bool, console: Console) -> int:
     state = checkpoints.load_newest() or RunState(config=record, versions=versions())
     trainer = build_trainer(
         config, engine, schedule, loader, eval_loader,
-        checkpoints=checkpoints, state=state, tensorboard=folder.tensorboard, console=console,
+        checkpoints=checkpoints, state=state, tensorboard=folder.path, console=console,
     )  # fmt: skip
     total_steps = trainer.settings.total_steps
     console.print(

@@ -44,7 +44,9 @@ def closing(result: Summary, folder: RunFolder) -> str:
     rows += [
         ("checkpoint", str(result.checkpoint)),
         ("weights", str(folder.weights)),
-        ("TensorBoard", str(folder.tensorboard)),
+        ("TensorBoard", str(folder.path)),
     ]
     title = "finished" if result.images_per_second else "already finished (--fresh starts over)"
-    return summary(f"{title}: {result.step:,} steps", rows, "tensorboard --logdir runs")
+    return summary(
+        f"{title}: {result.step:,} steps", rows, f"tensorboard --logdir {folder.path.parent}"
+    )

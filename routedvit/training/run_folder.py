@@ -2,7 +2,7 @@
 
     runs/NAME/config.json    the resolved config, git revision and versions
              checkpoints/    one folder a checkpoint, and `latest`
-             tensorboard/    event files
+             events.*        TensorBoard's files, here so that the run shows under its own name
              logs/           what each rank printed
              weights/        the exported model
 
@@ -42,10 +42,6 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
-
-    @property
-    def tensorboard(self) -> Path:
-        return self.path / "tensorboard"
 
     @property
     def logs(self) -> Path:
