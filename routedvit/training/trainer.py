@@ -27,6 +27,7 @@ from routedvit.training.interfaces import (
     TrainLoader,
 )
 from routedvit.training.optim import learning_rate
+from routedvit.training.progress import evaluation_line
 from routedvit.training.signals import StopSignals
 
 MAX_SKIPPED_IN_A_ROW = 25  # fp16 needs a dozen to find its loss scale
@@ -186,8 +187,7 @@ class Trainer:
         best = self.settings.best_metric
         if best in values:
             state.best[best] = max(values[best], state.best.get(best, values[best]))
-        told = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-        self.progress.message(f"step {state.step}: {told}")
+        self.progress.message(evaluation_line(state.step, values))
 
     def watch_routing(self) -> None:
         """Statistics and pictures of the routers on the probe images."""
