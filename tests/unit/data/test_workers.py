@@ -52,18 +52,17 @@ def test_a_killed_worker_is_an_error_in_one_line(make_set, make_config):
         list(itertools.islice(batches, 10_000))
 
 
-@pytest.mark.parametrize(("ending", "code"), [("raise KeyError('trainer')", 1), ("sys.exit(3)", 3)])
-def test_a_trainer_that_ends_in_mid_stream_ends_its_workers(make_set, ending, code):
+def test_a_trainer_that_fails_in_mid_stream_ends_its_workers(make_set):
     folder = make_set(SIZES)
     started = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT + ending, str(folder)],
+        [sys.executable, "-c", SCRIPT + "raise KeyError", str(folder)],
         cwd=ROOT,
         timeout=60,
         capture_output=True,
         check=False,
     )
-    assert done.returncode == code, done.stderr.decode()
+    assert done.returncode == 1, done.stderr.decode()
     assert time.monotonic() - started < 40
 
 
@@ -99,6 +98,9 @@ def _alive(pid: int) -> bool:
 
 def test_a_hanging_worker_is_an_error_and_not_a_hang(make_set, make_config, monkeypatch):
     monkeypatch.setattr("data.workers.PATIENCE", 1)
+    monkeypatch.setattr(
+        "torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.5
+    )  # wait less at exit
     config = make_config(make_set(SIZES), num_workers=1, prefetch_factor=1)
     batches = train_loader(config).batches(0)
     next(batches)
