@@ -1,6 +1,7 @@
 """Routed vision transformers; importing this package registers `colt5_vit_*` with timm."""
 
 from routedvit.models import colt5_vit
+from routedvit.models.conditional_routed_vit import ConditionalRoutedViT
 from routedvit.models.routed_vit import RoutedVisionTransformer, Routing
 
-__all__ = ["RoutedVisionTransformer", "Routing", "colt5_vit"]
+__all__ = ["ConditionalRoutedViT", "RoutedVisionTransformer", "Routing", "colt5_vit"]

@@ -135,6 +135,12 @@ class RoutedVisionTransformer(VisionTransformer):
             raise ValueError(
                 "heavy_window=True needs class_token=False, reg_tokens=0 and rope=False"
             )
+        width = head_dim or embed_dim // num_heads
+        if rope and (width % 4 or light_head_dim not in (None, width)):
+            raise ValueError(
+                f"rope=True needs head_dim={width} to be a multiple of 4, and"
+                f" light_head_dim={light_head_dim} to be the same or None"
+            )
         capacities = per_block(depth, q=q_capacity, kv=kv_capacity, ffn=ffn_capacity)
         routed = partial(
             RoutedBlock,
@@ -177,7 +183,7 @@ class RoutedVisionTransformer(VisionTransformer):
         self.sincos = pos_embed == "sincos"
         self.rope: Any = (
             create_rope_embed(
-                dim=(head_dim or embed_dim // num_heads) * num_heads,
+                dim=width * num_heads,
                 num_heads=num_heads,
                 in_pixels=False,
                 feat_shape=None if self.dynamic_img_size else list(self.patch_embed.grid_size),

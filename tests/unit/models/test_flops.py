@@ -1,0 +1,51 @@
+"""Counted FLOPs are those of torch's counter."""
+
+import pytest
+import timm
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import routedvit  # noqa: F401
+
+CASES = [
+    {},
+    {"img_size": (96, 160), "rope": True, "kv_routes": 2, "mlp_layer": "swiglu"},
+    {"img_size": 112, "global_pool": "map", "dense_blocks": 2},
+    {"class_token": False, "reg_tokens": 0, "heavy_window": True, "light_window": 5},
+    {"null_kv": True, "global_pool": "prr", "num_classes": 0},
+    {"light_heads": 0, "light_mlp_ratio": 0, "q_capacity": 0.1, "ffn_capacity": 1.0},
+    {"router": "all_light"},
+]
+
+
+@pytest.mark.parametrize("kwargs", CASES)
+def test_count_agrees_with_torchs_counter(kwargs):
+    model = timm.create_model("colt5_vit_test", **kwargs).eval()
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 3, *model.patch_embed.img_size))
+    assert model.flops().total == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+def test_parts_add_up_and_other_sizes_can_be_asked_for():
+    model = timm.create_model("colt5_vit_test", dynamic_img_size=True)
+    flops = model.flops()
+    assert flops.total == sum(block.total for block in flops.blocks) + flops.other
+    assert flops.light > 0 < flops.router
+    larger = timm.create_model("colt5_vit_test", img_size=320)
+    assert model.flops(320) == larger.flops()
+
+
+def test_dense_twin_costs_what_timms_model_costs():
+    with torch.device("meta"):
+        twin = timm.create_model("colt5_vit_ti", dense_blocks=12, reg_tokens=0, class_token=True)
+        dense = timm.create_model("vit_tiny_patch16_224", global_pool="avg")
+        with FlopCounterMode(display=False) as counter:
+            dense(torch.zeros(1, 3, 224, 224))
+    assert twin.flops().total == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+def test_base_model_spends_about_half_of_its_dense_twin():
+    with torch.device("meta"):
+        routed = timm.create_model("colt5_vit_b")
+        twin = timm.create_model("colt5_vit_b", dense_blocks=12)
+    assert 0.4 < routed.flops().total / twin.flops().total < 0.5

@@ -1,0 +1,292 @@
+"""The routed vision transformer: what it promises about images, tokens and its arguments."""
+
+import json
+
+import pytest
+import timm
+import torch
+from timm.models import get_model_args, group_parameters
+from timm.models.vision_transformer import VisionTransformer
+from timm.optim import create_optimizer_v2
+from torch import Tensor
+
+import routedvit
+
+OPTIONS = {
+    "defaults": {},
+    "no prefix": {"class_token": False, "reg_tokens": 0},
+    "class token pool": {"global_pool": "token"},
+    "map pool": {"global_pool": "map"},
+    "rope, sincos": {"rope": True, "pos_embed": "sincos"},
+    "rope alone": {"rope": True, "pos_embed": "none", "no_embed_class": True},
+    "two kv routes": {"kv_routes": 2},
+    "straight-through": {"router_kwargs": {"straight_through": True}},
+    "coordinate descent": {"router_kwargs": {"solver": "coordinate_descent", "eps": 0.5}},
+    "null token and key": {"null_token": True, "null_kv": True, "kv_gate": "values"},
+    "separate norms, raw routers": {"separate_norms": True, "route_raw": True},
+    "RMSNorm, SwiGLU": {"norm_layer": "rmsnorm", "mlp_layer": "swiglu", "init_values": None},
+    "dense first blocks": {"dense_blocks": 2},
+    "no light path": {"light_heads": 0, "light_mlp_ratio": 0},
+    "drop-path, dropout": {"drop_path_rate": 0.2, "proj_drop_rate": 0.1, "attn_drop_rate": 0.1},
+    "capacity per block": {"q_capacity": [0.1, 0.5, "2/3"], "ffn_capacity": 1.0},
+    "window attention only": {
+        "class_token": False,
+        "reg_tokens": 0,
+        "heavy_window": True,
+        "light_window": 2,
+    },
+    "random": {"router": "random"},
+    "static": {"router": "static"},
+    "all heavy": {"router": "all_heavy"},
+    "all light": {"router": "all_light"},
+    "all light, no prefix": {"router": "all_light", "class_token": False, "reg_tokens": 0},
+    "dynamic": {"dynamic_img_size": True},
+}
+
+
+def create(**kwargs: object) -> routedvit.RoutedVisionTransformer:
+    torch.manual_seed(0)
+    defaults = {"img_size": (24, 32), "patch_size": 4, "num_classes": 5, "depth": 3}
+    return timm.create_model("colt5_vit_test", **{**defaults, **kwargs})
+
+
+def images(batch: int = 3, height: int = 24, width: int = 32) -> Tensor:
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("kwargs", OPTIONS.values(), ids=OPTIONS)
+def test_every_option_trains_every_parameter(kwargs):
+    model = create(**kwargs).train()
+    model(images()).square().mean().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("kwargs", OPTIONS.values(), ids=OPTIONS)
+def test_every_option_treats_images_one_by_one(kwargs):
+    model = create(**kwargs).eval()
+    out = model(images())
+    assert out.shape == (3, 5)
+    torch.testing.assert_close(out, torch.cat([model(image[None]) for image in images()]))
+    torch.testing.assert_close(model(images().flip(0)), out.flip(0))
+
+
+def test_one_pixel_changes_the_whole_feature_map():
+    """Heavy attention is global: the seed's never left its window."""
+    model = create(class_token=False, reg_tokens=0).eval()
+    x = images(1)
+    y = x.clone()
+    y[0, :, 0, 0] += 1
+    moved = (model.forward_features(x) != model.forward_features(y)).any(-1)
+    assert moved.float().mean() > 0.9
+
+
+def test_duplicate_patches_do_not_confuse_the_routers():
+    model = create(pos_embed="none")
+    out = model(torch.zeros(2, 3, 24, 32))
+    out.sum().backward()
+    assert out.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("size", [(4, 4), (4, 20), (8, 4)])
+def test_grids_down_to_a_single_patch_work(size):
+    model = create(img_size=size, light_window=1)
+    out = model(images(2, *size))
+    out.sum().backward()
+    assert out.isfinite().all()
+
+
+def test_capacity_one_without_light_path_is_timms_vision_transformer():
+    ours = create(router="all_heavy", light_heads=0, light_mlp_ratio=0, init_values=None).eval()
+    dense = VisionTransformer(
+        img_size=(24, 32),
+        patch_size=4,
+        num_classes=5,
+        embed_dim=64,
+        depth=3,
+        num_heads=4,
+        qk_norm=True,
+        reg_tokens=1,
+        global_pool="avg",
+    ).eval()
+    state = ours.state_dict()
+    for name in list(dense.state_dict()):
+        renamed = name.replace("norm1", "attn.norm").replace("norm2", "mlp.norm")
+        renamed = renamed.replace("mlp.fc", "mlp.heavy.fc")
+        for part in ("proj", "q_norm", "k_norm"):
+            renamed = renamed.replace(f"attn.{part}.", f"attn.heavy.{part}.")
+        if "attn.qkv" not in name:
+            dense.state_dict()[name].copy_(state[renamed])
+            continue
+        kind = name.rsplit(".", 1)[1]
+        prefix = name.split("attn")[0] + "attn.heavy."
+        k, v = state[f"{prefix}kv.{kind}"].unflatten(0, (4, 2, 16)).unbind(1)  # ordered by head
+        parts = [state[f"{prefix}q.{kind}"], k.flatten(0, 1), v.flatten(0, 1)]
+        dense.state_dict()[name].copy_(torch.cat(parts))
+    torch.testing.assert_close(ours(images()), dense(images()), rtol=1e-5, atol=1e-5)
+
+
+# --- routing ---------------------------------------------------------------------------------
+
+
+def test_routing_tells_what_forward_did_and_changes_nothing():
+    model = create(kv_routes=2).eval()
+    before = model(images())
+    routing = model.routing(images())
+    assert list(routing)[:4] == ["blocks.0.q", "blocks.0.kv0", "blocks.0.kv1", "blocks.0.ffn"]
+    assert len(routing) == 12
+    for name, (indices, gates, logits, grid) in routing.items():
+        k = 24 if ".kv" in name else 12
+        assert grid == (6, 8)
+        assert indices.shape == gates.shape == (3, k)
+        assert logits.shape == (3, 48)
+        assert indices.dtype == torch.int64
+        assert gates.dtype == logits.dtype == torch.float32
+        assert torch.equal(indices, logits.topk(k).indices.sort().values)
+    assert torch.equal(model(images()), before)
+
+
+def test_prefix_tokens_are_heavy_and_not_counted():
+    model = create(reg_tokens=8, depth=1)
+    indices = model.routing(images())["blocks.0.q"].indices
+    assert indices.min() >= 0
+    assert indices.max() < 48
+    assert indices.shape[1] == 12
+
+
+def test_set_capacity_changes_routing_and_flops_and_is_exported():
+    model = create()
+    before = model.flops().heavy
+    model.set_capacity("1/12", kv=[0.1, 0.2, 0.3])
+    routing = model.routing(images())
+    assert [routing[f"blocks.{i}.kv0"].indices.shape[1] for i in range(3)] == [5, 10, 15]
+    assert routing["blocks.2.ffn"].indices.shape[1] == 4
+    assert model.flops().heavy < before
+    arguments = json.loads(json.dumps(get_model_args(model)))
+    again = timm.create_model("colt5_vit_test", **arguments)
+    again.load_state_dict(model.state_dict())
+    torch.testing.assert_close(again.eval()(images()), model.eval()(images()))
+
+
+# --- timm's contract, beyond timm's own suite ------------------------------------------------
+
+
+def test_resolution_changes_without_new_weights():
+    model = create(dynamic_img_size=True, rope=True).eval()
+    assert model(images(2, 40, 20)).shape == (2, 5)
+    assert model.routing(images(2, 40, 20))["blocks.0.q"].grid == (10, 5)
+    fixed = create(rope=True).eval()
+    fixed.set_input_size((40, 20))
+    assert fixed(images(2, 40, 20)).shape == (2, 5)
+
+
+def test_parameters_without_decay_exist_and_all_router_vectors_are_among_them():
+    model = create(null_token=True, null_kv=True, kv_routes=2)
+    optimizer = create_optimizer_v2(model, "adamw", lr=1e-3, weight_decay=0.1)
+    decayed = {id(p) for g in optimizer.param_groups if g["weight_decay"] for p in g["params"]}
+    names = {name for name, p in model.named_parameters() if id(p) in decayed}
+    assert names
+    assert all(name.endswith("weight") and "router" not in name for name in names)
+    own = [name for name, _ in model.named_parameters() if "router" in name or "null" in name]
+    assert len(own) == 3 * 5
+
+
+def test_layer_decay_groups_put_routers_into_their_block():
+    groups = group_parameters(create(), create().group_matcher(), reverse=True)
+    assert groups["blocks.2.mlp.router.weight"] == groups["blocks.2.mlp.heavy.fc1.weight"]
+    assert groups["blocks.0.mlp.router.weight"] != groups["blocks.2.mlp.router.weight"]
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"rope": True, "null_token": True, "null_kv": True}])
+def test_meta_model_becomes_real_with_init_weights(kwargs):
+    with torch.device("meta"):
+        model = create(**kwargs)
+    model.to_empty(device="cpu")
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data.fill_(float("nan"))
+    model.init_weights()
+    assert all(t.isfinite().all() for t in (*model.parameters(), *model.buffers()))
+    assert model(images()).isfinite().all()
+
+
+def test_bfloat16_model_and_autocast_agree_with_float32():
+    model = create().eval()
+    exact = model(images())
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = model(images())
+    low = model.bfloat16()(images().bfloat16())
+    assert low.dtype == torch.bfloat16
+    assert (mixed.float() - exact).abs().max() < 0.1 * exact.abs().max()
+    assert (low.float() - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+def test_fix_init_scales_what_deep_blocks_add():
+    model = create(fix_init=True)
+    first, last = (model.blocks[i].mlp.heavy.fc2.weight.std() for i in (0, 2))
+    assert last < 0.7 * first
+
+
+@pytest.mark.parametrize("policy", ["none", "heavy", "block"])
+@pytest.mark.parametrize("every", [1, 2])
+def test_checkpointing_policies_do_not_change_gradients(policy, every):
+    model = create(drop_path_rate=0.2).train()
+    gradients = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable, policy=policy, every=every)
+        model.zero_grad()
+        torch.manual_seed(3)
+        model(images()).square().mean().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_long_names_are_the_same_models():
+    for short, long in (("ti", "tiny"), ("s", "small"), ("b", "base"), ("l", "large")):
+        with torch.device("meta"):
+            a = timm.create_model(f"colt5_vit_{short}")
+            b = timm.create_model(f"colt5_vit_{long}_patch16_224")
+        assert {n: p.shape for n, p in a.named_parameters()} == {
+            n: p.shape for n, p in b.named_parameters()
+        }
+
+
+BAD = [
+    ({"q_capacity": 0}, "q_capacity=0"),
+    ({"kv_capacity": 1.5}, "kv_capacity=1.5"),
+    ({"ffn_capacity": [0.5, 0.5]}, "ffn_capacity has 2 entries for 3 blocks"),
+    ({"kv_routes": 3}, "kv_routes=3"),
+    ({"num_heads": 5}, "num_heads=5"),
+    ({"light_window": 7}, "light_window=7"),
+    ({"img_size": 3}, "img_size=3"),
+    ({"pos_embed": "magic"}, "pos_embed='magic'"),
+    ({"global_pool": "best"}, "global_pool='best'"),
+    ({"global_pool": "token", "class_token": False}, "class_token"),
+    ({"router": "oracle"}, "router='oracle'"),
+    ({"router_kwargs": {"temperature": 2}}, "temperature"),
+    ({"mlp_layer": "conv"}, "mlp_layer='conv'"),
+    ({"patch_drop_rate": 0.1}, "patch_drop_rate"),
+    ({"heavy_window": True}, "heavy_window"),
+    ({"capacity": 0.5}, "capacity"),
+    ({"rope": True, "light_head_dim": 8}, "light_head_dim=8"),
+]
+
+
+@pytest.mark.parametrize(("kwargs", "named"), BAD)
+def test_impossible_arguments_are_named(kwargs, named):
+    with pytest.raises((ValueError, TypeError), match=named):
+        create(**kwargs)
+
+
+def test_impossible_changes_are_named():
+    model = create()
+    with pytest.raises(ValueError, match="ffn_capacity=2"):
+        model.set_capacity(ffn=2)
+    with pytest.raises(TypeError, match="q, kv, ffn"):
+        model.set_capacity()
+    with pytest.raises(ValueError, match="policy='all'"):
+        model.set_grad_checkpointing(policy="all")
+    with pytest.raises(ValueError, match="every=0"):
+        model.set_grad_checkpointing(every=0)
+    with pytest.raises(ValueError, match="light_window=4 is larger"):
+        model.set_input_size((8, 8))
