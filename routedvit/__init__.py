@@ -8,7 +8,7 @@ Importing registers the models with timm. Needs torch and timm only; training li
 `routedvit.training`.
 """
 
-from routedvit.models import RoutedVisionTransformer, Routing
+from routedvit.models import ConditionalRoutedViT, RoutedVisionTransformer, Routing
 
-__all__ = ["RoutedVisionTransformer", "Routing"]
+__all__ = ["ConditionalRoutedViT", "RoutedVisionTransformer", "Routing"]
 __version__ = "0.1.0"

@@ -206,12 +206,15 @@ class RoutedAttention(nn.Module):
         rope: Tensor | None,
     ) -> Tensor:
         """Gather the routed rows and attend: [B, Q, D], not yet gated."""
-        routes, num_keys = kv_index.shape[1], kv_index.shape[2]
         queries = self.norm_heavy(gather_tokens(source, q_index))
         if self.gate_queries:
             queries = queries * q_gate.unsqueeze(-1).to(queries.dtype)
-        context = self.norm_heavy(gather_tokens(source, kv_index.flatten(1)))
-        context = context.unflatten(1, (routes, num_keys))
+        context = self.norm_heavy(self._context(source, kv_index))
         if rope is None:
             return self.heavy(queries, context, kv_gate)
         return self.heavy(queries, context, kv_gate, rope[q_index], rope[kv_index])
+
+    def _context(self, source: Tensor, kv_index: Tensor) -> Tensor:
+        """Gather the rows [B, R, K, D] of each kv route."""
+        rows = gather_tokens(source, kv_index.flatten(1))
+        return rows.unflatten(1, (kv_index.shape[1], kv_index.shape[2]))

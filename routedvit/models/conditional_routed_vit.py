@@ -1,0 +1,183 @@
+"""`ConditionalRoutedViT` of the PyPI package `colt5-attention`, made of this project's layers.
+
+Same constructor arguments, same state dict in both directions, same numbers (outputs within 1e-5,
+parameter gradients within 1e-4 relative), so that weights and results obtained with that package
+live on. It differs from `RoutedVisionTransformer` by switches of the layers, listed in
+`routedvit.layers.conditional_routed`, and by its stem and head, which are here. Two differences on
+purpose: windows with no more tokens than go heavy work instead of failing, and a request for the
+package's Triton kernel on a GPU is refused. Its faults that change numbers are kept: with several
+kv routes the images of a batch mix.
+
+For new work take `colt5_vit_*`: here heavy attention never leaves its window.
+"""
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from einops.layers.torch import Rearrange, Reduce
+from timm.layers import to_2tuple
+from torch import Tensor, nn
+
+from routedvit.layers.conditional_routed import (
+    ConditionalRoutedFeedForward,
+    ConditionalRoutedImageAttention,
+)
+
+__all__ = ["ConditionalRoutedViT"]
+
+
+class ConditionalRoutedViT(nn.Module):
+    """Routed vision transformer with the interface of `colt5_attention.ConditionalRoutedViT`.
+
+    Args:
+        image_size, patch_size: pixels, one number or (height, width). Images of another size work
+            if the patches and the windows divide them.
+        num_classes, channels: logits, and channels of an image.
+        dim, depth: token width D, a multiple of 4, and number of blocks.
+        attn_num_heavy_tokens_q, attn_num_heavy_tokens_kv: heavy queries and keys of a window.
+        attn_heavy_dim_head, attn_heavy_heads, attn_light_dim_head, attn_light_heads: heads.
+        attn_light_window_size: side of a window in patches.
+        ff_num_heavy_tokens: tokens of an image that the heavy feed-forward sees.
+        ff_heavy_mult, ff_light_mult: hidden widths over D.
+        router_straight_through: gates of value 1 with the gradient of the soft ones.
+        router_kwargs: n_iters, fetch_k_ratio, eps, eps_decay, eps_init, cosine_sim_routing,
+            cosine_sim_scale of all routers.
+        router_use_triton: makes no difference on a CPU, is an error on a GPU.
+        flash_attn: accepted; attention always runs PyTorch's fused operator.
+        attn_num_routed_kv: kv routes; must divide attn_heavy_heads.
+        default_coor_descent_eps: eps of the routers unless router_kwargs says otherwise.
+
+    Raises:
+        TypeError: unknown router_kwargs.
+        ValueError: sizes, heads or numbers of tokens that do not fit, with the mend.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int | tuple[int, int],
+        patch_size: int | tuple[int, int],
+        num_classes: int,
+        dim: int,
+        depth: int,
+        attn_num_heavy_tokens_q: int,
+        attn_num_heavy_tokens_kv: int,
+        attn_heavy_dim_head: int,
+        attn_heavy_heads: int,
+        attn_light_dim_head: int,
+        attn_light_heads: int,
+        attn_light_window_size: int,
+        ff_num_heavy_tokens: int,
+        ff_heavy_mult: float,
+        ff_light_mult: float,
+        channels: int = 3,
+        router_straight_through: bool = True,
+        router_kwargs: Mapping[str, Any] | None = None,
+        router_use_triton: bool = False,
+        flash_attn: bool = True,
+        attn_num_routed_kv: int = 1,
+        default_coor_descent_eps: float = 1.0,
+    ) -> None:
+        super().__init__()
+        patch_height, patch_width = to_2tuple(patch_size)
+        _check_sizes(
+            to_2tuple(image_size), (patch_height, patch_width), attn_light_window_size, dim
+        )
+        if attn_heavy_heads % attn_num_routed_kv:
+            raise ValueError(
+                f"attn_heavy_heads={attn_heavy_heads} must be a multiple of"
+                f" attn_num_routed_kv={attn_num_routed_kv}"
+            )
+        patch_dim = channels * patch_height * patch_width
+        self.to_patch_embedding = nn.Sequential(
+            Rearrange("b c (h p1) (w p2) -> b h w (p1 p2 c)", p1=patch_height, p2=patch_width),
+            nn.LayerNorm(patch_dim),
+            nn.Linear(patch_dim, dim),
+            nn.LayerNorm(dim),
+        )
+        routing: dict[str, Any] = {
+            "router_straight_through": router_straight_through,
+            "router_kwargs": {"eps": default_coor_descent_eps, **(router_kwargs or {})},
+            "use_triton": router_use_triton,
+        }
+        layers = nn.ModuleList()
+        for _ in range(depth):
+            attention = ConditionalRoutedImageAttention(
+                dim,
+                num_heavy_tokens_q=attn_num_heavy_tokens_q,
+                num_heavy_tokens_kv=attn_num_heavy_tokens_kv,
+                num_routed_kv=attn_num_routed_kv,
+                light_dim_head=attn_light_dim_head,
+                light_heads=attn_light_heads,
+                light_window_size=attn_light_window_size,
+                heavy_dim_head=attn_heavy_dim_head,
+                heavy_heads=attn_heavy_heads,
+                use_flash_attn=flash_attn,
+                **routing,
+            )
+            feed_forward = ConditionalRoutedFeedForward(
+                dim,
+                num_heavy_tokens=ff_num_heavy_tokens,
+                light_ff_mult=ff_light_mult,
+                heavy_ff_mult=ff_heavy_mult,
+                **routing,
+            )
+            layers.append(nn.ModuleList([attention, feed_forward]))
+        self.transformer = nn.ModuleDict({"layers": layers})
+        self.linear_head = nn.Sequential(
+            Reduce("b h w c -> b c", "mean"), nn.LayerNorm(dim), nn.Linear(dim, num_classes)
+        )
+
+    def forward(self, img: Tensor) -> Tensor:
+        """Images [B, channels, H_img, W_img] -> logits [B, num_classes]."""
+        x = self.to_patch_embedding(img)
+        x = x + _sincos(x)
+        for attention, feed_forward in cast(Any, self.transformer["layers"]):
+            x = attention(x) + x
+            tokens = x.flatten(1, 2)
+            x = (feed_forward(tokens) + tokens).view_as(x)
+        return self.linear_head(x)
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Weights saved by this class or by colt5-attention.
+
+        Raises:
+            ValueError: the weights of another model, with the names that do not fit.
+        """
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        except RuntimeError as error:
+            raise ValueError(
+                "state_dict is not of this model: construct it with the arguments of the one that"
+                f" was saved. {error}"
+            ) from None
+
+
+def _check_sizes(image: tuple[int, int], patch: tuple[int, int], window: int, dim: int) -> None:
+    if image[0] % patch[0] or image[1] % patch[1]:
+        raise ValueError(f"image_size={image} must be a multiple of patch_size={patch}")
+    height, width = image[0] // patch[0], image[1] // patch[1]
+    if height % window or width % window:
+        raise ValueError(
+            f"attn_light_window_size={window} must divide the grid of {height} x {width} patches"
+        )
+    if dim % 4 or dim < 8:
+        raise ValueError(f"dim={dim} must be a multiple of 4, at least 8, for sin-cos positions")
+
+
+def _sincos(x: Tensor) -> Tensor:
+    """Positions [H, W, D] of x [B, H, W, D]: sin and cos of the column, then of the row.
+
+    timm's table orders them otherwise and has other frequencies: these fall from 1 to 1/10000,
+    both included.
+    """
+    height, width, dim = x.shape[1:]
+    frequency = torch.arange(dim // 4, device=x.device) / (dim // 4 - 1)
+    frequency = 1.0 / (10000**frequency)
+    row = (torch.arange(height, device=x.device)[:, None] * frequency)[:, None]
+    column = (torch.arange(width, device=x.device)[:, None] * frequency)[None]
+    parts = [column.sin(), column.cos(), row.sin(), row.cos()]
+    return torch.cat([part.expand(height, width, -1) for part in parts], -1).to(x.dtype)
