@@ -1,0 +1,55 @@
+"""One line per measurement in `benchmarks/results.csv`, with what is needed to believe it."""
+
+import csv
+import datetime
+import os
+import platform
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+FILE = Path(__file__).with_name("results.csv")
+COLUMNS = (
+    "date", "benchmark", "case", "median", "min", "max", "rounds", "unit",
+    "baseline", "ratio", "hardware", "python", "torch",
+)  # fmt: skip
+
+
+def append_result(
+    benchmark: str,
+    case: str,
+    values: Sequence[float],
+    *,
+    unit: str,
+    baseline: str,
+    ratio: float,
+) -> None:
+    """Append median, minimum and maximum of `values`.
+
+    `ratio` is this case's median over that of `baseline`, measured in the same run, interleaved.
+    """
+    new = not FILE.exists()
+    with FILE.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        if new:
+            writer.writerow(COLUMNS)
+        numbers = [statistics.median(values), min(values), max(values)]
+        writer.writerow(
+            [
+                datetime.date.today().isoformat(), benchmark, case,
+                *(f"{number:.4g}" for number in numbers), len(values), unit,
+                baseline, f"{ratio:.3f}", hardware(), platform.python_version(),
+                torch.__version__,
+            ]
+        )  # fmt: skip
+
+
+def hardware() -> str:
+    """The GPU, or the CPU's model and the number of cores this process may use."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    model = next((line.split(":")[1].strip() for line in lines if "model name" in line), "CPU")
+    return f"{model}, {len(os.sched_getaffinity(0))} cores"
