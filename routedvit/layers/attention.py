@@ -50,7 +50,6 @@ class WindowAttention(nn.Module):
 
     num_heads: Final[int]
     head_dim: Final[int]
-    window: Final[int]
     num_prefix: Final[int]
     qk_norm: Final[bool]
 

@@ -63,7 +63,6 @@ class RoutedAttention(nn.Module):
     """
 
     num_prefix: Final[int]
-    light_window: Final[int]
     shared_norm: Final[bool]
     route_raw: Final[bool]
     heavy_window: Final[bool]
@@ -149,6 +148,13 @@ class RoutedAttention(nn.Module):
         self.null_token = nn.Parameter(torch.zeros(dim, **factory)) if null_token else None
         self.ls = LayerScale(dim, init_values, **factory) if init_values else nn.Identity()
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    @torch.jit.ignore
+    def set_light_window(self, window: int) -> None:
+        """Change the side of the windows; they have no weights of their own."""
+        self.light_window = window
+        if self.light is not None:
+            self.light.window = window
 
     def init_weights(self) -> None:
         if self.null_token is not None:

@@ -291,7 +291,7 @@ def fixed_scores(
 
 def build_router(
     kind: str, dim: int, capacity: float | str | Fraction, *, num_routes: int = 1, **kwargs: object
-) -> nn.Module:
+) -> Router | FixedRouter:
     """A `Router` (kind 'learned', keyword arguments are its own) or a `FixedRouter`.
 
     Raises:
