@@ -74,9 +74,7 @@ def plain(capacity: Any) -> Any:
 def block_builder(
     routed: Callable[..., RoutedBlock], capacities: dict[str, list[Fraction]], dense_blocks: int
 ) -> Callable[..., RoutedBlock]:
-    """What timm's constructor calls for each block; the first `dense_blocks` have no light path
-    and no router.
-    """
+    """What timm's constructor calls for each block; the first ones, without routing, are dense."""
 
     def build(depth: int, **kwargs: Any) -> RoutedBlock:
         if depth < dense_blocks:

@@ -1,13 +1,12 @@
 """The routed vision transformer: timm's `VisionTransformer` with routed blocks.
 
 Stem, position tables, pooling, head, resizing, weight initialisation and the rest of timm's
-contract are inherited;
-what differs is here: blocks that know the token grid, positions that timm's class lacks (sin-cos,
-    axial rotary),
-routing that can be changed (`set_capacity`) and looked at (`routing`).
+contract are inherited. What differs is here: blocks that know the token grid, positions that timm's
+class lacks (sin-cos, axial rotary), routing that can be changed (`set_capacity`) and looked at
+(`routing`).
 
-    images [B, C, H_img, W_img] -> tokens [B, P + N, D], N = H * W patches in raster order behind P
-    prefix tokens
+    images [B, C, H_img, W_img] -> tokens [B, P + N, D]: P prefix tokens, then N = H * W patches in
+    raster order
 """
 
 from functools import partial
@@ -278,12 +277,7 @@ class RoutedVisionTransformer(VisionTransformer):
 
     @torch.jit.ignore
     def routing(self, images: Tensor) -> dict[str, Routing]:
-        """What every router decides for these images: 'blocks.0.q', 'blocks.0.kv0', ...,
-        'blocks.0.ffn', ...
-
-        Runs the model once, without gradients, in the mode it is in; outputs of `forward` are not
-        affected.
-        """
+        """What every router decides for these images, see `record_routing`."""
         return record_routing(self, images)
 
     @torch.jit.ignore
@@ -295,10 +289,9 @@ class RoutedVisionTransformer(VisionTransformer):
         kv: Capacities | None = None,
         ffn: Capacities | None = None,
     ) -> None:
-        """Change the share of heavy patches, of all routers or of the named ones; a list gives one
-        per block.
+        """Change the share of heavy patches, of all routers or of the named ones.
 
-        The new capacity is exported with the weights.
+        A list gives one share per block. The new capacity is exported with the weights.
         """
         chosen = {"q": q, "kv": kv, "ffn": ffn}
         chosen = {name: capacity if own is None else own for name, own in chosen.items()}

@@ -24,6 +24,13 @@ OPTIONS = {
     "coordinate descent": {"router_kwargs": {"solver": "coordinate_descent", "eps": 0.5}},
     "null token and key": {"null_token": True, "null_kv": True, "kv_gate": "values"},
     "separate norms, raw routers": {"separate_norms": True, "route_raw": True},
+    "separate norms, dense first block": {"separate_norms": True, "dense_blocks": 1},
+    "raw routers without light path": {
+        "separate_norms": True,
+        "route_raw": True,
+        "light_heads": 0,
+        "light_mlp_ratio": 0,
+    },
     "RMSNorm, SwiGLU": {"norm_layer": "rmsnorm", "mlp_layer": "swiglu", "init_values": None},
     "dense first blocks": {"dense_blocks": 2},
     "no light path": {"light_heads": 0, "light_mlp_ratio": 0},
