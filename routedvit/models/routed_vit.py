@@ -9,6 +9,7 @@ class lacks (sin-cos, axial rotary), routing that can be changed (`set_capacity`
     raster order
 """
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -32,6 +33,8 @@ from routedvit.models.arguments import (
     plain,
     window_for,
 )
+from routedvit.models.dense_weights import converted_if_dense
+from routedvit.models.fitting import check_fit
 from routedvit.models.flops import Flops, count_flops
 from routedvit.models.routing import Routing, record_routing
 
@@ -310,6 +313,19 @@ class RoutedVisionTransformer(VisionTransformer):
         return count_flops(self, img_size)
 
     # --- timm's contract -------------------------------------------------------------------------
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Weights of this model, or of a dense vision transformer (see `models.dense_weights`).
+
+        Raises:
+            ValueError: the weights of another model, with the names that differ and the mend.
+        """
+        state_dict = converted_if_dense(state_dict, self)
+        if strict:
+            check_fit(self, state_dict)
+        return super().load_state_dict(state_dict, strict, assign)
 
     @torch.jit.ignore
     def set_grad_checkpointing(
