@@ -29,6 +29,7 @@ from routedvit.models.arguments import (
     block_builder,
     check_choice,
     check_image,
+    norm_with_eps,
     per_block,
     plain,
     window_for,
@@ -62,6 +63,7 @@ class RoutedVisionTransformer(VisionTransformer):
         pos_embed: 'learn', 'sincos' or 'none'.
         rope: axial rotary positions in light and heavy attention.
         mlp_layer: 'mlp' or 'swiglu'.
+        norm_eps: of all norms, if not their default (1e-6).
         kv_gate, null_kv, null_token, separate_norms, route_raw, heavy_window, head_dim,
             light_head_dim: see `RoutedAttention` and `HeavyAttention`; with their defaults the
             block is the paper's.
@@ -105,6 +107,7 @@ class RoutedVisionTransformer(VisionTransformer):
         pos_embed: str = "learn",
         rope: bool = False,
         mlp_layer: str = "mlp",
+        norm_eps: float | None = None,
         patch_drop_rate: float = 0.0,
         weight_init: str = "",
         device: torch.device | None = None,
@@ -128,6 +131,8 @@ class RoutedVisionTransformer(VisionTransformer):
                 f"rope=True needs head_dim={width} to be a multiple of 4, and"
                 f" light_head_dim={light_head_dim} to be the same or None"
             )
+        if norm_eps is not None:
+            kwargs["norm_layer"] = norm_with_eps(kwargs.get("norm_layer"), norm_eps)
         capacities = per_block(depth, q=q_capacity, kv=kv_capacity, ffn=ffn_capacity)
         routed = partial(
             RoutedBlock,

@@ -4,6 +4,7 @@ The dense models are timm's, small, with random weights in which nothing is 0 or
 """
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,14 @@ SOURCES: dict[str, dict[str, Any]] = {
     "gated GELU": {"mlp_layer": SwiGLU},
     "big_vision, average pool": {"class_token": False, "global_pool": "avg"},
     "SigLIP": {"class_token": False, "global_pool": "map", "act_layer": "gelu_tanh"},
-    "CLIP": {"pre_norm": True, "act_layer": "quick_gelu"},
+    "CLIP": {"pre_norm": True, "act_layer": "quick_gelu",
+             "norm_layer": partial(nn.LayerNorm, eps=1e-3)},
     "qk-norm, few biases": {"qk_norm": True, "qkv_bias": False, "proj_bias": False},
     "average of all tokens, norm before it": {"global_pool": "avg", "fc_norm": False,
                                               "pool_include_prefix": True},
     "no positions": {"pos_embed": "none"},
 }  # fmt: skip
-UNTOLD_BY_WEIGHTS = (  # activation, image size, pooling
+UNTOLD_BY_WEIGHTS = (  # activation, epsilon, image size, pooling
     "SigLIP", "CLIP", "gated GELU", "no positions", "average of all tokens, norm before it"
 )  # fmt: skip
 
