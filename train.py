@@ -4,7 +4,8 @@
     python train.py --config configs/quickstart.json        one process
     torchrun --nproc-per-node 8 train.py --config ...       the same, unchanged
 
-Starting a run again resumes it, or says that it is finished.
+Starting a run again resumes it, or says that it is finished. Exit codes: 0 finished; 2 a mistake,
+whose message tells the mend; 75 stopped by a signal and saved, start again to go on; 1 a crash.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from routedvit.training import engine as engines
 from routedvit.training.assembly import build_engine, build_trainer
 from routedvit.training.checkpoint import Checkpoints, RunState
 from routedvit.training.collective import on_rank_zero
-from routedvit.training.config_file import json_schema, load_config
+from routedvit.training.config_file import describe_keys, json_schema, load_config
 from routedvit.training.console import Console
 from routedvit.training.export import export_model
 from routedvit.training.model import create_model
@@ -44,13 +45,11 @@ class RunConfig(training.RunConfig):
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog="Exit codes: 0 finished; 2 a mistake that the message tells how to mend; 75 stopped "
-        "by a signal after saving, start again to go on; 1 a crash.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--config", metavar="FILE", help="the run, such as configs/quickstart.json")
+    what.add_argument("--keys", action="store_true", help="list every key a config can have")
     what.add_argument("--write-schema", metavar="FILE", help="write the config's JSON schema")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override, optim.lr=0.001"
@@ -67,6 +66,9 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     """The command line; returns the exit code."""
     args = parse_arguments()
+    if args.keys:
+        print(describe_keys(RunConfig))
+        return 0
     if args.write_schema:
         Path(args.write_schema).write_text(json_schema(RunConfig), encoding="utf-8")
         return 0
@@ -80,15 +82,11 @@ def run(config: RunConfig, fresh: bool, console: Console) -> int:
     world = engines.start(tf32=config.precision.tf32)
     folder = RunFolder(Path(config.folder))
     num_classes = resolve(config.data.train.shards).num_classes
-    model_kwargs = {"num_classes": num_classes, **config.model.kwargs}
+    config.model.kwargs.setdefault("num_classes", num_classes)
     model = create_model(config.model, num_classes=num_classes, seed=config.seed)
     model.set_grad_checkpointing(config.train.grad_checkpointing)  # type: ignore[operator]
     loader, eval_loader, image_format = build_loaders(config, model, world, folder)
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    engine, schedule = build_engine(
-        config, model, world,
-        samples_per_epoch=loader.samples_per_epoch, num_classes=model_kwargs["num_classes"],
-    )  # fmt: skip
+    engine, schedule = build_engine(config, model, world, loader.samples_per_epoch)
 
     # Only now, since a run that cannot be built must not claim or move a folder.
     record = config.model_dump(mode="json")
@@ -103,21 +101,12 @@ def run(config: RunConfig, fresh: bool, console: Console) -> int:
         config, engine, schedule, loader, eval_loader,
         checkpoints=checkpoints, state=state, tensorboard=folder.path, console=console,
     )  # fmt: skip
-    total_steps = trainer.settings.total_steps
-    console.print(
-        opening(
-            config, engine, loader,
-            num_parameters=num_parameters, total_steps=total_steps, done=state.step,
-        )
-    )  # fmt: skip
+    console.print(opening(config, trainer))
     result = trainer.fit()
     if not result.finished:
         console.print(f"stopped at step {result.step} and saved; the same command goes on")
         return REQUEUE_EXIT_CODE
-    export_model(
-        engine, folder.weights,
-        name=config.model.name, kwargs=model_kwargs, data_config=image_format,
-    )  # fmt: skip
+    export_model(engine, folder.weights, **config.model.model_dump(), data_config=image_format)
     console.print(closing(result, folder))
     return 0
 

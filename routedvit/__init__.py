@@ -8,7 +8,12 @@ Importing registers the models with timm. Needs torch and timm only; training li
 `routedvit.training`.
 """
 
-from routedvit.models import ConditionalRoutedViT, RoutedVisionTransformer, Routing
+from routedvit.models import (
+    ConditionalRoutedViT,
+    RoutedVisionTransformer,
+    Routing,
+    convert_dense,
+)
 
-__all__ = ["ConditionalRoutedViT", "RoutedVisionTransformer", "Routing"]
+__all__ = ["ConditionalRoutedViT", "RoutedVisionTransformer", "Routing", "convert_dense"]
 __version__ = "0.1.0"

@@ -5,10 +5,11 @@ from routedvit.layers.conditional_routed import (
     ConditionalRoutedFeedForward,
     ConditionalRoutedImageAttention,
 )
+from routedvit.layers.fixed_router import FixedRouter, build_router
 from routedvit.layers.routed_attention import RoutedAttention
 from routedvit.layers.routed_block import RoutedBlock
 from routedvit.layers.routed_feedforward import RoutedFeedForward
-from routedvit.layers.router import FixedRouter, Router, as_ratio, build_router
+from routedvit.layers.router import Router, as_ratio
 
 __all__ = [
     "ConditionalRoutedFeedForward",

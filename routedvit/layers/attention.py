@@ -1,8 +1,7 @@
-"""The two attentions of a routed block: light in windows for every token, heavy and global for the
-routed ones.
+"""The two attentions of a routed block: light in windows for all, heavy and global for the routed.
 
-B images, P prefix tokens (cls, registers), N patches on an H x W grid, D width, Q queries, K keys
-per route
+B images, P prefix tokens (cls, registers), N = H * W patches, D width
+Q heavy queries, R kv routes with K heavy keys each
 """
 
 import torch
@@ -25,9 +24,7 @@ KV_GATES = ("tokens", "values", "keys_values")
 
 @register_notrace_function
 def window_mask(x: Tensor, height: int, width: int, window: int) -> Tensor | None:
-    """Attention mask of the padded keys for images x [B, ...]; None where the window divides the
-    grid.
-    """
+    """Mask of the padded keys for images x [B, ...]; None where the window divides the grid."""
     if not needs_padding(height, width, window):
         return None
     return window_padding_mask(x.shape[0], height, width, window, x.device)
@@ -50,7 +47,6 @@ class WindowAttention(nn.Module):
 
     num_heads: Final[int]
     head_dim: Final[int]
-    window: Final[int]
     num_prefix: Final[int]
     qk_norm: Final[bool]
 

@@ -23,7 +23,7 @@ from torch.jit import Final
 
 from routedvit.layers.attention import HeavyAttention, WindowAttention
 from routedvit.layers.checkpointing import recompute
-from routedvit.layers.router import build_router
+from routedvit.layers.fixed_router import build_router
 from routedvit.ops import (
     gather_tokens,
     merge_windows,
@@ -63,7 +63,6 @@ class RoutedAttention(nn.Module):
     """
 
     num_prefix: Final[int]
-    light_window: Final[int]
     shared_norm: Final[bool]
     route_raw: Final[bool]
     heavy_window: Final[bool]
@@ -120,7 +119,9 @@ class RoutedAttention(nn.Module):
         self.heavy_window = heavy_window
         self.gate_queries = gate_queries
         self.recompute_heavy = False  # see `RoutedBlock.set_checkpointing`
-        self.norm = norm_layer(dim, **factory)
+        # with a norm of its own for the heavy path, this one may have no reader left
+        is_read = light_heads or not separate_norms or (router == "learned" and not route_raw)
+        self.norm = norm_layer(dim, **factory) if is_read else nn.Identity()
         self.norm_heavy = norm_layer(dim, **factory) if separate_norms else nn.Identity()
         self.q_router = build_router(router, dim, q_capacity, **routing)
         self.kv_router = build_router(router, dim, kv_capacity, num_routes=kv_routes, **routing)
@@ -149,6 +150,13 @@ class RoutedAttention(nn.Module):
         self.null_token = nn.Parameter(torch.zeros(dim, **factory)) if null_token else None
         self.ls = LayerScale(dim, init_values, **factory) if init_values else nn.Identity()
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    @torch.jit.ignore
+    def set_light_window(self, window: int) -> None:
+        """Change the side of the windows; they have no weights of their own."""
+        self.light_window = window
+        if self.light is not None:
+            self.light.window = window
 
     def init_weights(self) -> None:
         if self.null_token is not None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.jit import Final
 
 from routedvit.layers.checkpointing import recompute
-from routedvit.layers.router import build_router
+from routedvit.layers.fixed_router import build_router
 from routedvit.ops import gather_tokens, prepend_prefix, scatter_add_tokens
 
 __all__ = ["MLP_LAYERS", "RoutedFeedForward"]
@@ -78,7 +78,9 @@ class RoutedFeedForward(nn.Module):
         self.shared_norm = not separate_norms
         self.route_raw = route_raw
         self.recompute_heavy = False  # see `RoutedBlock.set_checkpointing`
-        self.norm = norm_layer(dim, **factory)
+        # with a norm of its own for the heavy path, this one may have no reader left
+        is_read = light_mlp_ratio or not separate_norms or (router == "learned" and not route_raw)
+        self.norm = norm_layer(dim, **factory) if is_read else nn.Identity()
         self.norm_heavy = norm_layer(dim, **factory) if separate_norms else nn.Identity()
         self.router = build_router(router, dim, capacity, **routing)
         self.light = layer(dim, int(dim * light_mlp_ratio), **hidden) if light_mlp_ratio else None

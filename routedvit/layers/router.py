@@ -1,18 +1,18 @@
-"""Routers: which tokens of an image go heavy.
+"""The learned router: which tokens of an image go heavy.
 
-A router scores every patch token, k of them win, and the winners' gates are the exact soft top-k
-of the scores (`routedvit.ops.route`). Scores are fp32 dot products of the *normalised* token with
-a learned vector of unit variance, times 1/sqrt(D), so their standard deviation starts at 1 with
-eps = 1. That is where routing learns: 94 % of the selected tokens pass a gradient and the mean
-gate of a winner is about 0.5, against 0.3 % and 1.0 for unscaled logits at D = 768 (std 27), where
-the soft top-k is saturated and the router is dead. Gates are the soft values, as in the
-paper: an attenuated heavy branch is made up for by its weights within a few steps, whereas
-    straight-through gates
-leave that attenuation out and their gradient contradicts the forward pass.
+Every patch token is scored, k of them win, and the winners' gates are the exact soft top-k of the
+scores (`routedvit.ops.route`). Scores are fp32 dot products of the *normalised* token with a
+learned vector of unit variance, times 1/sqrt(D), so they start with a standard deviation of 1 at
+eps = 1. That is where routing learns: 94 % of the selected tokens pass a gradient and the mean gate
+of a winner is about 0.5. Unscaled logits at D = 768 have a standard deviation of 27; then 0.3 %
+pass a gradient, all gates are 1, and the router is dead.
 
-Capacity is an integer ratio, k = ceil(n * num / den): static shapes, any image size, traceable
-arithmetic. Ablation routers score by position or by chance and have no parameters; see
-`build_router`.
+Gates are the soft values, as in the paper. The weights of the heavy branch make up for the
+attenuation; straight-through gates avoid it at the price of a gradient that contradicts the forward
+pass. (On 4,000 MNIST digits, 5 epochs, the test model: soft 86.7 %, straight-through 84.4 %.)
+
+Capacity is an integer ratio, k = ceil(n * num / den): static shapes, any image size, arithmetic
+that can be traced.
 """
 
 from fractions import Fraction
@@ -25,12 +25,10 @@ from torch.jit import Final
 
 from routedvit.ops import coordinate_descent, route, select
 
-__all__ = ["ROUTERS", "FixedRouter", "Router", "as_ratio", "build_router"]
+__all__ = ["Router", "as_ratio"]
 
 register_notrace_function(route)
 register_notrace_function(select)
-
-ROUTERS = ("learned", "random", "static", "all_heavy", "all_light")
 
 
 def as_ratio(capacity: float | str | Fraction, name: str = "capacity") -> Fraction:
@@ -59,8 +57,7 @@ def as_ratio(capacity: float | str | Fraction, name: str = "capacity") -> Fracti
 def router_logits(
     x: Tensor, weight: Tensor, scale: float, num_prefix: int, cosine: bool = False
 ) -> Tensor:
-    """x [B, P + N, D] and weight [R, D] -> fp32 logits [B, R, N] of the patches, also under
-    autocast.
+    """x [B, P + N, D] and weight [R, D] -> logits [B, R, N] of the patches, fp32 also in autocast.
 
     The prefix is cut off the narrow logits: cutting it off x would copy all of x.
     """
@@ -171,7 +168,7 @@ class Router(nn.Module):
         """Route the patches of x [B, P + N, D]; the P prefix tokens in front do not compete.
 
         Returns:
-            indices [B, R, k] ascending, 0 = first patch; gates [B, R, k] fp32; logits [B, R, N]
+            indices [B, R, k] ascending, 0 = first patch; gates [B, R, k] and logits [B, R, N] in
             fp32.
         """
         logits = router_logits(x, self.weight, self.scale, num_prefix, self.cosine)
@@ -203,9 +200,7 @@ def route_by_descent(
     eps_decay: float,
     num_iterations: int,
 ) -> tuple[Tensor, Tensor]:
-    """`routedvit.ops.route` with gates by coordinate descent; everything selected has gate 1, as
-    in the seed.
-    """
+    """`routedvit.ops.route` by coordinate descent; where all is selected all gates are 1."""
     n = logits.shape[-1]
     if k >= n:
         indices = select(logits, k)
@@ -221,84 +216,3 @@ def route_by_descent(
     )
     indices = select(all_gates, k)
     return indices, all_gates.gather(-1, indices)
-
-
-class FixedRouter(nn.Module):
-    """Routing that does not look at the image: the controls every routing result is to be compared
-    with.
-
-    Args:
-        kind: 'random' draws new tokens in every training step and keeps to fixed ones in eval
-            mode; 'static' takes the first token of k equal blocks (the paper's control);
-            'all_heavy' takes every token, 'all_light' none.
-        capacity: share of the tokens, for 'random' and 'static'.
-        num_routes: as in `Router`.
-    """
-
-    kind: Final[str]
-    num_routes: Final[int]
-
-    def __init__(
-        self, kind: str, capacity: float | str | Fraction = 0.25, *, num_routes: int = 1
-    ) -> None:
-        super().__init__()
-        self.kind = kind
-        self.num_routes = num_routes
-        self.set_capacity(as_ratio(capacity))
-
-    @torch.jit.ignore
-    def set_capacity(self, ratio: Fraction) -> None:
-        """Change the share of selected tokens; 'all_heavy' and 'all_light' keep theirs."""
-        fixed = {"all_heavy": Fraction(1), "all_light": Fraction(0)}
-        ratio = fixed.get(self.kind, ratio)
-        self.numerator, self.denominator = ratio.numerator, ratio.denominator
-
-    def num_selected(self, num_tokens: int) -> int:
-        """As `Router.num_selected`."""
-        return (num_tokens * self.numerator + self.denominator - 1) // self.denominator
-
-    def forward(self, x: Tensor, num_prefix: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """As `Router.forward`; the gates are 1."""
-        num_tokens = x.shape[1] - num_prefix
-        k = self.num_selected(num_tokens)
-        scores = fixed_scores(
-            x, num_tokens, self.num_routes, k, self.kind == "random", self.training
-        )
-        indices = select(scores, k)
-        return indices, torch.ones_like(indices, dtype=torch.float32), scores
-
-
-@register_notrace_function
-def fixed_scores(
-    x: Tensor, num_tokens: int, num_routes: int, k: int, random: bool, training: bool
-) -> Tensor:
-    """Scores [B, R, N] for images x [B, ...] whose k largest are the tokens that a `FixedRouter`
-    takes.
-    """
-    batch = x.shape[0]
-    if random and training:
-        return torch.rand(batch, num_routes, num_tokens, device=x.device)
-    position = torch.arange(num_tokens, device=x.device)
-    if random:
-        # a hash of the position: irregular, and the same in every run and on every device
-        score = ((position + 1) * 7919 % 10007).float()
-    else:
-        # block i of k begins at ceil(i * N / k): there, and only there, floor(position * k / N)
-        # has just risen
-        score = (position * k % num_tokens < k).float()
-    return score.expand(batch, num_routes, num_tokens)
-
-
-def build_router(
-    kind: str, dim: int, capacity: float | str | Fraction, *, num_routes: int = 1, **kwargs: object
-) -> nn.Module:
-    """A `Router` (kind 'learned', keyword arguments are its own) or a `FixedRouter`.
-
-    Raises:
-        ValueError: unknown kind.
-    """
-    if kind not in ROUTERS:
-        raise ValueError(f"router={kind!r} is unknown; choose one of {', '.join(ROUTERS)}")
-    if kind == "learned":
-        return Router(dim, capacity, num_routes=num_routes, **kwargs)  # type: ignore[arg-type]
-    return FixedRouter(kind, capacity, num_routes=num_routes)

@@ -4,9 +4,20 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
+from timm.layers import to_2tuple
+
 from routedvit.layers import RoutedBlock, as_ratio
 
-__all__ = ["Capacities", "Capacity", "block_builder", "check_choice", "per_block", "plain"]
+__all__ = [
+    "Capacities",
+    "Capacity",
+    "block_builder",
+    "check_choice",
+    "check_image",
+    "per_block",
+    "plain",
+    "window_for",
+]
 
 Capacity = float | str | Fraction
 Capacities = Capacity | Sequence[Capacity]
@@ -17,6 +28,29 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(
             f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, choices))}"
         )
+
+
+def check_image(img_size: int | tuple[int, int], patch_size: int | tuple[int, int]) -> None:
+    """Raises ValueError unless at least one patch fits."""
+    pairs = zip(to_2tuple(img_size), to_2tuple(patch_size), strict=True)
+    if any(size < patch for size, patch in pairs):
+        raise ValueError(f"img_size={img_size} is smaller than patch_size={patch_size}")
+
+
+def window_for(grid: tuple[int, int], light_window: int | None) -> int:
+    """The side of light windows: what was asked for, or 7 as far as the grid allows.
+
+    Raises:
+        ValueError: a window larger than the grid was asked for.
+    """
+    if light_window is None:
+        return min(7, *grid)
+    if not 1 <= light_window <= min(grid):
+        raise ValueError(
+            f"light_window={light_window} must lie between 1 and {min(grid)}, the shorter side of"
+            f" the grid of {grid[0]} x {grid[1]} patches"
+        )
+    return light_window
 
 
 def per_block(depth: int, **capacities: Any) -> dict[str, list[Fraction]]:
@@ -40,9 +74,7 @@ def plain(capacity: Any) -> Any:
 def block_builder(
     routed: Callable[..., RoutedBlock], capacities: dict[str, list[Fraction]], dense_blocks: int
 ) -> Callable[..., RoutedBlock]:
-    """What timm's constructor calls for each block; the first `dense_blocks` have no light path
-    and no router.
-    """
+    """What timm's constructor calls for each block; the first ones, without routing, are dense."""
 
     def build(depth: int, **kwargs: Any) -> RoutedBlock:
         if depth < dense_blocks:

@@ -3,14 +3,15 @@
 
 Widths, depths and heads are timm's. With the default capacities (a quarter of the patches heavy as
 queries and in the FFN, half of them as keys and values) a model spends about half the FLOPs of its
-dense twin, at about as many parameters. No weights yet: the cfgs carry the tag 'untrained'.
+dense twin, at about as many parameters. No weights yet: the cfgs carry the tag 'untrained'. Weights
+of a dense ViT load too, as `pretrained` or `checkpoint_path`.
 """
 
 from typing import Any
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models.vision_transformer import checkpoint_filter_fn
 
+from routedvit.models.dense_weights import checkpoint_filter_fn
 from routedvit.models.routed_vit import RoutedVisionTransformer
 
 __all__: list[str] = []  # register_model adds each entry point

@@ -111,7 +111,7 @@ def _feedforward(layer: RoutedFeedForward, grid: tuple[int, int]) -> BlockFlops:
     return BlockFlops(light, _mlp(layer.heavy, routed), _scores(layer.router, tokens))
 
 
-def _mlp(layer: nn.Module, rows: int) -> int:
+def _mlp(layer: Any, rows: int) -> int:
     first = (layer.fc1_g, layer.fc1_x) if isinstance(layer, SwiGLU) else (layer.fc1,)
     return sum(_linear(linear, rows) for linear in (*first, layer.fc2))
 
@@ -120,7 +120,7 @@ def _scores(router: nn.Module, tokens: int) -> int:
     return 2 * tokens * sum(p.numel() for p in router.parameters())
 
 
-def _pool(pool: nn.Module, rows: int) -> int:
+def _pool(pool: Any, rows: int) -> int:
     """timm's attention pools: 'map' has one latent query, 'prr' attends without projections."""
     dim = pool.num_heads * pool.head_dim
     if not hasattr(pool, "kv"):

@@ -1,20 +1,19 @@
 """The routed vision transformer: timm's `VisionTransformer` with routed blocks.
 
 Stem, position tables, pooling, head, resizing, weight initialisation and the rest of timm's
-contract are inherited;
-what differs is here: blocks that know the token grid, positions that timm's class lacks (sin-cos,
-    axial rotary),
-routing that can be changed (`set_capacity`) and looked at (`routing`).
+contract are inherited. What differs is here: blocks that know the token grid, positions that timm's
+class lacks (sin-cos, axial rotary), routing that can be changed (`set_capacity`) and looked at
+(`routing`).
 
-    images [B, C, H_img, W_img] -> tokens [B, P + N, D], N = H * W patches in raster order behind P
-    prefix tokens
+    images [B, C, H_img, W_img] -> tokens [B, P + N, D]: P prefix tokens, then N = H * W patches in
+    raster order
 """
 
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
-from timm.layers import create_rope_embed, to_2tuple
+from timm.layers import create_rope_embed
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_args
 from timm.models.vision_transformer import VisionTransformer
@@ -28,30 +27,18 @@ from routedvit.models.arguments import (
     Capacities,
     block_builder,
     check_choice,
+    check_image,
     per_block,
     plain,
+    window_for,
 )
 from routedvit.models.flops import Flops, count_flops
+from routedvit.models.routing import Routing, record_routing
 
-__all__ = ["RoutedVisionTransformer", "Routing"]
+__all__ = ["RoutedVisionTransformer"]
 
 POS_EMBEDS = ("learn", "sincos", "none")
 POOLS = ("", "avg", "avgmax", "max", "token", "map", "prr")
-
-
-class Routing(NamedTuple):
-    """What one router decided for a batch.
-
-    indices: [B, k] int64 ascending, patches in raster order (prefix tokens are not counted).
-    gates: [B, k] float32, the factor of each selected patch.
-    logits: [B, N] float32, the score of every patch.
-    grid: (H, W) with N = H * W.
-    """
-
-    indices: Tensor
-    gates: Tensor
-    logits: Tensor
-    grid: tuple[int, int]
 
 
 class RoutedVisionTransformer(VisionTransformer):
@@ -62,7 +49,8 @@ class RoutedVisionTransformer(VisionTransformer):
             sends the heavy way, a number or a ratio such as '1/4'; a list gives one per block.
         light_heads: heads of light attention; a quarter of num_heads, rounded up, if None; 0 for
             none.
-        light_window: side of a light attention window in patches; need not divide the grid.
+        light_window: side of a light attention window in patches, need not divide the grid; 7, or
+            the whole grid where that is smaller, if None.
         light_mlp_ratio: hidden width of the light FFN over embed_dim; 0 for none.
         kv_routes: sets of heavy keys and values; the heavy heads are divided among them.
         router: 'learned', or a control: 'random', 'static', 'all_heavy', 'all_light'.
@@ -90,7 +78,7 @@ class RoutedVisionTransformer(VisionTransformer):
         ffn_capacity: Capacities = 0.25,
         light_heads: int | None = None,
         light_head_dim: int | None = None,
-        light_window: int = 7,
+        light_window: int | None = None,
         light_mlp_ratio: float = 0.5,
         head_dim: int | None = None,
         kv_routes: int = 1,
@@ -126,11 +114,7 @@ class RoutedVisionTransformer(VisionTransformer):
             raise ValueError("global_pool='token' needs class_token=True")
         if patch_drop_rate:
             raise ValueError("patch_drop_rate must be 0: light windows need the whole grid")
-        if any(
-            size < patch
-            for size, patch in zip(to_2tuple(img_size), to_2tuple(patch_size), strict=True)
-        ):
-            raise ValueError(f"img_size={img_size} is smaller than patch_size={patch_size}")
+        check_image(img_size, patch_size)
         if heavy_window and (class_token or reg_tokens or rope):
             raise ValueError(
                 "heavy_window=True needs class_token=False, reg_tokens=0 and rope=False"
@@ -147,7 +131,7 @@ class RoutedVisionTransformer(VisionTransformer):
             num_prefix=int(class_token) + reg_tokens,
             light_heads=light_heads,
             light_head_dim=light_head_dim,
-            light_window=light_window,
+            light_window=1,  # resolved below, when the grid is known
             light_mlp_ratio=light_mlp_ratio,
             head_dim=head_dim,
             kv_routes=kv_routes,
@@ -192,7 +176,7 @@ class RoutedVisionTransformer(VisionTransformer):
             if rope
             else None
         )
-        self._check_window()
+        self._set_light_window()
         self.weight_init_mode = cast(Any, "reset" if weight_init == "skip" else weight_init)
         if weight_init != "skip":
             self.init_weights(needs_reset=False)
@@ -256,6 +240,25 @@ class RoutedVisionTransformer(VisionTransformer):
         intermediates = list(zip(maps, prefix, strict=True)) if with_prefix else maps
         return intermediates if intermediates_only else (self.norm(x), intermediates)
 
+    @torch.jit.ignore
+    def get_intermediate_layers(
+        self,
+        x: Tensor,
+        n: int | list[int] = 1,
+        reshape: bool = False,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+    ) -> Any:
+        """Feature maps of the last n blocks, or of the blocks n, under DINO's name."""
+        return self.forward_intermediates(
+            x,
+            n,
+            return_prefix_tokens=return_prefix_tokens,
+            norm=norm,
+            output_fmt="NCHW" if reshape else "NLC",
+            intermediates_only=True,
+        )
+
     # --- routing ---------------------------------------------------------------------------------
 
     @torch.jit.ignore
@@ -263,7 +266,7 @@ class RoutedVisionTransformer(VisionTransformer):
         return [cast(RoutedBlock, block) for block in self.blocks]
 
     @torch.jit.ignore
-    def _routers(self) -> dict[str, Any]:
+    def routers(self) -> dict[str, Any]:
         """Routers by place, in depth order: 'blocks.0.q', 'blocks.0.kv', 'blocks.0.ffn', ..."""
         routers: dict[str, Any] = {}
         for i, block in enumerate(self._routed_blocks()):
@@ -274,32 +277,8 @@ class RoutedVisionTransformer(VisionTransformer):
 
     @torch.jit.ignore
     def routing(self, images: Tensor) -> dict[str, Routing]:
-        """What every router decides for these images: 'blocks.0.q', 'blocks.0.kv0', ...,
-        'blocks.0.ffn', ...
-
-        Runs the model once, without gradients, in the mode it is in; outputs of `forward` are not
-        affected.
-        """
-        found: dict[str, Routing] = {}
-        grid = self.patch_embed.dynamic_feat_size(tuple(images.shape[-2:]))
-
-        def record(
-            name: str, module: nn.Module, args: Any, output: tuple[Tensor, Tensor, Tensor]
-        ) -> None:
-            for route, parts in enumerate(zip(*(t.unbind(1) for t in output), strict=True)):
-                key = f"{name}{route}" if name.endswith(".kv") else name
-                found[key] = Routing(parts[0], parts[1], parts[2], grid)
-
-        hooks = [
-            r.register_forward_hook(partial(record, name)) for name, r in self._routers().items()
-        ]
-        try:
-            with torch.no_grad():
-                self(images)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return found
+        """What every router decides for these images, see `record_routing`."""
+        return record_routing(self, images)
 
     @torch.jit.ignore
     def set_capacity(
@@ -310,17 +289,16 @@ class RoutedVisionTransformer(VisionTransformer):
         kv: Capacities | None = None,
         ffn: Capacities | None = None,
     ) -> None:
-        """Change the share of heavy patches, of all routers or of the named ones; a list gives one
-        per block.
+        """Change the share of heavy patches, of all routers or of the named ones.
 
-        The new capacity is exported with the weights.
+        A list gives one share per block. The new capacity is exported with the weights.
         """
         chosen = {"q": q, "kv": kv, "ffn": ffn}
         chosen = {name: capacity if own is None else own for name, own in chosen.items()}
         chosen = {name: own for name, own in chosen.items() if own is not None}
         if not chosen:
             raise TypeError("set_capacity() needs a capacity, or one of q, kv, ffn")
-        routers = self._routers()
+        routers = self.routers()
         for name, ratios in per_block(len(self.blocks), **chosen).items():
             for i, ratio in enumerate(ratios):
                 routers[f"blocks.{i}.{name}"].set_capacity(ratio)
@@ -382,13 +360,10 @@ class RoutedVisionTransformer(VisionTransformer):
         super().set_input_size(img_size, patch_size)
         if self.rope is not None and not self.dynamic_img_size:
             self.rope.update_feat_shape(list(self.patch_embed.grid_size))
-        self._check_window()
+        self._set_light_window()
 
     @torch.jit.ignore
-    def _check_window(self) -> None:
-        grid = self.patch_embed.grid_size
-        if self.light_window > min(grid):
-            raise ValueError(
-                f"light_window={self.light_window} is larger than the grid of {grid[0]} x {grid[1]}"
-                f" patches; pass light_window={min(grid)} or a larger img_size"
-            )
+    def _set_light_window(self) -> None:
+        window = window_for(self.patch_embed.grid_size, self.light_window)
+        for block in self._routed_blocks():
+            block.attn.set_light_window(window)

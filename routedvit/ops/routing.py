@@ -9,12 +9,13 @@ plain PyTorch below it, which any runtime understands.
 `select` is the same for scores whose gates come from elsewhere (coordinate descent, ablations).
 """
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from routedvit.ops.soft_topk import capped_softmax, soft_topk
+from routedvit.ops.soft_topk import capped_softmax
 
 __all__ = ["SAVED_OPS", "route", "route_reference", "select", "select_reference"]
 
@@ -22,9 +23,7 @@ TINY = torch.finfo(torch.float32).tiny
 
 
 def select_reference(scores: Tensor, k: int) -> Tensor:
-    """Indices of the k largest scores of the last dimension, ascending. [..., n] -> [..., k]
-    int64.
-    """
+    """Indices [..., k] int64 of the k largest of the last dimension of scores, ascending."""
     return scores.topk(k, dim=-1, sorted=False).indices.sort(dim=-1).values
 
 
@@ -34,9 +33,9 @@ def route_reference(
     """`route` in plain differentiable PyTorch, with sizes that may be symbolic."""
     n = logits.shape[-1]
     target = (torch.full_like(logits[..., :1], k) * fetch_ratio).clamp(max=n)
-    gates = capped_softmax(logits, target, n, eps)
-    indices = select_reference(logits.detach(), k)
-    return indices, gates.gather(-1, indices)
+    top, order = logits.detach().topk(n, dim=-1)
+    indices = order[..., :k].sort(dim=-1).values
+    return indices, capped_softmax(logits, top, target, eps).gather(-1, indices)
 
 
 def route(
@@ -75,8 +74,11 @@ def select(scores: Tensor, k: int) -> Tensor:
 
 @torch.library.custom_op("routedvit::route", mutates_args=())
 def _route(logits: Tensor, k: int, fetch_ratio: float, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    all_gates = soft_topk(logits, min(k * fetch_ratio, logits.shape[-1]), eps=eps)
-    indices = select_reference(logits, k)
+    # one sorted top-k serves the gates and, its first k, the selection
+    target = min(k * fetch_ratio, logits.shape[-1])
+    top, order = logits.topk(math.ceil(target), dim=-1)
+    indices = order[..., :k].sort(dim=-1).values
+    all_gates = capped_softmax(logits, top, torch.full_like(logits[..., :1], target), eps)
     return all_gates.gather(-1, indices), indices, all_gates
 
 

@@ -10,8 +10,9 @@ share what is left:
 
 so the only thing to find is m, the smallest m for which no entry of U exceeds 1. That condition is
 monotone in m, hence one sorted top-k and one cumulative sum count it. Differentiating the line
-above with U held fixed *is* the closed-form gradient, ds_i = gate_i / eps * (g_i - sum_U g * gate
-/ (k - m)): plain autograd, nothing unrolled.
+above with U held fixed *is* the closed-form gradient: plain autograd, nothing unrolled.
+
+    ds_i = gate_i / eps * (g_i - sum_U g * gate / (k - m))   on U, else 0
 
 Exactness in float32 at any spread of the logits rests on one anchor. The threshold -a / eps lies in
 [z_j, z_j + log(n / f)], where z_j is the ceil(k)-th largest of z = s / eps and f is the fractional
@@ -19,9 +20,8 @@ part of k (1 for an integer): exponentials are taken relative to z_j and clamped
 interval, so nothing that matters underflows or overflows. And since only entries above z_j can
 saturate, m < k holds without a guard.
 
-Cost: one `topk` of ceil(k) entries, one cumulative sum, one softmax. Left out: the seed's
-    iteration, which is in
-`coordinate_descent.py`.
+Cost: one `topk` of ceil(k) entries, a cumulative sum over them, one softmax. Left out: the seed's
+iteration, which is in `coordinate_descent.py`.
 """
 
 import math
@@ -77,37 +77,30 @@ def soft_topk(
         num_sorted = math.ceil(k)
     if solver == "coordinate_descent":
         return coordinate_descent(logits, k_row, eps=eps, mask=mask)
-    return capped_softmax(logits, k_row, num_sorted, eps, mask)
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -math.inf)
+    return capped_softmax(logits, logits.detach().topk(num_sorted, dim=-1).values, k_row, eps)
 
 
-def capped_softmax(
-    logits: Tensor, k: Tensor, num_sorted: int, eps: float, mask: Tensor | None = None
-) -> Tensor:
-    """The solver behind `soft_topk`, in the subset of Python that TorchScript and export accept.
+def capped_softmax(logits: Tensor, top: Tensor, k: Tensor, eps: float) -> Tensor:
+    """The solver behind `soft_topk`, in the part of Python that TorchScript and export accept.
 
     Args:
-        logits: [..., n] float32 or float64.
+        logits: [..., n] float32 or float64, -inf where an entry takes no part.
+        top: [..., t] their t largest in descending order, t at least ceil(k).
         k: [..., 1] of the same type.
-        num_sorted: how many of the largest entries can matter, at least max(ceil(k)).
         eps: temperature.
-        mask: [..., n] bool or None.
     """
     scores = logits.detach()
     valid = scores > -math.inf
-    if mask is not None:
-        valid = valid & mask
-        scores = scores.masked_fill(~mask, -math.inf)
     num_valid = valid.sum(-1, keepdim=True).to(k.dtype)
     k = torch.minimum(k, num_valid)
-
-    top = scores.topk(num_sorted, dim=-1).values
     threshold, anchor = _saturation(scores, top, k.detach(), eps)
     saturated = (scores >= threshold) & (scores > anchor)
-    free = valid & ~saturated
 
-    # exponents relative to the anchor: at most log(n / f) on free entries; a row with no entry at
-    # all must not become softmax(-inf, ...) = NaN
-    exponent = ((logits - anchor) / eps).masked_fill(~free, -math.inf)
+    # exponents relative to the anchor: at most log(n / f) + 2 on free entries; a row without any
+    # entry must not become softmax(-inf, ...) = NaN
+    exponent = ((logits - anchor) / eps).masked_fill(saturated | ~valid, -math.inf)
     exponent = torch.where(num_valid > 0, exponent, torch.zeros_like(exponent))
     remaining = k - saturated.sum(-1, keepdim=True).to(k.dtype)
     gates = (remaining * exponent.softmax(-1)).clamp(max=1.0)
@@ -118,12 +111,9 @@ def capped_softmax(
 
 
 def _saturation(scores: Tensor, top: Tensor, k: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The smallest saturated score of each row (+inf where there is none) and the anchor, both
-    [..., 1].
-    """
-    num_above = (k.ceil().long() - 1).clamp(
-        min=0
-    )  # entries that may saturate; the next one is the anchor
+    """Per row, [..., 1]: the smallest saturated score (+inf where there is none), the anchor."""
+    # this many entries may saturate, the next one is the anchor
+    num_above = (k.ceil().long() - 1).clamp(min=0)
     anchor = top.gather(-1, num_above)
     fraction = k - num_above
     ceiling = (scores.shape[-1] / fraction).log() + 2
@@ -131,9 +121,8 @@ def _saturation(scores: Tensor, top: Tensor, k: Tensor, eps: float) -> tuple[Ten
     above = torch.minimum((top - anchor) / eps, ceiling).exp().masked_fill(rank >= num_above, 0)
     at_or_above = scores >= anchor
     rest = ((scores - anchor) / eps).masked_fill(at_or_above, -math.inf).exp().sum(-1, keepdim=True)
-    rest = rest + (
-        at_or_above.sum(-1, keepdim=True) - num_above
-    )  # the anchor and its ties weigh 1 each
+    # the anchor and its ties weigh 1 each
+    rest = rest + (at_or_above.sum(-1, keepdim=True) - num_above)
     # total weight from rank m on, summed from the small end, so that nothing is lost
     suffix = above.flip(-1).cumsum(-1).flip(-1) + rest
     num_saturated = ((k - rank) * above > suffix).sum(-1, keepdim=True)

@@ -22,7 +22,7 @@ from routedvit.training.world import World
 
 
 def build_engine(
-    config: RunConfig, model: nn.Module, world: World, *, samples_per_epoch: int, num_classes: int
+    config: RunConfig, model: nn.Module, world: World, samples_per_epoch: int
 ) -> tuple[Engine, Scheduler]:
     """The model under its loss, optimiser and ZeRO, and the schedule of its learning rate.
 
@@ -44,7 +44,7 @@ def build_engine(
         config.loss.mixup,
         config.loss.cutmix,
         label_smoothing=config.loss.label_smoothing,
-        num_classes=num_classes,
+        num_classes=config.model.kwargs["num_classes"],
         batch_size=micro_batch_size,
     )
     loss = build_loss(config.loss.name, config.loss.label_smoothing, mixed=mixup is not None)

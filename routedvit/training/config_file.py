@@ -55,6 +55,22 @@ def json_schema(config_class: type[BaseModel]) -> str:
     return json.dumps(schema, indent=2) + "\n"
 
 
+def describe_keys(config_class: type[BaseModel], prefix: str = "") -> str:
+    """One line per key: dotted name, default and meaning."""
+    lines = []
+    for name, field in config_class.model_fields.items():
+        inner = _model_inside(field.annotation)
+        if inner is not None:
+            lines.append(describe_keys(inner, f"{prefix}{name}."))
+            continue
+        default = "required"
+        if not field.is_required():
+            default = json.dumps(field.get_default(call_default_factory=True))
+        meaning = " ".join((field.description or "").split())
+        lines.append(f"  {prefix}{name} = {default}\n      {meaning}")
+    return "\n".join(lines)
+
+
 def nearest(name: str, known: typing.Iterable[str]) -> str:
     """' (did you mean ...?)' for the known name closest to a misspelled one, or nothing."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

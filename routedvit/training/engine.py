@@ -122,6 +122,7 @@ class Engine:
         if self.zero_stage == 0:
             native = native | {"gradient_clipping": 0.0}  # clipped in _finish_step_unsharded
         self.model: nn.Module = objective.model  # type: ignore[assignment]
+        self.num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
         self._engine, *_ = deepspeed.initialize(
             model=objective, optimizer=optimizer, config=native, dist_init_required=False
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TextIO
 
 from tqdm import tqdm
@@ -161,6 +161,15 @@ def duration(seconds: float) -> str:
     hours, m = divmod(minutes, 60)
     days, h = divmod(hours, 24)
     return f"{days} d {h}:{m:02d}:{s:02d}" if days else f"{h}:{m:02d}:{s:02d}"
+
+
+def evaluation_line(step: int, metrics: Mapping[str, float]) -> str:
+    """'step 1200: val/top1 95.30  val/top5 99.80  val/loss 0.1432', in the order given."""
+    values = (
+        f"{name} {value:.2f}" if abs(value) >= 10 else f"{name} {value:.4f}"
+        for name, value in metrics.items()
+    )
+    return f"step {step}: {'  '.join(values)}"
 
 
 def summary(title: str, rows: Sequence[tuple[str, str]], next_command: str) -> str:

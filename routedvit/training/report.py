@@ -1,30 +1,22 @@
 """The words around a run on the console: what begins, how it ended, what to type next."""
 
 from routedvit.training.config import RunConfig
-from routedvit.training.engine import Engine
-from routedvit.training.interfaces import TrainLoader
 from routedvit.training.progress import summary
 from routedvit.training.run_folder import RunFolder
-from routedvit.training.trainer import Summary
+from routedvit.training.trainer import Summary, Trainer
 
 
-def opening(
-    config: RunConfig,
-    engine: Engine,
-    loader: TrainLoader,
-    *,
-    num_parameters: int,
-    total_steps: int,
-    done: int,
-) -> str:
+def opening(config: RunConfig, trainer: Trainer) -> str:
     """Two lines: the model and its data, the machines and the steps."""
+    engine, loader = trainer.engine, trainer.loader
     micro_batch = config.train.batch_size // (engine.world_size * engine.accumulation)
     share = f"{engine.world_size} x {micro_batch}"
     if engine.accumulation > 1:
         share += f" x {engine.accumulation} accumulated"
-    steps = f"{total_steps:,} steps" if not done else f"steps {done:,} to {total_steps:,}"
+    done, total = trainer.state.step, trainer.settings.total_steps
+    steps = f"steps {done:,} to {total:,}" if done else f"{total:,} steps"
     return (
-        f"{config.model.name}, {num_parameters:,} parameters, on "
+        f"{config.model.name}, {engine.num_parameters:,} parameters, on "
         f"{loader.samples_per_epoch:,} images of {loader.num_classes} classes\n"
         f"{engine.world_size} x {engine.device.type}, ZeRO-{engine.zero_stage}, "
         f"{config.precision.dtype}, batch {config.train.batch_size} = {share}, {steps}"

@@ -7,7 +7,7 @@ import timm
 import torch
 
 import train
-from routedvit.training.config_file import json_schema, load_config
+from routedvit.training.config_file import describe_keys, json_schema, load_config
 from routedvit.training.native_config import check_keys, split_batch
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -31,3 +31,12 @@ def test_recipe_loads_and_says_what_it_costs(path: Path) -> None:
 
 def test_schema_is_fresh() -> None:
     assert (CONFIGS / "schema.json").read_text() == json_schema(train.RunConfig), "run: make schema"
+
+
+def test_every_key_has_a_meaning() -> None:
+    lines = describe_keys(train.RunConfig).splitlines()
+    keys, meanings = lines[::2], lines[1::2]
+    assert "  optim.lr = required" in keys
+    assert "  data.train.shards = required" in keys
+    without = [key for key, text in zip(keys, meanings, strict=True) if not text.strip()]
+    assert not without

@@ -21,7 +21,7 @@ def test_table_has_parameters_and_flops_beside_the_dense_twin(capsys):
     [
         (["colt5_vit_x"], "colt5_vit_x"),
         (["resnet18"], "resnet18"),
-        (["colt5_vit_b", "--img-size", "90"], "light_window"),
+        (["colt5_vit_b", "--img-size", "9"], "img_size=9"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(capsys, arguments, named):

@@ -24,6 +24,13 @@ OPTIONS = {
     "coordinate descent": {"router_kwargs": {"solver": "coordinate_descent", "eps": 0.5}},
     "null token and key": {"null_token": True, "null_kv": True, "kv_gate": "values"},
     "separate norms, raw routers": {"separate_norms": True, "route_raw": True},
+    "separate norms, dense first block": {"separate_norms": True, "dense_blocks": 1},
+    "raw routers without light path": {
+        "separate_norms": True,
+        "route_raw": True,
+        "light_heads": 0,
+        "light_mlp_ratio": 0,
+    },
     "RMSNorm, SwiGLU": {"norm_layer": "rmsnorm", "mlp_layer": "swiglu", "init_values": None},
     "dense first blocks": {"dense_blocks": 2},
     "no light path": {"light_heads": 0, "light_mlp_ratio": 0},
@@ -44,10 +51,10 @@ OPTIONS = {
 }
 
 
-def create(**kwargs: object) -> routedvit.RoutedVisionTransformer:
+def create(name: str = "colt5_vit_test", **kwargs: object) -> routedvit.RoutedVisionTransformer:
     torch.manual_seed(0)
     defaults = {"img_size": (24, 32), "patch_size": 4, "num_classes": 5, "depth": 3}
-    return timm.create_model("colt5_vit_test", **{**defaults, **kwargs})
+    return timm.create_model(name, **{**defaults, **kwargs})
 
 
 def images(batch: int = 3, height: int = 24, width: int = 32) -> Tensor:
@@ -91,7 +98,7 @@ def test_duplicate_patches_do_not_confuse_the_routers():
 
 @pytest.mark.parametrize("size", [(4, 4), (4, 20), (8, 4)])
 def test_grids_down_to_a_single_patch_work(size):
-    model = create(img_size=size, light_window=1)
+    model = create("colt5_vit_ti", img_size=size)
     out = model(images(2, *size))
     out.sum().backward()
     assert out.isfinite().all()
@@ -153,6 +160,41 @@ def test_prefix_tokens_are_heavy_and_not_counted():
     assert indices.min() >= 0
     assert indices.max() < 48
     assert indices.shape[1] == 12
+
+
+def test_default_window_follows_the_grid():
+    model = create("colt5_vit_ti")  # 6 x 8 patches
+    assert {block.attn.light.window for block in model.blocks} == {6}
+    model.set_input_size((40, 64))
+    assert {block.attn.light.window for block in model.blocks} == {7}
+    assert model(images(2, 40, 64)).shape == (2, 5)
+
+
+def test_routing_inside_windows_is_told_in_patches_of_the_image():
+    model = create(class_token=False, reg_tokens=0, heavy_window=True, light_window=2)
+    indices, gates, logits, grid = model.routing(images())["blocks.1.q"]
+    assert grid == (6, 8)
+    assert indices.shape == gates.shape == (3, 12)  # one of the four tokens of each window
+    row, column = indices // 8, indices % 8
+    assert ((row // 2 * 4 + column // 2).sort(1).values == torch.arange(12)).all()
+    windows = logits.view(3, 3, 2, 4, 2).amax((2, 4)).flatten(1)
+    chosen = torch.full_like(logits, -torch.inf).scatter(1, indices, logits.gather(1, indices))
+    assert torch.equal(chosen.view(3, 3, 2, 4, 2).amax((2, 4)).flatten(1), windows)
+    assert (indices.diff(dim=1) > 0).all()
+
+
+def test_intermediate_layers_are_those_of_forward_intermediates():
+    model = create().eval()
+    final, maps = model.forward_intermediates(images(), indices=[0, 2])
+    assert torch.equal(final, model.forward_features(images()))
+    assert [m.shape for m in maps] == [(3, 64, 6, 8)] * 2
+    (last,) = model.get_intermediate_layers(images(), n=1, reshape=True)
+    assert torch.equal(last, maps[1])
+    ((tokens, prefix),) = model.get_intermediate_layers(images(), n=1, return_prefix_tokens=True)
+    assert tokens.shape == (3, 48, 64)
+    assert prefix.shape == (3, 2, 64)
+    out = model.forward_intermediates(images(), output_dict=True, return_prefix_tokens=True)
+    assert set(out) == {"image_features", "image_intermediates", "image_intermediates_prefix"}
 
 
 def test_set_capacity_changes_routing_and_flops_and_is_exported():
@@ -288,5 +330,5 @@ def test_impossible_changes_are_named():
         model.set_grad_checkpointing(policy="all")
     with pytest.raises(ValueError, match="every=0"):
         model.set_grad_checkpointing(every=0)
-    with pytest.raises(ValueError, match="light_window=4 is larger"):
+    with pytest.raises(ValueError, match="light_window=4 must lie between 1 and 2"):
         model.set_input_size((8, 8))

@@ -10,6 +10,7 @@ from routedvit.training.progress import (
     NullProgress,
     build_progress,
     duration,
+    evaluation_line,
     summary,
 )
 
@@ -129,3 +130,8 @@ def test_the_first_step_alone_promises_nothing() -> None:
     clock.now = 40.0
     progress.update(101, 1.0, 1e-3, 1.0)
     assert stream.getvalue().endswith("left 0:01:30\n")
+
+
+def test_an_evaluation_is_one_line() -> None:
+    line = evaluation_line(1200, {"val/top1": 95.3, "val/loss": 0.14321})
+    assert line == "step 1200: val/top1 95.30  val/loss 0.1432"
