@@ -9,6 +9,7 @@ Under TRITON_INTERPRET=1, set before Triton is first imported, `triton` runs on 
 interpreter: thousands of times slower, for tests.
 """
 
+import importlib
 import importlib.util
 import logging
 import os
@@ -20,6 +21,10 @@ __all__ = ["BACKENDS", "backend", "set_backend", "uses_triton"]
 
 BACKENDS = ("auto", "torch", "triton")
 VARIABLE = "ROUTEDVIT_BACKEND"
+KERNELS = tuple(
+    f"routedvit.ops.{name}_triton"
+    for name in ("coordinate_descent", "gather_norm", "soft_topk", "tokens")
+)
 # Triton itself supports no older NVIDIA architecture
 LOWEST_CAPABILITY = (8, 0)
 
@@ -49,6 +54,9 @@ def backend() -> str:
     if _resolved is None:
         name = _asked()
         _resolved, reason = _resolve(name)
+        if _resolved == "triton":
+            for module in KERNELS:  # registers its operators
+                importlib.import_module(module)
         logger.info("backend %s (asked for: %s): %s", _resolved, name, reason)
     return _resolved
 
@@ -56,11 +64,14 @@ def backend() -> str:
 def uses_triton(x: Tensor) -> bool:
     """Whether kernels compute what depends on x.
 
-    float64 is there for checking gradients and always takes the reference.
+    Always the reference: float64, which is there for checking gradients, and whatever is traced
+    for export, since other runtimes know PyTorch's operators only.
 
     Raises:
         ValueError: 'triton' was asked for, by name, and x lies where it cannot run.
     """
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        return False
     if backend() == "torch" or x.is_meta or x.dtype == torch.float64:
         return False
     if x.is_cuda or _interpreted():

@@ -43,7 +43,7 @@ def gather_norm(
     """
     if rms and bias is not None:
         raise ValueError("bias must be None with rms=True: RMSNorm has none")
-    if not (torch.jit.is_tracing() or torch.compiler.is_exporting()) and uses_triton(x):
+    if uses_triton(x):
         routes = index if index.ndim == 3 else index.unsqueeze(1)
         rows = torch.ops.routedvit.gather_norm(x, routes, weight, bias, eps, rms)
         return rows if index.ndim == 3 else rows.squeeze(1)

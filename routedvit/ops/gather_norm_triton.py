@@ -47,7 +47,9 @@ def gather_norm_kernel(
     source = x_ptr + image * stride_image + token[:, None] * stride_token + column[None, :]
     x = tl.load(source, mask=inside, other=0.0).to(tl.float32)
     normal, _ = _normalise(x, column, dim, eps, RMS)
-    out = normal * tl.load(weight_ptr + column, mask=column < dim, other=0.0).to(tl.float32)[None, :]
+    out = (
+        normal * tl.load(weight_ptr + column, mask=column < dim, other=0.0).to(tl.float32)[None, :]
+    )
     if HAS_BIAS:
         out += tl.load(bias_ptr + column, mask=column < dim, other=0.0).to(tl.float32)[None, :]
     target = out_ptr + (image * num_rows + row)[:, None] * dim + column[None, :]

@@ -213,9 +213,7 @@ def scatter_add(
 
 
 @scatter_add.register_fake
-def _(
-    base: Tensor, index: Tensor, rows: Tensor, gate: Tensor, residual: Tensor | None
-) -> Tensor:
+def _(base: Tensor, index: Tensor, rows: Tensor, gate: Tensor, residual: Tensor | None) -> Tensor:
     dtype = base.dtype if residual is None else torch.promote_types(base.dtype, residual.dtype)
     return torch.empty_like(base, dtype=dtype, memory_format=torch.contiguous_format)
 
