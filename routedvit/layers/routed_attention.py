@@ -224,5 +224,4 @@ class RoutedAttention(nn.Module):
 
     def _context(self, source: Tensor, kv_index: Tensor) -> Tensor:
         """Gather the rows [B, R, K, D] of each kv route."""
-        rows = gather_tokens(source, kv_index.flatten(1))
-        return rows.unflatten(1, (kv_index.shape[1], kv_index.shape[2]))
+        return gather_tokens(source, kv_index)

@@ -20,7 +20,7 @@ from routedvit.ops.tokens_triton import find_row
 
 __all__ = ["gather_norm"]
 
-TILE = 4096  # elements of a program at 4 warps
+TILE = 4096  # elements of a program at 8 warps; 4 warps spill backward
 MAX_PROGRAMS = 512  # of the backward pass: about 4 for each multiprocessor of a large GPU
 
 
@@ -47,9 +47,8 @@ def gather_norm_kernel(
     source = x_ptr + image * stride_image + token[:, None] * stride_token + column[None, :]
     x = tl.load(source, mask=inside, other=0.0).to(tl.float32)
     normal, _ = _normalise(x, column, dim, eps, RMS)
-    out = (
-        normal * tl.load(weight_ptr + column, mask=column < dim, other=0.0).to(tl.float32)[None, :]
-    )
+    weight = tl.load(weight_ptr + column, mask=column < dim, other=0.0).to(tl.float32)
+    out = normal * weight[None, :]
     if HAS_BIAS:
         out += tl.load(bias_ptr + column, mask=column < dim, other=0.0).to(tl.float32)[None, :]
     target = out_ptr + (image * num_rows + row)[:, None] * dim + column[None, :]
@@ -103,7 +102,7 @@ def _tile(dim: int) -> dict[str, int]:
     """Whole rows: up to 16,384 wide at 16 warps."""
     block = max(16, triton.next_power_of_2(dim))
     rows = max(1, TILE // block)
-    return {"ROWS": rows, "BLOCK_D": block, "num_warps": min(max(rows * block // 1024, 1), 16)}
+    return {"ROWS": rows, "BLOCK_D": block, "num_warps": min(max(rows * block // 512, 1), 16)}
 
 
 @torch.library.custom_op("routedvit::gather_norm", mutates_args=())
@@ -120,7 +119,8 @@ def gather_norm(
         gather_norm_kernel[(batch, triton.cdiv(num_rows, tile["ROWS"]))](
             x, index.contiguous(), weight.contiguous(),
             weight if bias is None else bias.contiguous(), out,
-            num_rows, dim, x.stride(0), x.stride(1), eps, RMS=rms, HAS_BIAS=bias is not None, **tile,
+            num_rows, dim, x.stride(0), x.stride(1), eps,
+            RMS=rms, HAS_BIAS=bias is not None, **tile,
         )  # fmt: skip
     return out
 

@@ -79,7 +79,7 @@ def route_all(
         indices [..., k] and gates [..., k] of each router.
     """
     gates, indices, _ = torch.ops.routedvit.route(logits, counts, fetch_ratio, eps)
-    return list(zip(indices.split(counts, -1), gates.split(counts, -1)))
+    return list(zip(indices.split(counts, -1), gates.split(counts, -1), strict=True))
 
 
 def select(scores: Tensor, k: int) -> Tensor:
@@ -103,9 +103,12 @@ def _route(
     if len(counts) == 1:
         gates, indices, all_gates = _route_one(logits.squeeze(-2), counts[0], fetch_ratio, eps)
         return gates, indices, all_gates.unsqueeze(-2)
-    routes = [_route_one(s, k, fetch_ratio, eps) for s, k in zip(logits.unbind(-2), counts)]
-    gates, indices, all_gates = zip(*routes)
-    return torch.cat(gates, -1), torch.cat(indices, -1), torch.stack(all_gates, -2)
+    routes = [
+        _route_one(row, k, fetch_ratio, eps)
+        for row, k in zip(logits.unbind(-2), counts, strict=True)
+    ]
+    picked, chosen, full = (list(part) for part in zip(*routes, strict=True))
+    return torch.cat(picked, -1), torch.cat(chosen, -1), torch.stack(full, -2)
 
 
 def _route_one(

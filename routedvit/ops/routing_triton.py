@@ -1,8 +1,8 @@
 """Routing in one launch: exact soft top-k, hard selection and compaction of the selected indices.
 
 One program owns one row, so the rows of all routers of a sublayer share a launch, whatever number
-k each of them selects. A row of up to 8,192 tokens stays in registers; a longer one is walked in
-blocks of 8,192, each pass reading it again (from L1 or L2: 256 KiB at most). All in fp32. How the
+k each of them selects. A row of up to 4,096 tokens stays in registers; a longer one is walked in
+blocks of 4,096, each pass reading it again (from L1 or L2: 256 KiB at most). All in fp32. How the
 two thresholds are found is told in `threshold_triton.py`. Ties at the hard one go to the lowest
 index; positions in the compact list come from one scan, which counts sure and tied entries in the
 two halves of an int64. The backward kernel reads the saved gates once. Left out: float64.
@@ -27,7 +27,7 @@ from routedvit.ops.threshold_triton import MINUS_INF, NAN, load_keys, saturation
 
 __all__ = ["blocks", "free_gates", "launch_routing", "route", "route_backward", "select"]
 
-MAX_BLOCK = 8192  # 16 fp32 per thread at 16 warps; twice that leaves too few registers
+MAX_BLOCK = 4096  # 16 fp32 per thread at 8 warps; twice that spills at the 128 registers 16 warps leave
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 

@@ -42,7 +42,7 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
     batch, num_tokens, dim = x.shape
     flat = _flat_index(index.flatten(1), num_tokens)
     rows = x.reshape(batch * num_tokens, dim).index_select(0, flat)
-    return rows.view(index.shape + (dim,))
+    return rows.view(index.shape + (dim,))  # noqa: RUF005 -- TorchScript
 
 
 def scatter_add_tokens(
