@@ -4,7 +4,7 @@ Each is a PyTorch reference; where a file `*_triton.py` stands beside it, a Trit
 place behind the same signature, see `backend.py`.
 """
 
-from routedvit.ops.backend import backend, set_backend
+from routedvit.ops.backend import set_backend
 from routedvit.ops.coordinate_descent import coordinate_descent
 from routedvit.ops.gather_norm import gather_norm
 from routedvit.ops.routing import SAVED_OPS, route, route_all, select
@@ -14,7 +14,6 @@ from routedvit.ops.windows import merge_windows, partition_windows, window_paddi
 
 __all__ = [
     "SAVED_OPS",
-    "backend",
     "coordinate_descent",
     "gather_norm",
     "gather_tokens",

@@ -27,7 +27,8 @@ from routedvit.ops.threshold_triton import MINUS_INF, NAN, load_keys, saturation
 
 __all__ = ["blocks", "free_gates", "launch_routing", "route", "route_backward", "select"]
 
-MAX_BLOCK = 4096  # 16 fp32 per thread at 8 warps; twice that spills at the 128 registers 16 warps leave
+# 16 entries per thread at 8 warps; 16 warps leave 128 registers to a thread, and that spills
+MAX_BLOCK = 4096
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 
@@ -99,6 +100,8 @@ def routing_kernel(
             exponent = tl.minimum((to_value(key) - anchor) / eps, limit)
             gate = tl.where(everything, 1.0, tl.minimum(tl.exp(exponent) * scale, 1.0))
             gate = tl.where(key > MINUS_INF, gate, 0.0)
+            # a minimum swallows NaN, but a loss should show it
+            gate = tl.where(key == NAN, float("nan"), gate)
             tl.store(gates_ptr + row * n + column, gate, mask=column < n)
         if HARD:
             tied = (key >= hard_low) & (key <= top_tie)

@@ -201,13 +201,13 @@ def scatter_add(
     """base [B, N, D], index [B, K], rows [B, K, D], gate [B, K] -> [B, N, D]."""
     batch, num_tokens, dim = base.shape
     base = base.contiguous()
-    residual = base if residual is None else residual.contiguous()
-    out = torch.empty_like(base, dtype=torch.promote_types(base.dtype, residual.dtype))
+    summand = base if residual is None else residual.contiguous()
+    out = torch.empty_like(base, dtype=torch.promote_types(base.dtype, summand.dtype))
     if out.numel() > 0:
         tile = _tile(dim)
         scatter_add_kernel[_grid(num_tokens, batch, dim, tile)](
-            base, residual, index.contiguous(), rows.contiguous(), gate.contiguous(), out,
-            num_tokens, index.shape[1], dim, HAS_RESIDUAL=residual is not base, **tile,
+            base, summand, index.contiguous(), rows.contiguous(), gate.contiguous(), out,
+            num_tokens, index.shape[1], dim, HAS_RESIDUAL=residual is not None, **tile,
         )  # fmt: skip
     return out
 
