@@ -101,10 +101,9 @@ def load_dense(name: str, weights: Path | None) -> VisionTransformer:
     if not isinstance(model, VisionTransformer):
         raise ValueError(f"--from {name} is a {type(model).__name__}, not timm's VisionTransformer")
     if weights is not None:
-        # the filter knows the layouts in which such models were published
-        state = checkpoint_filter_fn(state, model, adapt_layer_scale=True)
         try:
-            model.load_state_dict(state)
+            # the filter knows the layouts in which such models were published
+            model.load_state_dict(checkpoint_filter_fn(state, model, adapt_layer_scale=True))
         except RuntimeError as error:
             raise ValueError(f"--weights {weights} does not fit --from {name}: {error}") from None
     return model.eval()

@@ -116,8 +116,7 @@ class WindowAttention(nn.Module):
 
 
 class HeavyAttention(nn.Module):
-    """Heavy attention: routed queries attend to routed keys and values, wherever in the image they
-    are.
+    """Heavy attention: routed queries meet routed keys and values of the whole image.
 
     With several kv routes the heads are divided among them, in order: the heads of route r see the
     tokens of route r. The rows of `kv.weight` are ordered [head, k or v, head_dim], whatever the
@@ -128,7 +127,7 @@ class HeavyAttention(nn.Module):
         num_heads, head_dim: heavy heads and their width.
         kv_routes: kv routes R; must divide num_heads.
         kv_gate: what the kv gate multiplies: the normalised 'tokens' as in the paper, the 'values'
-            as in the seed, or 'keys_values' after projection.
+            as in colt5-attention, or 'keys_values' after projection.
         null_kv: add a learned key and value per head that every query may attend to.
     """
 

@@ -1,6 +1,4 @@
-"""Positions that timm's `VisionTransformer` lacks: the fixed 2-d sin-cos table, rotary rows for a
-prefix.
-"""
+"""Positions that timm's `VisionTransformer` lacks: sin-cos, and rotary with a prefix."""
 
 import torch
 from timm.layers import build_sincos2d_pos_embed, register_notrace_function
@@ -18,9 +16,7 @@ def add_sincos(x: Tensor, height: int, width: int) -> Tensor:
 
 @register_notrace_function
 def prefix_rope(table: Tensor, num_prefix: int) -> Tensor:
-    """Put rows that rotate by nothing (sin 0, cos 1) in front of a sin | cos table [N, 2 *
-    head_dim].
-    """
+    """sin | cos table [N, 2 * head_dim] -> [P + N, ...]: the prefix rotates by nothing (0 | 1)."""
     sin, cos = table[:1].chunk(2, -1)
     still = torch.cat([torch.zeros_like(sin), torch.ones_like(cos)], -1)
     return torch.cat([still.expand(num_prefix, -1), table], 0)

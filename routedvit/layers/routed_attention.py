@@ -1,15 +1,16 @@
 """Attention sublayer of a routed block (CoLT5, arXiv 2303.09752, section 3.1), with its residual.
 
-    x = x + light(norm(x)) + q_gate * heavy(norm(x)[q], kv_gate * norm(x)[kv])        added to the
-    rows q
+    x = x + light(norm(x)) + q_gate * heavy(norm(x)[q], kv_gate * norm(x)[kv])
+
+the last term added to the rows q.
 
 Light attention sees every token in its window; heavy attention lets the routed queries attend to
 the routed keys and values of the whole image. Unselected tokens get nothing from the heavy path,
 or a learned null token. Prefix tokens are always heavy, as queries and as keys, with gate 1.
 
-The switches of the seed (`colt5-attention`) are here too: heavy attention that stays inside each
-window (`heavy_window`), routers on the raw residual (`route_raw`), a norm of its own for the heavy
-path (`separate_norms`).
+What the PyPI package `colt5-attention` does otherwise are switches: heavy attention that stays
+inside each window (`heavy_window`), routers on the raw residual (`route_raw`), a norm of its own
+for the heavy path (`separate_norms`).
 """
 
 from collections.abc import Mapping

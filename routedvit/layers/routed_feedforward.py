@@ -1,9 +1,9 @@
-"""Feed-forward sublayer of a routed block (CoLT5, arXiv 2303.09752, section 3.1), with its
-residual.
+"""Feed-forward sublayer of a routed block (CoLT5, arXiv 2303.09752, section 3.1) and its residual.
 
-    x = x + light(norm(x)) + gate * heavy(norm(x)[f])        added to the rows f
+    x = x + light(norm(x)) + gate * heavy(norm(x)[f])
 
-Prefix tokens are always heavy, with gate 1. Light and heavy hidden widths are multiples of D.
+the last term added to the rows f. Prefix tokens are always heavy, with gate 1. Light and heavy
+hidden widths are multiples of D.
 """
 
 from collections.abc import Mapping

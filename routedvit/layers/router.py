@@ -87,8 +87,8 @@ class Router(nn.Module):
         fetch_ratio: the gates of all tokens sum to fetch_ratio * k (9/8 in the paper).
         straight_through: gates of value 1 with the gradient of the soft ones.
         cosine: score the cosine between token and vector in place of their dot product.
-        solver: 'exact', or 'coordinate_descent' as in the seed, which also selects by gate, not by
-            logit.
+        solver: 'exact', or 'coordinate_descent' as in the package colt5-attention, which also
+            selects by gate, not by logit.
         eps_init, eps_decay, num_iterations: of coordinate descent, see
             `routedvit.ops.coordinate_descent`.
     """

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
-from timm.layers import to_2tuple
+from timm.layers import LayerNorm, get_norm_layer, to_2tuple
 
 from routedvit.layers import RoutedBlock, as_ratio
 
@@ -14,6 +15,7 @@ __all__ = [
     "block_builder",
     "check_choice",
     "check_image",
+    "norm_with_eps",
     "per_block",
     "plain",
     "window_for",
@@ -35,6 +37,11 @@ def check_image(img_size: int | tuple[int, int], patch_size: int | tuple[int, in
     pairs = zip(to_2tuple(img_size), to_2tuple(patch_size), strict=True)
     if any(size < patch for size, patch in pairs):
         raise ValueError(f"img_size={img_size} is smaller than patch_size={patch_size}")
+
+
+def norm_with_eps(norm_layer: Any, eps: float) -> Any:
+    """The norm (a class or timm's name for it; LayerNorm if None) with this epsilon."""
+    return partial(get_norm_layer(norm_layer) or LayerNorm, eps=eps)
 
 
 def window_for(grid: tuple[int, int], light_window: int | None) -> int:

@@ -65,9 +65,7 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> RoutedVisionTransf
 
 @register_model
 def colt5_vit_test(pretrained: bool = False, **kwargs: Any) -> RoutedVisionTransformer:
-    """Tiny, for tests: 64 wide, 6 blocks, class token, a register, qk-norm, 4 x 4 windows that
-    divide no grid.
-    """
+    """For tests: 64 wide, 6 blocks, class token, register, qk-norm, windows that need padding."""
     args: dict[str, Any] = {
         "img_size": 160,
         "embed_dim": 64,
@@ -112,9 +110,7 @@ def colt5_vit_l(pretrained: bool = False, **kwargs: Any) -> RoutedVisionTransfor
 
 @register_model
 def colt5_vit_h(pretrained: bool = False, **kwargs: Any) -> RoutedVisionTransformer:
-    """Routed ViT-H/14: 1280 wide, 32 blocks, 16 heads, windows of 8 x 8 that divide its 16 x 16
-    grid.
-    """
+    """Routed ViT-H/14: 1280 wide, 32 blocks, 16 heads, windows that divide its 16 x 16 patches."""
     args: dict[str, Any] = {
         "patch_size": 14,
         "embed_dim": 1280,

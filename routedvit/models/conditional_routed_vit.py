@@ -23,6 +23,7 @@ from routedvit.layers.conditional_routed import (
     ConditionalRoutedFeedForward,
     ConditionalRoutedImageAttention,
 )
+from routedvit.models.fitting import check_fit
 
 __all__ = ["ConditionalRoutedViT"]
 
@@ -147,13 +148,9 @@ class ConditionalRoutedViT(nn.Module):
         Raises:
             ValueError: the weights of another model, with the names that do not fit.
         """
-        try:
-            return super().load_state_dict(state_dict, strict, assign)
-        except RuntimeError as error:
-            raise ValueError(
-                "state_dict is not of this model: construct it with the arguments of the one that"
-                f" was saved. {error}"
-            ) from None
+        if strict:
+            check_fit(self, state_dict)
+        return super().load_state_dict(state_dict, strict, assign)
 
 
 def _check_sizes(image: tuple[int, int], patch: tuple[int, int], window: int, dim: int) -> None:

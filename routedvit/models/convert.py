@@ -35,8 +35,9 @@ def convert_dense(
 
     Args:
         dense: a timm `VisionTransformer`, or its state dict: AugReg, DeiT III, DINOv2 with
-            registers, ... The model tells more: a state dict does not know its pooling (then:
-            class token if there is one, else average), nor a grid that is not square.
+            registers, ... The model tells more than the state dict, for which the pooling is
+            assumed (the class token if there is one, else the average), a square grid, GELU (SiLU
+            if gated) and norms with eps 1e-6.
         name: routed model of the same width, depth and heads, such as 'colt5_vit_b'.
         report: what to do with the report of where each weight went; None for nothing.
         kwargs: arguments of the routed model, which win over those read from the dense one; with
@@ -129,6 +130,9 @@ def _module_arguments(module: Any) -> dict[str, Any]:
         "pool_include_prefix": module.pool_include_prefix,
         "act_layer": _activation(module.blocks[0].mlp.act),
     }
+    eps = module.blocks[0].norm1.eps
+    if eps != 1e-6:  # timm's default and ours
+        arguments["norm_eps"] = eps
     cfg = getattr(module, "pretrained_cfg", None) or {}
     kept = ("mean", "std", "interpolation", "crop_pct")
     arguments["pretrained_cfg_overlay"] = {key: cfg[key] for key in kept if key in cfg}

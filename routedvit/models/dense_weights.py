@@ -23,7 +23,16 @@ from timm.models import adapt_input_conv, clean_state_dict
 from timm.models.vision_transformer import checkpoint_filter_fn as timm_filter_fn
 from torch import Tensor
 
-__all__ = ["Transfer", "checkpoint_filter_fn", "from_dense", "source_grid", "unwrap"]
+from routedvit.models.fitting import some
+
+__all__ = [
+    "Transfer",
+    "checkpoint_filter_fn",
+    "converted_if_dense",
+    "from_dense",
+    "source_grid",
+    "unwrap",
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -87,16 +96,24 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: Any) -> dict[str,
         ValueError: the checkpoint of another kind of model, or a dense one that does not fit.
     """
     weights = unwrap(state_dict)
-    if "blocks.0.attn.qkv.weight" in weights:
-        converted, transfer = from_dense(weights, model)
-        _logger.info("Converted dense weights\n%s", transfer)
-        return converted
+    converted = converted_if_dense(weights, model)
+    if converted is not weights:
+        return dict(converted)
     if "blocks.0.attn.heavy.q.weight" not in weights:
         raise ValueError(
             f"the checkpoint is neither of a routed nor of a dense vision transformer of timm: it"
-            f" holds {_some(list(weights))}; pass the weights of the model that you create"
+            f" holds {some(list(weights))}; pass the weights of the model that you create"
         )
     return timm_filter_fn(weights, model)
+
+
+def converted_if_dense(weights: Mapping[str, Any], model: Any) -> Mapping[str, Any]:
+    """What `from_dense` makes of the weights of a dense model; others as they are."""
+    if "blocks.0.attn.qkv.weight" not in weights:
+        return weights
+    converted, transfer = from_dense(weights, model)
+    _logger.info("Converted dense weights\n%s", transfer)
+    return converted
 
 
 def from_dense(
@@ -132,10 +149,10 @@ def from_dense(
         else:
             misfits.append(f"{name} {list(tensor.shape)}")
     if misfits:
-        raise ValueError(f"this model has no place for {_some(misfits)}; {MEND}")
+        raise ValueError(f"this model has no place for {some(misfits)}; {MEND}")
     missing = [name for name in own if name not in state]
     if lacking := [name for name in missing if not any(mark in name for mark in OWN)]:
-        raise ValueError(f"the dense weights lack what becomes {_some(lacking)}; {MEND}")
+        raise ValueError(f"the dense weights lack what becomes {some(lacking)}; {MEND}")
     for name in missing:
         zero = LIGHT_OUTPUT.search(name) is not None
         state[name] = torch.zeros_like(own[name]) if zero else own[name]
@@ -147,7 +164,7 @@ def _check_size(weights: Mapping[str, Tensor], model: Any) -> None:
     kernel = weights.get("patch_embed.proj.weight")
     if kernel is None or kernel.ndim != 4 or "blocks.0.attn.qkv.weight" not in weights:
         raise ValueError(
-            f"these are no weights of timm's VisionTransformer: they hold {_some(list(weights))}"
+            f"these are no weights of timm's VisionTransformer: they hold {some(list(weights))}"
             f" but no patch_embed.proj.weight [D, C, h, w] or no blocks.0.attn.qkv.weight; {MEND}"
         )
     blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
@@ -238,8 +255,3 @@ def _fit_stem(
     if not same or tuple(old) != tuple(new):
         fitted["pos_embed"] = torch.cat([rows, patches], 1)
     return fitted
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more

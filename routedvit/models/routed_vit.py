@@ -9,6 +9,7 @@ class lacks (sin-cos, axial rotary), routing that can be changed (`set_capacity`
     raster order
 """
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -28,10 +29,13 @@ from routedvit.models.arguments import (
     block_builder,
     check_choice,
     check_image,
+    norm_with_eps,
     per_block,
     plain,
     window_for,
 )
+from routedvit.models.dense_weights import converted_if_dense
+from routedvit.models.fitting import check_fit
 from routedvit.models.flops import Flops, count_flops
 from routedvit.models.routing import Routing, record_routing
 
@@ -59,6 +63,7 @@ class RoutedVisionTransformer(VisionTransformer):
         pos_embed: 'learn', 'sincos' or 'none'.
         rope: axial rotary positions in light and heavy attention.
         mlp_layer: 'mlp' or 'swiglu'.
+        norm_eps: of all norms, if not their default (1e-6).
         kv_gate, null_kv, null_token, separate_norms, route_raw, heavy_window, head_dim,
             light_head_dim: see `RoutedAttention` and `HeavyAttention`; with their defaults the
             block is the paper's.
@@ -102,6 +107,7 @@ class RoutedVisionTransformer(VisionTransformer):
         pos_embed: str = "learn",
         rope: bool = False,
         mlp_layer: str = "mlp",
+        norm_eps: float | None = None,
         patch_drop_rate: float = 0.0,
         weight_init: str = "",
         device: torch.device | None = None,
@@ -125,6 +131,8 @@ class RoutedVisionTransformer(VisionTransformer):
                 f"rope=True needs head_dim={width} to be a multiple of 4, and"
                 f" light_head_dim={light_head_dim} to be the same or None"
             )
+        if norm_eps is not None:
+            kwargs["norm_layer"] = norm_with_eps(kwargs.get("norm_layer"), norm_eps)
         capacities = per_block(depth, q=q_capacity, kv=kv_capacity, ffn=ffn_capacity)
         routed = partial(
             RoutedBlock,
@@ -310,6 +318,19 @@ class RoutedVisionTransformer(VisionTransformer):
         return count_flops(self, img_size)
 
     # --- timm's contract -------------------------------------------------------------------------
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Weights of this model, or of a dense vision transformer (see `models.dense_weights`).
+
+        Raises:
+            ValueError: the weights of another model, with the names that differ and the mend.
+        """
+        state_dict = converted_if_dense(state_dict, self)
+        if strict:
+            check_fit(self, state_dict)
+        return super().load_state_dict(state_dict, strict, assign)
 
     @torch.jit.ignore
     def set_grad_checkpointing(

@@ -1,12 +1,11 @@
-"""Soft top-k by coordinate descent with epsilon scaling: the solver of CoLT5 and CoDA, kept for
-compatibility.
+"""Soft top-k by coordinate descent with epsilon scaling, kept for compatibility.
 
-Alternates between the two dual variables of the entropic programme that `soft_topk` solves in
-closed form (Wright, arXiv 1502.04759; CoLT5, 2303.09752, appendix C), while the temperature falls
-from `eps_init` to `eps` (Schmitzer, 1610.06519; CoDA, 2304.04947). Follows the PyPI package
-`colt5-attention` step for step, so gates and gradients agree with it to rounding error. With
-logits spread over more than about 2 eps, 20 steps do not converge: the sum overshoots k. Cost:
-`num_iterations` logsumexps, all of them kept for the backward pass.
+The solver of CoLT5 and CoDA. Alternates between the two dual variables of the entropic programme
+that `soft_topk` solves in closed form (Wright, arXiv 1502.04759; CoLT5, 2303.09752, appendix C),
+while the temperature falls from `eps_init` to `eps` (Schmitzer, 1610.06519; CoDA, 2304.04947).
+Follows the PyPI package `colt5-attention` step for step, so gates and gradients agree with it to
+rounding error. With logits spread over more than about 2 eps, 20 steps do not converge: the sum
+overshoots k. Cost: `num_iterations` logsumexps, all of them kept for the backward pass.
 """
 
 import torch

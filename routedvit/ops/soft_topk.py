@@ -20,7 +20,7 @@ part of k (1 for an integer): exponentials are taken relative to z_j and clamped
 interval, so nothing that matters underflows or overflows. And since only entries above z_j can
 saturate, m < k holds without a guard.
 
-Cost: one `topk` of ceil(k) entries, a cumulative sum over them, one softmax. Left out: the seed's
+Cost: one `topk` of ceil(k) entries, a cumulative sum over them, one softmax. Left out: the
 iteration, which is in `coordinate_descent.py`.
 """
 
@@ -53,7 +53,7 @@ def soft_topk(
         eps: temperature; gates become hard 0 / 1 as it goes to 0.
         mask: [..., n] bool, True where an entry takes part. A row with fewer than k entries gives
             1 to each of them.
-        solver: 'exact', or 'coordinate_descent' with the seed's 20 steps of epsilon scaling.
+        solver: 'exact', or 'coordinate_descent' with 20 steps of epsilon scaling.
 
     Returns:
         gates [..., n] in [0, 1], float32 (float64 for float64 logits), 0 where masked, equal for

@@ -1,5 +1,4 @@
-"""Rows in, rows out: gather the routed tokens, add what the heavy path made of them back to where
-they came from.
+"""Rows out, rows in: gather the routed tokens, add what became of them to where they came from.
 
     B images, N tokens, K routed tokens, D width:  x_BND, index_BK
 
@@ -71,8 +70,7 @@ def scatter_add_tokens(
 
 
 def prepend_prefix(index: Tensor, gate: Tensor, num_prefix: int) -> tuple[Tensor, Tensor]:
-    """Make the prefix tokens (cls, registers) heavy: they come first, with gate 1, outside every
-    capacity.
+    """Make the prefix tokens (cls, registers) heavy: first, with gate 1, outside every capacity.
 
     Args:
         index: [..., k] patch indices, 0 = first patch.

@@ -4,6 +4,7 @@ The dense models are timm's, small, with random weights in which nothing is 0 or
 """
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,14 @@ SOURCES: dict[str, dict[str, Any]] = {
     "gated GELU": {"mlp_layer": SwiGLU},
     "big_vision, average pool": {"class_token": False, "global_pool": "avg"},
     "SigLIP": {"class_token": False, "global_pool": "map", "act_layer": "gelu_tanh"},
-    "CLIP": {"pre_norm": True, "act_layer": "quick_gelu"},
+    "CLIP": {"pre_norm": True, "act_layer": "quick_gelu",
+             "norm_layer": partial(nn.LayerNorm, eps=1e-3)},
     "qk-norm, few biases": {"qk_norm": True, "qkv_bias": False, "proj_bias": False},
     "average of all tokens, norm before it": {"global_pool": "avg", "fc_norm": False,
                                               "pool_include_prefix": True},
     "no positions": {"pos_embed": "none"},
 }  # fmt: skip
-UNTOLD_BY_WEIGHTS = (  # activation, image size, pooling
+UNTOLD_BY_WEIGHTS = (  # activation, epsilon, image size, pooling
     "SigLIP", "CLIP", "gated GELU", "no positions", "average of all tokens, norm before it"
 )  # fmt: skip
 
@@ -192,20 +194,25 @@ def test_only_routed_models_can_be_the_target(name: str) -> None:
         routedvit.convert_dense(make_dense(), name, report=None)
 
 
-def load(weights: dict[str, Tensor], folder: Path, **kwargs: Any) -> nn.Module:
+def load(
+    weights: dict[str, Tensor], folder: Path, *, pretrained: bool = True, **kwargs: Any
+) -> nn.Module:
     """Through timm, as a user's checkpoint."""
     file = folder / "weights.safetensors"
     save_file(weights, file)
+    if not pretrained:
+        return timm.create_model(NAME, checkpoint_path=str(file), **kwargs)
     overlay = {"file": str(file), "num_classes": kwargs.get("num_classes", 1000)}
     return timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
 
 
-def test_timm_loads_dense_weights_into_a_routed_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_timm_loads_dense_weights_into_a_routed_model(tmp_path: Path, pretrained: bool) -> None:
     dense = make_dense(img_size=40)
     twin = {"class_token": True, "reg_tokens": 0, "qk_norm": False, "init_values": 0,
             "global_pool": "token", "num_classes": 5, "depth": 2, "patch_size": 4,
             "q_capacity": 1, "kv_capacity": 1, "ffn_capacity": 1}  # fmt: skip
-    ours = load(dense.state_dict(), tmp_path, img_size=32, **twin)
+    ours = load(dense.state_dict(), tmp_path, pretrained=pretrained, img_size=32, **twin)
     dense.set_input_size((32, 32))
     assert_same_outputs(ours, dense, images())
 
@@ -228,9 +235,15 @@ def test_timm_still_loads_routed_weights_and_resamples_them(tmp_path: Path) -> N
         torch.testing.assert_close(tensor, saved.state_dict()[name], rtol=0, atol=0)
 
 
-def test_timm_refuses_weights_of_another_kind(tmp_path: Path) -> None:
+def test_timm_refuses_weights_of_another_model(tmp_path: Path) -> None:
+    alien = timm.create_model("test_byobnet").state_dict()
     with pytest.raises(ValueError, match="neither of a routed nor of a dense"):
-        load(timm.create_model("test_byobnet").state_dict(), tmp_path)
+        load(alien, tmp_path)
+    with pytest.raises(ValueError, match=r"not the weights of .*lack cls_token.* hold also stages"):
+        load(alien, tmp_path, pretrained=False)
+    longer = timm.create_model(NAME, depth=7).state_dict()
+    with pytest.raises(ValueError, match=r"hold also blocks.6.attn.* config.json"):
+        load(longer, tmp_path)
 
 
 @pytest.fixture

@@ -79,7 +79,7 @@ def test_every_option_treats_images_one_by_one(kwargs):
 
 
 def test_one_pixel_changes_the_whole_feature_map():
-    """Heavy attention is global: the seed's never left its window."""
+    """Heavy attention is global: that of colt5-attention never leaves its window."""
     model = create(class_token=False, reg_tokens=0).eval()
     x = images(1)
     y = x.clone()

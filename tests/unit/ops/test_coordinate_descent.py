@@ -37,3 +37,21 @@ def test_converges_to_the_exact_gates_where_the_spread_is_small():
     k = torch.full((4, 1), 27.0, dtype=torch.float64)
     gates = coordinate_descent(logits, k, num_iterations=200)
     torch.testing.assert_close(gates, soft_topk(logits, 27), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_iterations", [1, 7, 50])
+@pytest.mark.parametrize(("eps_init", "eps_decay"), [(4.0, 0.7), (0.5, 0.9), (10.0, 0.5)])
+def test_equals_the_package_under_any_epsilon_schedule(num_iterations, eps_init, eps_decay):
+    logits = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)) * 5
+    schedule = {"eps": 0.3, "eps_init": eps_init, "eps_decay": eps_decay}
+    results = []
+    for ours in (True, False):
+        s = logits.clone().requires_grad_()
+        if ours:
+            k = torch.full((4, 1), 9.0)
+            gates = coordinate_descent(s, k, num_iterations=num_iterations, **schedule)
+        else:
+            gates = coor_descent(s, n_iters=num_iterations, k=9.0, **schedule)
+        (gates * logits).sum().backward()
+        results.append((gates.detach(), s.grad))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=1e-6)
