@@ -1,14 +1,14 @@
 """Coordinate descent with epsilon scaling, forward and backward in one launch each.
 
-One program owns one row, of any length, in blocks of up to 8,192 entries. What an iteration leaves
+One program owns one row, of any length, in blocks of up to 4,096 entries. What an iteration leaves
 behind is one scalar, the logsumexp l_t of its softmax, hence the shift a_t = tau_t (log k - l_t);
 the other multiplier is -relu(s + a_t), entry by entry. So the forward pass keeps [rows, iterations]
 scalars, and the backward pass rebuilds every iteration from two of them: linear in the number of
 iterations, where colt5-attention's kernel, which starts again from the first iteration for each, is
 quadratic.
 
-Backward, with e_t = (s + b_{t-1}) / tau_t, p_t = softmax(e_t) = exp(e_t - l_t), b_t = -relu(s + a_t)
-and G = g * gate / tau of the last line of the forward pass:
+Backward, with e_t = (s + b_{t-1}) / tau_t, p_t = softmax(e_t) = exp(e_t - l_t),
+b_t = -relu(s + a_t), and G = g * gate / tau of the last line of the forward pass:
 
     db_T = G,  da_T = sum G + sum_{s + a_T > 0} -db_T
     db_{t-1} = -da_t p_t,  da_{t-1} = sum_{s + a_{t-1} > 0} -db_{t-1}
@@ -33,7 +33,7 @@ from torch import Tensor
 
 __all__ = ["coordinate_descent"]
 
-MAX_BLOCK = 8192
+MAX_BLOCK = 4096  # 8 warps, as the routing kernel
 
 
 @triton.jit
