@@ -97,7 +97,6 @@ def _on_gpu(case: Callable[[], object]) -> Callable[[], float]:
 
 def _jiffies() -> tuple[int, int]:
     """Stolen and total processor time so far."""
-    values = [
-        int(v) for v in Path("/proc/stat").read_text(encoding="utf-8").split("\n")[0].split()[1:]
-    ]
+    line = Path("/proc/stat").read_text(encoding="utf-8").split("\n")[0]
+    values = [int(value) for value in line.split()[1:]]
     return values[7], sum(values[:8])

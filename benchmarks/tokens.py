@@ -13,7 +13,8 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.timing import interleave, report
-from routedvit.ops import gather_norm, gather_tokens, scatter_add_tokens, set_backend
+from routedvit.ops import gather_norm, gather_tokens, scatter_add_tokens
+from routedvit.ops.backend import backend, set_backend
 
 SHAPES = [(256, 197, 768), (64, 1025, 768)]
 
@@ -60,9 +61,10 @@ def _with_copy(
     source = torch.empty(moved // 2, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
 
-    def by(backend: str) -> Callable[[], object]:
+    def by(name: str) -> Callable[[], object]:
         def call() -> object:
-            set_backend(backend)
+            if backend() != name:
+                set_backend(name)
             return function()
 
         return call
