@@ -18,7 +18,7 @@ from colt5_attention.coor_descent import coor_descent
 from torch import Tensor
 
 from benchmarks.timing import interleave, report
-from routedvit.ops import coordinate_descent, route
+from routedvit.ops import coordinate_descent, route, route_all
 
 SHAPES = [(256, 196), (64, 1024), (16, 4096)]
 RATIO = 1.125
@@ -70,6 +70,18 @@ def routing(batch: int, n: int, device: str, backward: bool) -> dict[str, Callab
     return cases
 
 
+def pair(batch: int, n: int, device: str) -> dict[str, Callable[[], object]]:
+    """The q and the kv router of a sublayer, forward: is one launch worth having?"""
+    logits, counts = torch.randn(batch, 2, n, device=device), [n // 4, n // 2]
+    alone = [row.contiguous() for row in logits.unbind(1)]
+    return {
+        "one after the other": lambda: [
+            route(row, k) for row, k in zip(alone, counts, strict=True)
+        ],
+        "together": lambda: route_all(logits, counts),
+    }
+
+
 def floors(batch: int, n: int, k: int, backward: bool) -> dict[str, Callable[[], object]]:
     """An empty launch, and a copy that reads and writes as many bytes as routing."""
     forward = batch * (n * 8 + k * 12)  # logits in; all gates, picked gates and indices out
@@ -89,6 +101,8 @@ def main() -> None:
     baseline = "colt5-attention Triton" if device == "cuda" else "colt5-attention"
     name = "router" if not arguments.forward else "router, forward only"
     for batch, n in SHAPES:
+        seconds = interleave(pair(batch, n, device), arguments.rounds, device)
+        report("router", f"{batch} x {n}, q and kv,", seconds, "one after the other")
         cases = routing(batch, n, device, not arguments.forward)
         seconds = interleave(cases, arguments.rounds, device)
         report(name, f"{batch} x {n}", seconds, baseline)

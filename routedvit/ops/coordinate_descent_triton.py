@@ -203,12 +203,13 @@ def coordinate_descent(
     gates = torch.empty_like(logits, dtype=torch.float32)
     sums = logits.new_empty((*logits.shape[:-1], num_iterations), dtype=torch.float32)
     if gates.numel() > 0:
-        coordinate_descent_kernel[(k.numel(),)](
-            logits, logits if mask is None else mask.contiguous().view(torch.uint8), k,
-            _temperatures(eps, eps_init, eps_decay, num_iterations, logits.device),
-            gates, sums, n, num_iterations,
-            HAS_MASK=mask is not None, **_blocks(n),
-        )  # fmt: skip
+        with torch.cuda.device_of(logits):
+            coordinate_descent_kernel[(k.numel(),)](
+                logits, logits if mask is None else mask.contiguous().view(torch.uint8), k,
+                _temperatures(eps, eps_init, eps_decay, num_iterations, logits.device),
+                gates, sums, n, num_iterations,
+                HAS_MASK=mask is not None, **_blocks(n),
+            )  # fmt: skip
     return gates, sums
 
 
@@ -241,12 +242,14 @@ def coordinate_descent_backward(
     out = torch.empty_like(gates)
     grad_k = torch.empty_like(k, dtype=torch.float32)
     if out.numel() > 0:
-        coordinate_descent_backward_kernel[(k.numel(),)](
-            logits, logits if mask is None else mask.contiguous().view(torch.uint8), k,
-            _temperatures(eps, eps_init, eps_decay, sums.shape[-1], logits.device),
-            gates, sums, grad.contiguous(), torch.empty_like(sums), out, grad_k, n, sums.shape[-1],
-            HAS_MASK=mask is not None, **_blocks(n),
-        )  # fmt: skip
+        with torch.cuda.device_of(logits):
+            coordinate_descent_backward_kernel[(k.numel(),)](
+                logits, logits if mask is None else mask.contiguous().view(torch.uint8), k,
+                _temperatures(eps, eps_init, eps_decay, sums.shape[-1], logits.device),
+                gates, sums, grad.contiguous(), torch.empty_like(sums), out, grad_k,
+                n, sums.shape[-1],
+                HAS_MASK=mask is not None, **_blocks(n),
+            )  # fmt: skip
     return out.to(logits.dtype), grad_k.to(k.dtype)
 
 

@@ -116,12 +116,13 @@ def gather_norm(
     out = x.new_empty((*index.shape, dim))
     if out.numel() > 0:
         tile, num_rows = _tile(dim), index.shape[1] * index.shape[2]
-        gather_norm_kernel[(batch, triton.cdiv(num_rows, tile["ROWS"]))](
-            x, index.contiguous(), weight.contiguous(),
-            weight if bias is None else bias.contiguous(), out,
-            num_rows, dim, x.stride(0), x.stride(1), eps,
-            RMS=rms, HAS_BIAS=bias is not None, **tile,
-        )  # fmt: skip
+        with torch.cuda.device_of(x):
+            gather_norm_kernel[(batch, triton.cdiv(num_rows, tile["ROWS"]))](
+                x, index.contiguous(), weight.contiguous(),
+                weight if bias is None else bias.contiguous(), out,
+                num_rows, dim, x.stride(0), x.stride(1), eps,
+                RMS=rms, HAS_BIAS=bias is not None, **tile,
+            )  # fmt: skip
     return out
 
 
@@ -146,11 +147,12 @@ def gather_norm_backward(
     tile = _tile(dim)
     programs = min(triton.cdiv(batch * num_tokens, tile["ROWS"]), MAX_PROGRAMS)
     partial = x.new_empty((programs, 2, dim), dtype=torch.float32)
-    gather_norm_backward_kernel[(programs,)](
-        x, index.contiguous(), weight.contiguous(), grad.contiguous(), out, partial,
-        batch, num_tokens, index.shape[1], index.shape[2], dim, x.stride(0), x.stride(1), eps,
-        RMS=rms, **tile,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        gather_norm_backward_kernel[(programs,)](
+            x, index.contiguous(), weight.contiguous(), grad.contiguous(), out, partial,
+            batch, num_tokens, index.shape[1], index.shape[2], dim, x.stride(0), x.stride(1), eps,
+            RMS=rms, **tile,
+        )  # fmt: skip
     return out, partial.sum(0)
 
 

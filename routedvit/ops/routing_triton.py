@@ -212,12 +212,14 @@ def launch_routing(
     indices = logits.new_empty(shape, dtype=torch.int64)
     if rows > 0:
         table = _routes(counts, logits.device) if hard else logits
-        routing_kernel[(rows,)](
-            logits, logits if mask is None else mask, logits if targets is None else targets,
-            table, gates, picked, indices,
-            n, 1 if targets is None else targets.numel(), max(len(counts), 1), sum(counts), eps,
-            HAS_MASK=mask is not None, SOFT=soft, HARD=hard, **blocks(n),
-        )  # fmt: skip
+        # Triton launches on the current device, which need not be the tensor's
+        with torch.cuda.device_of(logits):
+            routing_kernel[(rows,)](
+                logits, logits if mask is None else mask, logits if targets is None else targets,
+                table, gates, picked, indices,
+                n, 1 if targets is None else targets.numel(), max(len(counts), 1), sum(counts), eps,
+                HAS_MASK=mask is not None, SOFT=soft, HARD=hard, **blocks(n),
+            )  # fmt: skip
     return gates, picked, indices
 
 
@@ -246,10 +248,11 @@ def route_backward(
     out = torch.empty_like(gates)
     if out.numel() > 0:
         ks = tuple(counts)
-        routing_backward_kernel[(gates.numel() // n,)](
-            indices, gates, grad.contiguous(), out, _routes(ks, gates.device),
-            n, len(ks), sum(ks), eps, **blocks(n),
-        )  # fmt: skip
+        with torch.cuda.device_of(gates):
+            routing_backward_kernel[(gates.numel() // n,)](
+                indices, gates, grad.contiguous(), out, _routes(ks, gates.device),
+                n, len(ks), sum(ks), eps, **blocks(n),
+            )  # fmt: skip
     return out
 
 

@@ -66,9 +66,10 @@ def soft_topk_backward(gates: Tensor, grad: Tensor, eps: float) -> tuple[Tensor,
     n = gates.shape[-1]
     out, grad_k = torch.empty_like(gates), gates.new_empty((*gates.shape[:-1], 1))
     if out.numel() > 0:
-        soft_topk_backward_kernel[(gates.numel() // n,)](
-            gates, grad.contiguous(), out, grad_k, n, eps, **blocks(n)
-        )
+        with torch.cuda.device_of(gates):
+            soft_topk_backward_kernel[(gates.numel() // n,)](
+                gates, grad.contiguous(), out, grad_k, n, eps, **blocks(n)
+            )
     return out, grad_k
 
 

@@ -30,7 +30,8 @@ NAN = tl.constexpr(2**31 - 1)
 @triton.jit
 def to_key(value):
     """fp32 -> int32 that sorts alike; -0 as 0, and NaN above all, as torch.topk has it."""
-    bits = tl.where(value == 0.0, 0.0, value).to(tl.int32, bitcast=True)
+    bits = value.to(tl.int32, bitcast=True)
+    bits = tl.where(bits == LOWEST, 0, bits)  # the bits of -0
     return tl.where(value != value, NAN, bits ^ ((bits >> 31) & 0x7FFFFFFF))
 
 

@@ -151,9 +151,11 @@ def gather(x: Tensor, index: Tensor) -> Tensor:
     out = x.new_empty((*index.shape, dim))
     if out.numel() > 0:
         tile, num_rows = _tile(dim), index.shape[1] * index.shape[2]
-        gather_kernel[_grid(num_rows, batch, dim, tile)](
-            x, index.contiguous(), out, num_tokens, num_rows, dim, x.stride(0), x.stride(1), **tile
-        )
+        with torch.cuda.device_of(x):
+            gather_kernel[_grid(num_rows, batch, dim, tile)](
+                x, index.contiguous(), out, num_tokens, num_rows, dim, x.stride(0), x.stride(1),
+                **tile,
+            )  # fmt: skip
     return out
 
 
@@ -169,10 +171,11 @@ def gather_backward(index: Tensor, grad: Tensor, num_tokens: int) -> Tensor:
     out = grad.new_empty((batch, num_tokens, dim))
     if out.numel() > 0:
         tile = _tile(dim)
-        gather_backward_kernel[_grid(num_tokens, batch, dim, tile)](
-            index.contiguous(), grad.contiguous(), out, num_tokens, num_routes, num_rows, dim,
-            **tile,
-        )  # fmt: skip
+        with torch.cuda.device_of(grad):
+            gather_backward_kernel[_grid(num_tokens, batch, dim, tile)](
+                index.contiguous(), grad.contiguous(), out, num_tokens, num_routes, num_rows, dim,
+                **tile,
+            )  # fmt: skip
     return out
 
 
@@ -205,10 +208,11 @@ def scatter_add(
     out = torch.empty_like(base, dtype=torch.promote_types(base.dtype, summand.dtype))
     if out.numel() > 0:
         tile = _tile(dim)
-        scatter_add_kernel[_grid(num_tokens, batch, dim, tile)](
-            base, summand, index.contiguous(), rows.contiguous(), gate.contiguous(), out,
-            num_tokens, index.shape[1], dim, HAS_RESIDUAL=residual is not None, **tile,
-        )  # fmt: skip
+        with torch.cuda.device_of(base):
+            scatter_add_kernel[_grid(num_tokens, batch, dim, tile)](
+                base, summand, index.contiguous(), rows.contiguous(), gate.contiguous(), out,
+                num_tokens, index.shape[1], dim, HAS_RESIDUAL=residual is not None, **tile,
+            )  # fmt: skip
     return out
 
 
@@ -228,10 +232,11 @@ def scatter_add_backward(
     grad_rows, grad_gate = torch.empty_like(rows), torch.empty_like(gate)
     if grad_rows.numel() > 0:
         tile = _tile(dim)
-        scatter_add_backward_kernel[(batch, triton.cdiv(num_rows, tile["ROWS"]))](
-            index.contiguous(), rows, gate, grad.contiguous(), grad_rows, grad_gate,
-            grad.shape[1], num_rows, dim, **tile,
-        )  # fmt: skip
+        with torch.cuda.device_of(rows):
+            scatter_add_backward_kernel[(batch, triton.cdiv(num_rows, tile["ROWS"]))](
+                index.contiguous(), rows, gate, grad.contiguous(), grad_rows, grad_gate,
+                grad.shape[1], num_rows, dim, **tile,
+            )  # fmt: skip
     return grad_rows, grad_gate
 
 
