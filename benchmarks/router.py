@@ -57,7 +57,9 @@ def routing(batch: int, n: int, device: str, backward: bool) -> dict[str, Callab
     if device == "cuda":
         from colt5_attention.triton_coor_descent import triton_coor_descent
 
-        total = torch.tensor(k * RATIO, device=device)  # a number would be copied at each call
+        # a number would be copied from the host at each call, and of a single entry the kernel
+        # reads past the end
+        total = torch.full((batch,), k * RATIO, device=device)
         functions["colt5-attention Triton"] = lambda s: (
             triton_coor_descent(s, n_iters=20, k=total, checkpoint_segments=4, **SCHEDULE)
             .topk(k)

@@ -100,6 +100,7 @@ def _route(
         from routedvit.ops import routing_triton
 
         return routing_triton.route(logits, counts, fetch_ratio, eps)
+    logits = logits.contiguous()  # so that the outputs are, as announced by the fake
     if len(counts) == 1:
         gates, indices, all_gates = _route_one(logits.squeeze(-2), counts[0], fetch_ratio, eps)
         return gates, indices, all_gates.unsqueeze(-2)
@@ -167,7 +168,7 @@ def _select(scores: Tensor, k: int) -> Tensor:
         from routedvit.ops import routing_triton
 
         return routing_triton.select(scores, k)
-    return select_reference(scores, k)
+    return select_reference(scores.contiguous(), k)
 
 
 @_select.register_fake

@@ -86,3 +86,8 @@ def test_operators_are_registered_soundly():
     route_op, select_op = SAVED_OPS
     torch.library.opcheck(route_op, (draw(2, 2, 10).requires_grad_(), [3, 5], 1.125, 1.0))
     torch.library.opcheck(select_op, (draw(2, 10), 3))
+    # routers hand in transposed logits: what comes out must have the strides that were announced
+    strided = draw(2, 12, 2)[:, 2:].transpose(1, 2)
+    torch.library.opcheck(route_op, (strided.detach().requires_grad_(), [3, 5], 1.125, 1.0))
+    torch.library.opcheck(route_op, (strided.unsqueeze(-2), [3], 1.125, 1.0))
+    torch.library.opcheck(select_op, (strided, 3))

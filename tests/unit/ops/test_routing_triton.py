@@ -50,11 +50,12 @@ def test_gates_and_gradient_are_as_exact_as_the_reference(n, k, spread, device):
     assert_as_exact_as_the_reference(gates_of(k, 1.0, 0.5), draw(2, n) * spread, device=device)
 
 
-def test_rows_of_several_blocks(device):
-    k = LONG // 3
-    assert_as_exact_as_the_reference(gates_of(k), draw(1, LONG) * 3, device=device)
-    logits = draw(1, LONG).to(device)
-    assert torch.equal(route(logits, k)[0], logits.topk(k).indices.sort(-1).values)
+@pytest.mark.parametrize("n", [LONG, 65536])
+def test_rows_of_several_blocks(n, device):
+    k = n // 3
+    assert_as_exact_as_the_reference(gates_of(k), draw(1, n) * 3, device=device)
+    scores = draw(1, n).to(device)
+    assert torch.equal(select(scores, k), scores.topk(k).indices.sort(-1).values)
 
 
 @pytest.mark.parametrize("n", [16, LONG])
