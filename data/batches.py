@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from data.decode import decode
 from data.errors import BadSample, DataError
 from data.order import SampleOrder
+from data.prefetch import Prefetcher
 from data.reader import Sample, ShardReader
 from data.transforms import Transform, borrowed_generators, sample_seeds, seed_generators
 
@@ -50,7 +51,7 @@ class _Batches(Dataset[Batch]):
 
     def bad(self, shard: int, sample: int, error: BadSample, **where: Any) -> dict[str, Any]:
         """A line for the ledger."""
-        name = str(self.reader.shards.paths[shard])
+        name = self.reader.shards.names[shard]
         return {"shard": name, "key": self.reader.key(shard, sample), "reason": str(error), **where}
 
 
@@ -62,10 +63,12 @@ class TrainBatches(_Batches):
     ) -> None:
         super().__init__(reader, transform, **common)
         self.order = order
+        self.prefetcher = Prefetcher(reader.cache)
 
     def __getitem__(self, first: int) -> Batch:
         positions = first + self.world_size * np.arange(self.batch_size, dtype=np.int64)
         place = self.order.locate(positions)
+        self._prefetch(positions)
         seeds = sample_seeds(self.order.seed, positions).tolist()
         images = torch.empty(self.batch_size, *self.input_size)
         targets, keys, bad = [], [], []
@@ -88,6 +91,18 @@ class TrainBatches(_Batches):
             "epoch": torch.from_numpy(place.epoch),
             "bad": bad,
         }
+
+    def _prefetch(self, positions: np.ndarray) -> None:
+        """Fetch what the same streams read one shard's worth of turns later, and so on."""
+        shards = self.reader.shards
+        if not shards.remote:
+            return
+        shard_of_each_stream = self.order.streams * -(-shards.num_samples // len(shards.names))
+        for ahead in range(1, self.reader.cache.remote.prefetch + 1):
+            coming = self.order.locate(positions + ahead * shard_of_each_stream).shard
+            self.prefetcher.want(
+                (shards.names[shard], shards.entries[shard]) for shard in np.unique(coming).tolist()
+            )
 
     def _substitute(
         self, position: int, seed: int, bad: list[dict[str, Any]]

@@ -23,7 +23,8 @@ class SourceConfig(_Section):
 
     shards: str | list[str] = Field(
         description="Where the shards are: a manifest.json, its folder, a glob or a brace pattern "
-        "such as shards/train-{000000..000015}.tar, or a list of these."
+        "such as shards/train-{000000..000015}.tar, each also as an http(s), s3 or gs URL, or a "
+        "list of these."
     )
 
 
@@ -108,8 +109,36 @@ class AugmentConfig(_Section):
         return self
 
 
+class RemoteConfig(_Section):
+    """How shards that are URLs come here; credentials come from the environment alone."""
+
+    cache_dir: str = Field(
+        default="~/.cache/routedvit/shards",
+        description="Folder on this node's disk that fetched shards are kept in.",
+    )
+    cache_gb: float = Field(
+        default=100.0, gt=0, description="Size of the cache; the shards longest unused make room."
+    )
+    prefetch: int = Field(
+        default=1, ge=0, description="Shards per stream that are fetched before they are needed."
+    )
+    read_timeout: float = Field(
+        default=30.0, gt=0, description="Seconds without a byte after which a read has failed."
+    )
+    give_up_after: float = Field(
+        default=300.0, gt=0, description="Seconds, retries included, that one shard may take."
+    )
+
+
 # Keys that may change when a run is resumed: they alter how fast samples come, never which.
-FREE_ON_RESUME = ("num_workers", "prefetch_factor", "max_bad_samples", "verify")
+FREE_ON_RESUME = (
+    "num_workers",
+    "prefetch_factor",
+    "max_bad_samples",
+    "max_bad_shards",
+    "verify",
+    "remote",
+)
 
 
 class DataConfig(_Section):
@@ -157,6 +186,12 @@ class DataConfig(_Section):
         ge=0,
         description="Different unusable samples that one rank replaces before the run stops.",
     )
+    max_bad_shards: int = Field(
+        default=0,
+        ge=0,
+        description="Damaged or missing shards whose samples one rank replaces before the run "
+        "stops; 0 stops at the first.",
+    )
     max_pixels: int = Field(
         default=50_000_000,
         ge=1,
@@ -166,4 +201,7 @@ class DataConfig(_Section):
         default="size",
         description="What is compared with the manifest before a shard's first sample: nothing, "
         "its size, or its SHA-256 (each shard once per rank). The tar structure always is checked.",
+    )
+    remote: RemoteConfig = Field(
+        default_factory=RemoteConfig, description="How shards that are URLs are fetched and kept."
     )

@@ -44,7 +44,7 @@ def build_train_loader(
     `input_size` is (C, H, W) with C 1 or 3; `mean`, `std` and `interpolation` are the model's.
     Bad samples are named in `ledger_dir`. DataError when shards, world and batch do not fit.
     """
-    shards = resolve(config.train.shards)
+    shards = resolve(config.train.shards, remote=config.remote)
     order = SampleOrder(
         shards.sizes,
         seed=seed,
@@ -53,9 +53,9 @@ def build_train_loader(
         repeats=config.augment.repeats,
     )
     readers = world_size * max(1, config.num_workers)
-    if len(shards.paths) < readers:
+    if len(shards.names) < readers:
         raise DataError(
-            f"{len(shards.paths)} training shards for {readers} readers ({world_size} ranks x "
+            f"{len(shards.names)} training shards for {readers} readers ({world_size} ranks x "
             f"{max(1, config.num_workers)} workers); write more, smaller shards (`python -m "
             "data.write --shard-size`) or lower data.num_workers"
         )
@@ -70,7 +70,7 @@ def build_train_loader(
         config.augment, size=input_size[1:], mean=mean, std=std, interpolation=interpolation
     )
     dataset = TrainBatches(
-        ShardReader(shards, config.verify),
+        ShardReader(shards, config.verify, config.remote),
         order,
         transform,
         input_size=input_size,
@@ -98,12 +98,12 @@ def build_eval_loader(
     """The evaluation batches of one rank, normalised as in training. DataError without data.val."""
     if config.val is None:
         raise DataError("data.val is not set; name the shards to evaluate on in data.val.shards")
-    train = resolve(config.train.shards)
-    shards = resolve(config.val.shards, "data.val.shards")
+    train = resolve(config.train.shards, remote=config.remote)
+    shards = resolve(config.val.shards, "data.val.shards", config.remote)
     _check_same_classes(train, shards)
     mean, std = normalization(config, train, mean, std, channels=input_size[0])
     dataset = EvalBatches(
-        ShardReader(shards, config.verify),
+        ShardReader(shards, config.verify, config.remote),
         eval_transform(
             size=input_size[1:], mean=mean, std=std, interpolation=interpolation, crop_pct=crop_pct
         ),
