@@ -32,6 +32,7 @@ def config(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run["output_dir"] = str(folder / "run")
     run["train"] = {"batch_size": 32, "steps": 2}
     run["schedule"]["warmup_epochs"] = 0
+    run["optim"]["lr"] = 0.002
     run["eval"]["every_epochs"] = 100
     path = folder / "config.json"
     path.write_text(json.dumps(run))
