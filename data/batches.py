@@ -1,7 +1,8 @@
 """Batches as datasets: a position, or a batch number, in; a whole batch out.
 
 One item is one batch, so that one loader process makes it from beginning to end and its rows keep
-their order. Bad samples travel in the batch under "bad", as lines for the ledger.
+their order. Bad samples travel in the batch under "bad", as lines for the ledger. Where damaged
+shards are tolerated (`max_bad_shards`), each of their samples is a bad sample like any other.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch.utils.data import Dataset
 
 from data.decode import decode
-from data.errors import BadSample, DataError
+from data.errors import BadSample, BadShard, DataError, Quarantined
 from data.order import SampleOrder
 from data.prefetch import Prefetcher
 from data.reader import Sample, ShardReader
@@ -35,6 +36,7 @@ class _Batches(Dataset[Batch]):
         max_pixels: int,
         batch_size: int,
         world_size: int,
+        quarantine: bool = False,
     ) -> None:
         self.reader = reader
         self.transform = transform
@@ -42,17 +44,26 @@ class _Batches(Dataset[Batch]):
         self.max_pixels = max_pixels
         self.batch_size = batch_size
         self.world_size = world_size
+        self.quarantine = quarantine
 
     def load(self, shard: int, sample: int) -> tuple[Sample, torch.Tensor]:
         """The sample and its image, float32 [C, H, W]. BadSample when it cannot be used."""
-        found = self.reader.read(shard, sample)
+        try:
+            found = self.reader.read(shard, sample)
+        except BadShard as error:
+            if not self.quarantine:
+                raise
+            raise Quarantined(str(error)) from error
         image = decode(found.payload, self.input_size[0], self.max_pixels)
         return found, self.transform(image)
 
     def bad(self, shard: int, sample: int, error: BadSample, **where: Any) -> dict[str, Any]:
         """A line for the ledger."""
         name = self.reader.shards.names[shard]
-        return {"shard": name, "key": self.reader.key(shard, sample), "reason": str(error), **where}
+        line = {"shard": name, "reason": str(error), **where}
+        if isinstance(error, Quarantined):  # nobody can say its key
+            return line | {"key": f"sample {sample}", "quarantined": True}
+        return line | {"key": self.reader.key(shard, sample)}
 
 
 class TrainBatches(_Batches):
@@ -107,17 +118,24 @@ class TrainBatches(_Batches):
     def _substitute(
         self, position: int, seed: int, bad: list[dict[str, Any]]
     ) -> tuple[Sample, torch.Tensor]:
-        """The next good sample of the same stream; bad ones on the way are added to `bad`."""
-        place = self.order.substitutes(position)
-        for shard, sample in zip(place.shard.tolist(), place.sample.tolist(), strict=True):
-            seed_generators(seed)
-            try:
-                found, image = self.load(shard, sample)
-            except BadSample as error:
-                bad.append(self.bad(shard, sample, error, position=position))
-                continue
-            bad[-1]["replaced_by"] = found.key
-            return found, image
+        """The next good sample of the same stream; bad ones on the way are added to `bad`.
+
+        Where a quarantined shard is all that the stream has, the next streams are asked: they are
+        those of the positions that follow.
+        """
+        for other in range(position, position + (self.order.streams if self.quarantine else 1)):
+            place = self.order.substitutes(other)
+            for shard, sample in zip(place.shard.tolist(), place.sample.tolist(), strict=True):
+                if shard in self.reader.damaged:
+                    continue
+                seed_generators(seed)
+                try:
+                    found, image = self.load(shard, sample)
+                except BadSample as error:
+                    bad.append(self.bad(shard, sample, error, position=position))
+                    continue
+                bad[-1]["replaced_by"] = found.key
+                return found, image
         raise DataError(
             f"no usable sample follows {bad[-1]['key']} in its stream; the last failed with: "
             f"{bad[-1]['reason']}; check the shards with `python -m data.check`"

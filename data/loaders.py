@@ -75,10 +75,11 @@ def build_train_loader(
         transform,
         input_size=input_size,
         max_pixels=config.max_pixels,
+        quarantine=config.max_bad_shards > 0,
         batch_size=micro_batch_size,
         world_size=world_size,
     )
-    ledger = Ledger(ledger_dir, "train", rank, config.max_bad_samples)
+    ledger = Ledger(ledger_dir, "train", rank, config.max_bad_samples, config.max_bad_shards)
     return TrainLoader(config, dataset, ledger, rank=rank, mean=mean, std=std)
 
 
@@ -109,11 +110,13 @@ def build_eval_loader(
         ),
         input_size=input_size,
         max_pixels=config.max_pixels,
+        quarantine=config.max_bad_shards > 0,
         batch_size=batch_size,
         rank=rank,
         world_size=world_size,
     )
-    return EvalLoader(config, dataset, Ledger(ledger_dir, "val", rank, config.max_bad_samples))
+    ledger = Ledger(ledger_dir, "val", rank, config.max_bad_samples, config.max_bad_shards)
+    return EvalLoader(config, dataset, ledger)
 
 
 def _check_same_classes(train: ShardSet, val: ShardSet) -> None:

@@ -47,7 +47,8 @@ class ShardReader:
         self.shards = shards
         self.verify = verify
         self.cache = ShardCache(remote or RemoteConfig())
-        self._indices: dict[int, TarIndex | BadShard] = {}
+        self.damaged: dict[int, BadShard] = {}
+        self._indices: dict[int, TarIndex] = {}
         self._open: OrderedDict[int, io.FileIO] = OrderedDict()
         # Shared with the loader processes: a rank hashes each shard once, not once per worker.
         self._verified = torch.zeros(len(shards.names), dtype=torch.uint8).share_memory_()
@@ -73,22 +74,23 @@ class ShardReader:
         with _failures_named(self.shards.names[shard]):
             payload = os.pread(self._file(shard).fileno(), size, int(index.offsets[sample]))
         if len(payload) != size:
-            raise BadShard(
+            self.damaged[shard] = BadShard(
                 f"{self.shards.names[shard]}: it shrank while it was read; leave shards alone "
                 "during a run"
             )
+            raise self.damaged[shard]
         return Sample(index.key(sample), label, payload)
 
     def _index(self, shard: int) -> TarIndex:
+        if shard in self.damaged:
+            raise self.damaged[shard]
         if shard not in self._indices:
             try:
                 self._indices[shard] = self._examine(shard)
             except BadShard as error:
-                self._indices[shard] = error
-        found = self._indices[shard]
-        if isinstance(found, BadShard):
-            raise found
-        return found
+                self.damaged[shard] = error
+                raise
+        return self._indices[shard]
 
     def _examine(self, shard: int) -> TarIndex:
         """Compare a shard with its manifest entry, as thoroughly as `verify` asks; index it."""
