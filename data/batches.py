@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from data.decode import decode
+from data.crop_first import FromEncoded
 from data.errors import BadSample, BadShard, DataError, Quarantined
+from data.lazy_image import LazyImage
 from data.order import SampleOrder
 from data.prefetch import Prefetcher
 from data.reader import Sample, ShardReader
-from data.transforms import Transform, borrowed_generators, sample_seeds, seed_generators
+from data.transforms import borrowed_generators, sample_seeds, seed_generators
 
 Batch = dict[str, Any]
 Size = tuple[int, int, int]
@@ -30,7 +31,7 @@ class _Batches(Dataset[Batch]):
     def __init__(
         self,
         reader: ShardReader,
-        transform: Transform,
+        transform: FromEncoded,
         *,
         input_size: Size,
         max_pixels: int,
@@ -54,7 +55,7 @@ class _Batches(Dataset[Batch]):
             if not self.quarantine:
                 raise
             raise Quarantined(str(error)) from error
-        image = decode(found.payload, self.input_size[0], self.max_pixels)
+        image = LazyImage(found.payload, self.input_size[0], self.max_pixels)
         return found, self.transform(image)
 
     def bad(self, shard: int, sample: int, error: BadSample, **where: Any) -> dict[str, Any]:
@@ -70,7 +71,7 @@ class TrainBatches(_Batches):
     """Item: the global position of a micro-batch's first row -> the micro-batch."""
 
     def __init__(
-        self, reader: ShardReader, order: SampleOrder, transform: Transform, **common: Any
+        self, reader: ShardReader, order: SampleOrder, transform: FromEncoded, **common: Any
     ) -> None:
         super().__init__(reader, transform, **common)
         self.order = order
@@ -145,7 +146,7 @@ class TrainBatches(_Batches):
 class EvalBatches(_Batches):
     """Item: the number of a batch -> the batch. Rank r of R holds samples r, r + R, ..."""
 
-    def __init__(self, reader: ShardReader, transform: Transform, *, rank: int, **common: Any):
+    def __init__(self, reader: ShardReader, transform: FromEncoded, *, rank: int, **common: Any):
         super().__init__(reader, transform, **common)
         self.rank = rank
         self.begins = np.concatenate([[0], np.cumsum(reader.shards.sizes)])

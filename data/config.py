@@ -181,6 +181,12 @@ class DataConfig(_Section):
     augment: AugmentConfig = Field(
         default_factory=AugmentConfig, description="Augmentation of the training images."
     )
+    decode: Literal["fast", "exact"] = Field(
+        default="fast",
+        description="How training images become crops: 'fast' decodes a JPEG no larger than its "
+        "crop needs and resizes with torch; 'exact' is timm's path on Pillow images. The draws are "
+        "the same, the pixels nearly.",
+    )
     max_bad_samples: int = Field(
         default=100,
         ge=0,

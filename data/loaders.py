@@ -15,6 +15,7 @@ import torch
 
 from data.batches import Batch, EvalBatches, Size, TrainBatches
 from data.config import DataConfig, NormalizeConfig
+from data.crop_first import from_encoded
 from data.decode import MODE_OF_CHANNELS
 from data.errors import BadSample, DataError
 from data.ledger import Ledger
@@ -72,7 +73,7 @@ def build_train_loader(
     dataset = TrainBatches(
         ShardReader(shards, config.verify, config.remote),
         order,
-        transform,
+        from_encoded(transform, config.decode),
         input_size=input_size,
         max_pixels=config.max_pixels,
         quarantine=config.max_bad_shards > 0,
@@ -105,8 +106,15 @@ def build_eval_loader(
     mean, std = normalization(config, train, mean, std, channels=input_size[0])
     dataset = EvalBatches(
         ShardReader(shards, config.verify, config.remote),
-        eval_transform(
-            size=input_size[1:], mean=mean, std=std, interpolation=interpolation, crop_pct=crop_pct
+        from_encoded(
+            eval_transform(
+                size=input_size[1:],
+                mean=mean,
+                std=std,
+                interpolation=interpolation,
+                crop_pct=crop_pct,
+            ),
+            config.decode,
         ),
         input_size=input_size,
         max_pixels=config.max_pixels,

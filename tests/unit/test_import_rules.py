@@ -24,7 +24,8 @@ ALLOWED = {
         "routedvit.training", "routedvit.drawing",
     },
     "data": {"torch", "torchvision", "numpy", "PIL", "timm.data", "webdataset", "fsspec",
-             "aiohttp", "pydantic", "tqdm", "mlxtend", "data"},
+             "aiohttp", "simplejpeg",
+             "pydantic", "tqdm", "mlxtend", "data"},
 }  # fmt: skip
 # single files that may import one thing more than their folder
 EXCEPTIONS = {
