@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from data.crop_first import FromEncoded
 from data.errors import BadSample, BadShard, DataError, Quarantined
 from data.lazy_image import LazyImage
-from data.order import SampleOrder
+from data.mixture import Order
 from data.prefetch import Prefetcher
 from data.reader import Sample, ShardReader
 from data.transforms import borrowed_generators, sample_seeds, seed_generators
@@ -71,7 +71,7 @@ class TrainBatches(_Batches):
     """Item: the global position of a micro-batch's first row -> the micro-batch."""
 
     def __init__(
-        self, reader: ShardReader, order: SampleOrder, transform: FromEncoded, **common: Any
+        self, reader: ShardReader, order: Order, transform: FromEncoded, **common: Any
     ) -> None:
         super().__init__(reader, transform, **common)
         self.order = order

@@ -50,9 +50,9 @@ def test_what_passes_is_outwaited_and_the_bytes_are_right(make_set, server, remo
     server.ranges = ranges
     server.faults["000.tar"] = [fault, fault]
     assert fetched(server, remote) == content
-    asked = [range_ for name, range_ in server.requests if name == "000.tar"]
-    resumed = fault in ("reset", "stall", "truncate", "short") and ranges
-    assert any(asked) == resumed or not ranges
+    if fault in ("stall", "short") and ranges:  # the rest may fail before a byte is handed on
+        size = len(content) // 2
+        assert ("000.tar", f"bytes={size}-") in server.requests
 
 
 @pytest.mark.parametrize("fault", ["404", "403"])
