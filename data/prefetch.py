@@ -1,6 +1,6 @@
 """Fetches the shards that come next while the ones at hand are being read.
 
-One thread per loader process, begun with the first remote shard asked for. It only fills the cache:
+One thread per loader process, begun when it first asks. It only fills the cache:
 whoever needs the shard opens it through the same cache and meets, and reports, what went wrong.
 """
 
@@ -31,11 +31,11 @@ class Prefetcher:
 
     def want(self, shards: Iterable[tuple[str, ShardEntry]]) -> None:
         """Fetch these shards soon; returns at once. Local ones cost nothing."""
+        if self._process != os.getpid():  # threads do not survive a fork
+            self._begin()
         for name, entry in shards:
             if name in self._asked or not is_url(name):
                 continue
-            if self._process != os.getpid():  # threads do not survive a fork
-                self._begin()
             self._asked.add(name)
             self._waiting.put((name, entry))
 

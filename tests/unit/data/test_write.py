@@ -255,6 +255,39 @@ def test_a_csv_list_becomes_shards(photographs, tmp_path, numeric):
     assert check.main([str(out / "train")]) == 0
 
 
+@pytest.mark.parametrize("numeric", [False, True])
+def test_a_parquet_list_becomes_the_shards_of_its_csv(photographs, tmp_path, numeric):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow.parquet import write_table
+
+    paths = sorted(photographs.rglob("img*"))
+    table = {
+        "image": [str(path.relative_to(tmp_path)) for path in paths],
+        "label": [int("dog" in str(path)) if numeric else path.parent.name for path in paths],
+    }
+    write_table(pyarrow.table(table), tmp_path / "list.parquet")
+    rows = [f"{image},{label}" for image, label in zip(*table.values(), strict=True)]
+    (tmp_path / "list.csv").write_text("\n".join(["image,label", *rows]))
+    hashes = []
+    for kind in ("parquet", "csv"):
+        command = ["--source", "list", "--path", str(tmp_path / f"list.{kind}")]
+        assert write.main([*command, "--out", str(tmp_path / kind)]) == 0
+        hashes.append([entry.sha256 for entry in resolve(str(tmp_path / kind / "train")).entries])
+    assert hashes[0] == hashes[1]
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1 and no more", None])
+def test_a_parquet_file_that_is_none_is_said_in_a_line(tmp_path, capsys, content):
+    path = tmp_path / "list.parquet"
+    if content is not None:
+        path.write_bytes(content)
+    command = ["--source", "list", "--path", str(path), "--out", str(tmp_path / "out")]
+    assert write.main(command) == 2
+    said = capsys.readouterr().err
+    assert "list.parquet is n" in said
+    assert said.count("\n") == 1
+
+
 def test_a_list_without_the_named_column_says_which_it_has(tmp_path, capsys):
     (tmp_path / "list.csv").write_text("file,species\na.png,cat\n")
     command = ["--source", "list", "--path", str(tmp_path / "list.csv")]
