@@ -7,7 +7,7 @@ RANKS ?= 2
 ARGS ?=
 PORT ?= 29500
 
-.PHONY: help env train tensorboard test test-slow lint schema clean
+.PHONY: help env train tensorboard test test-slow lint schema gpu clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -51,6 +51,9 @@ test-slow: $(VENV)/dev.stamp  ## the tests that take longer
 
 schema: $(VENV)/train.stamp  ## write configs/schema.json anew from the config models
 	@$(BIN)/python train.py --write-schema configs/schema.json
+
+gpu: $(VENV)/dev.stamp  ## tests and benchmarks that need a GPU
+	@$(BIN)/python -m benchmarks.gpu
 
 clean:  ## remove caches and the environment, never runs or shards
 	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from routedvit.layers.routed_attention import RoutedAttention
 from routedvit.layers.routed_feedforward import RoutedFeedForward
 from routedvit.layers.router import Router
+from routedvit.ops.backend import backend, uses_triton
 
 __all__ = ["ConditionalRoutedFeedForward", "ConditionalRoutedImageAttention"]
 
@@ -33,7 +34,7 @@ ROUTER_DEFAULTS: dict[str, Any] = {
     "cosine_sim_routing": False,
     "cosine_sim_scale": 8,
     "use_triton": False,
-    "triton_checkpoint_segments": None,  # memory of its Triton kernel; there is none here
+    "triton_checkpoint_segments": None,  # memory of its Triton kernel; ours needs none
 }
 
 # their RMSNorm has no epsilon in the mean square
@@ -90,12 +91,13 @@ class _Part(nn.Module):
         self.register_load_state_dict_pre_hook(_load_their_names)
         self.register_state_dict_post_hook(_save_their_names)
 
-    def refuse_triton(self, x: Tensor) -> None:
+    def insist_on_triton(self, x: Tensor) -> None:
         """Where colt5-attention would run its Triton kernel. On a CPU it runs PyTorch, as we do."""
-        if self.use_triton and x.is_cuda:
+        if self.use_triton and x.is_cuda and not uses_triton(x):
             raise ValueError(
-                "use_triton=True (router_use_triton of the model): coordinate descent has no"
-                " Triton kernel here; pass False, which computes the same"
+                f"use_triton=True (router_use_triton of the model), but the backend is {backend()}:"
+                " pass False, which computes the same, or call routedvit.ops.set_backend('triton'),"
+                " which says what keeps Triton from running"
             )
 
 
@@ -125,7 +127,8 @@ class ConditionalRoutedFeedForward(_Part):
         router_straight_through: gates of value 1 with the gradient of the soft ones.
         router_kwargs: n_iters, fetch_k_ratio, eps, eps_decay, eps_init, cosine_sim_routing,
             cosine_sim_scale of the router.
-        use_triton: accepted on a CPU, where it makes no difference; an error on a GPU.
+        use_triton: on a GPU, insist on the Triton kernel of coordinate descent; without it, that
+            kernel runs wherever the backend is Triton. Makes no difference on a CPU.
 
     Raises:
         TypeError: unknown router_kwargs.
@@ -173,7 +176,7 @@ class ConditionalRoutedFeedForward(_Part):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, N, D] -> like x, without the residual."""
-        self.refuse_triton(x)
+        self.insist_on_triton(x)
         return self.layer.update(x)
 
 
@@ -284,7 +287,7 @@ class ConditionalRoutedImageAttention(_Part):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, H, W, D], or [B, D, H, W] if channel_first -> like x, without the residual."""
-        self.refuse_triton(x)
+        self.insist_on_triton(x)
         if self.channel_first:
             x = x.permute(0, 2, 3, 1)
         grid = (x.shape[1], x.shape[2])

@@ -68,6 +68,7 @@ class RoutedAttention(nn.Module):
     route_raw: Final[bool]
     heavy_window: Final[bool]
     gate_queries: Final[bool]
+    plain_sum: Final[bool]
 
     def __init__(
         self,
@@ -151,6 +152,8 @@ class RoutedAttention(nn.Module):
         self.null_token = nn.Parameter(torch.zeros(dim, **factory)) if null_token else None
         self.ls = LayerScale(dim, init_values, **factory) if init_values else nn.Identity()
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        # one kernel adds it all up
+        self.plain_sum = not (init_values or drop_path or heavy_window)
 
     @torch.jit.ignore
     def set_light_window(self, window: int) -> None:
@@ -165,12 +168,14 @@ class RoutedAttention(nn.Module):
 
     def forward(self, x: Tensor, grid: tuple[int, int], rope: Tensor | None = None) -> Tensor:
         """x [B, P + N, D], grid (H, W) with N = H * W, rope [P + N, 2 * head_dim] -> like x."""
+        if self.plain_sum:
+            return self._attend(x, grid, rope, x)
         return x + self.drop_path(self.ls(self.update(x, grid, rope)))
 
     def update(self, x: Tensor, grid: tuple[int, int], rope: Tensor | None = None) -> Tensor:
         """What both paths add to x, before LayerScale and drop-path; arguments as in `forward`."""
         if not self.heavy_window:
-            return self._attend(x, grid, rope)
+            return self._attend(x, grid, rope, None)
         height, width = grid
         window = self.light_window
         if height % window + width % window > 0:
@@ -179,10 +184,12 @@ class RoutedAttention(nn.Module):
                 f" not {height} x {width} patches"
             )
         windows = partition_windows(x, height, width, window)
-        windows = self._attend(windows, (window, window), None)
+        windows = self._attend(windows, (window, window), None, None)
         return merge_windows(windows, height, width, window)
 
-    def _attend(self, x: Tensor, grid: tuple[int, int], rope: Tensor | None) -> Tensor:
+    def _attend(
+        self, x: Tensor, grid: tuple[int, int], rope: Tensor | None, residual: Tensor | None
+    ) -> Tensor:
         tokens = self.norm(x)
         q_index, q_gate, kv_index, kv_gate = self._route(x if self.route_raw else tokens)
         source = tokens if self.shared_norm else x
@@ -195,7 +202,7 @@ class RoutedAttention(nn.Module):
             base = base + self.null_token
             rows = rows * q_gate.unsqueeze(-1).to(rows.dtype) - self.null_token
             q_gate = torch.ones_like(q_gate)
-        return scatter_add_tokens(base, q_index, rows, q_gate)
+        return scatter_add_tokens(base, q_index, rows, q_gate, residual)
 
     def _route(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Token indices (prefix first) and gates: queries [B, Q], keys [B, R, K]."""
@@ -225,5 +232,4 @@ class RoutedAttention(nn.Module):
 
     def _context(self, source: Tensor, kv_index: Tensor) -> Tensor:
         """Gather the rows [B, R, K, D] of each kv route."""
-        rows = gather_tokens(source, kv_index.flatten(1))
-        return rows.unflatten(1, (kv_index.shape[1], kv_index.shape[2]))
+        return gather_tokens(source, kv_index)

@@ -40,6 +40,7 @@ class RoutedFeedForward(nn.Module):
     num_prefix: Final[int]
     shared_norm: Final[bool]
     route_raw: Final[bool]
+    plain_sum: Final[bool]
 
     def __init__(
         self,
@@ -87,13 +88,16 @@ class RoutedFeedForward(nn.Module):
         self.heavy = layer(dim, int(dim * mlp_ratio), **hidden)
         self.ls = LayerScale(dim, init_values, **factory) if init_values else nn.Identity()
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        self.plain_sum = not (init_values or drop_path)  # one kernel adds it all up
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, P + N, D] -> like x."""
+        if self.plain_sum:
+            return self.update(x, x)
         return x + self.drop_path(self.ls(self.update(x)))
 
-    def update(self, x: Tensor) -> Tensor:
-        """What both paths add to x, before LayerScale and drop-path."""
+    def update(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """What both paths add to x, before LayerScale and drop-path; plus the residual, if any."""
         tokens = self.norm(x)
         index, gate, _ = self.router(x if self.route_raw else tokens, self.num_prefix)
         index, gate = prepend_prefix(index.squeeze(1), gate.squeeze(1), self.num_prefix)
@@ -103,7 +107,7 @@ class RoutedFeedForward(nn.Module):
         else:
             rows = self._heavy(source, index)
         base = torch.zeros_like(x) if self.light is None else self.light(tokens)
-        return scatter_add_tokens(base, index, rows, gate)
+        return scatter_add_tokens(base, index, rows, gate, residual)
 
     def _heavy(self, source: Tensor, index: Tensor) -> Tensor:
         """Gather the routed rows and transform them: [B, K, D], not yet gated."""

@@ -3,10 +3,9 @@
 Same constructor arguments, same state dict in both directions, same numbers (outputs within 1e-5,
 parameter gradients within 1e-4 relative), so that weights and results obtained with that package
 live on. It differs from `RoutedVisionTransformer` by switches of the layers, listed in
-`routedvit.layers.conditional_routed`, and by its stem and head, which are here. Two differences on
-purpose: windows with no more tokens than go heavy work instead of failing, and a request for the
-package's Triton kernel on a GPU is refused. Its faults that change numbers are kept: with several
-kv routes the images of a batch mix.
+`routedvit.layers.conditional_routed`, and by its stem and head, which are here. One difference on
+purpose: windows with no more tokens than go heavy work instead of failing. Its faults that change
+numbers are kept: with several kv routes the images of a batch mix.
 
 For new work take `colt5_vit_*`: here heavy attention never leaves its window.
 """
@@ -44,7 +43,8 @@ class ConditionalRoutedViT(nn.Module):
         router_straight_through: gates of value 1 with the gradient of the soft ones.
         router_kwargs: n_iters, fetch_k_ratio, eps, eps_decay, eps_init, cosine_sim_routing,
             cosine_sim_scale of all routers.
-        router_use_triton: makes no difference on a CPU, is an error on a GPU.
+        router_use_triton: on a GPU, insist on the Triton kernel of coordinate descent; makes no
+            difference on a CPU.
         flash_attn: accepted; attention always runs PyTorch's fused operator.
         attn_num_routed_kv: kv routes; must divide attn_heavy_heads.
         default_coor_descent_eps: eps of the routers unless router_kwargs says otherwise.

@@ -1,11 +1,13 @@
 """Pure tensor functions of token routing: soft top-k, selection, gather, scatter, windows.
 
-Each is a PyTorch reference with one signature; a Triton kernel of the same name may stand beside
-it.
+Each is a PyTorch reference; where a file `*_triton.py` stands beside it, a Triton kernel takes its
+place behind the same signature, see `backend.py`.
 """
 
+from routedvit.ops.backend import set_backend
 from routedvit.ops.coordinate_descent import coordinate_descent
-from routedvit.ops.routing import SAVED_OPS, route, select
+from routedvit.ops.gather_norm import gather_norm
+from routedvit.ops.routing import SAVED_OPS, route, route_all, select
 from routedvit.ops.soft_topk import soft_topk
 from routedvit.ops.tokens import gather_tokens, prepend_prefix, scatter_add_tokens
 from routedvit.ops.windows import merge_windows, partition_windows, window_padding_mask
@@ -13,13 +15,16 @@ from routedvit.ops.windows import merge_windows, partition_windows, window_paddi
 __all__ = [
     "SAVED_OPS",
     "coordinate_descent",
+    "gather_norm",
     "gather_tokens",
     "merge_windows",
     "partition_windows",
     "prepend_prefix",
     "route",
+    "route_all",
     "scatter_add_tokens",
     "select",
+    "set_backend",
     "soft_topk",
     "window_padding_mask",
 ]

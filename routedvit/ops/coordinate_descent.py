@@ -11,6 +11,8 @@ overshoots k. Cost: `num_iterations` logsumexps, all of them kept for the backwa
 import torch
 from torch import Tensor
 
+from routedvit.ops.backend import uses_triton
+
 __all__ = ["coordinate_descent"]
 
 
@@ -36,6 +38,12 @@ def coordinate_descent(
     Returns:
         gates [..., n], 0 where masked.
     """
+    if not torch.jit.is_scripting():  # noqa: SIM102 -- TorchScript wants it alone
+        if uses_triton(logits):
+            mask = None if mask is None else mask.expand_as(logits)
+            return torch.ops.routedvit.coordinate_descent(
+                logits, k, mask, eps, eps_init, eps_decay, num_iterations
+            )[0]
     # the most negative finite number rather than -inf: (-inf) - (-inf) would poison the first step
     lowest = -torch.finfo(logits.dtype).max
     log_k = k.clamp(min=1e-20).log()

@@ -10,14 +10,16 @@ plain PyTorch below it, which any runtime understands.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from routedvit.ops.backend import uses_triton
 from routedvit.ops.soft_topk import capped_softmax
 
-__all__ = ["SAVED_OPS", "route", "route_reference", "select", "select_reference"]
+__all__ = ["SAVED_OPS", "route", "route_all", "route_reference", "select", "select_reference"]
 
 TINY = torch.finfo(torch.float32).tiny
 
@@ -59,8 +61,25 @@ def route(
         return route_reference(logits, k, fetch_ratio, eps)
     if torch.jit.is_tracing() or torch.compiler.is_exporting():
         return route_reference(logits, k, fetch_ratio, eps)
-    gates, indices, _ = torch.ops.routedvit.route(logits, k, fetch_ratio, eps)
+    gates, indices, _ = torch.ops.routedvit.route(logits.unsqueeze(-2), [k], fetch_ratio, eps)
     return indices, gates
+
+
+def route_all(
+    logits: Tensor, counts: Sequence[int], fetch_ratio: float = 1.125, eps: float = 1.0
+) -> list[tuple[Tensor, Tensor]]:
+    """`route` for R routers at once, each with a k of its own: one kernel launch on a GPU.
+
+    Args:
+        logits: [..., R, n] float32.
+        counts: the R numbers of tokens to select.
+        fetch_ratio, eps: as in `route`.
+
+    Returns:
+        indices [..., k] and gates [..., k] of each router.
+    """
+    gates, indices, _ = torch.ops.routedvit.route(logits, counts, fetch_ratio, eps)
+    return list(zip(indices.split(counts, -1), gates.split(counts, -1), strict=True))
 
 
 def select(scores: Tensor, k: int) -> Tensor:
@@ -73,7 +92,29 @@ def select(scores: Tensor, k: int) -> Tensor:
 
 
 @torch.library.custom_op("routedvit::route", mutates_args=())
-def _route(logits: Tensor, k: int, fetch_ratio: float, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _route(
+    logits: Tensor, counts: Sequence[int], fetch_ratio: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """logits [..., R, n] -> gates and indices of the selected [..., sum(counts)], all gates."""
+    if uses_triton(logits):
+        from routedvit.ops import routing_triton
+
+        return routing_triton.route(logits, counts, fetch_ratio, eps)
+    logits = logits.contiguous()  # so that the outputs are, as announced by the fake
+    if len(counts) == 1:
+        gates, indices, all_gates = _route_one(logits.squeeze(-2), counts[0], fetch_ratio, eps)
+        return gates, indices, all_gates.unsqueeze(-2)
+    routes = [
+        _route_one(row, k, fetch_ratio, eps)
+        for row, k in zip(logits.unbind(-2), counts, strict=True)
+    ]
+    picked, chosen, full = (list(part) for part in zip(*routes, strict=True))
+    return torch.cat(picked, -1), torch.cat(chosen, -1), torch.stack(full, -2)
+
+
+def _route_one(
+    logits: Tensor, k: int, fetch_ratio: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     # one sorted top-k serves the gates and, its first k, the selection
     target = min(k * fetch_ratio, logits.shape[-1])
     top, order = logits.topk(math.ceil(target), dim=-1)
@@ -83,12 +124,14 @@ def _route(logits: Tensor, k: int, fetch_ratio: float, eps: float) -> tuple[Tens
 
 
 @_route.register_fake
-def _(logits: Tensor, k: int, fetch_ratio: float, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    shape = (*logits.shape[:-1], k)
+def _(
+    logits: Tensor, counts: Sequence[int], fetch_ratio: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (*logits.shape[:-2], sum(counts))
     return (
         logits.new_empty(shape),
         logits.new_empty(shape, dtype=torch.long),
-        torch.empty_like(logits),
+        logits.new_empty(logits.shape),
     )
 
 
@@ -96,13 +139,21 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     _, indices, all_gates = output
     ctx.save_for_backward(indices, all_gates)
     ctx.mark_non_differentiable(indices)
-    ctx.eps = inputs[3]
+    ctx.counts, ctx.eps = inputs[1], inputs[3]
 
 
 def _route_backward(ctx: Any, grad_selected: Tensor, *_: Any) -> tuple[Tensor, None, None, None]:
     """ds_i = gate_i / eps * (g_i - sum_U g * gate / sum_U gate) on U = {gate < 1}, else 0."""
     indices, gates = ctx.saved_tensors
-    grad = torch.zeros_like(gates).scatter(-1, indices, grad_selected)
+    if uses_triton(gates):
+        grad = torch.ops.routedvit.route_backward(
+            indices, gates, grad_selected, ctx.counts, ctx.eps
+        )
+        return grad, None, None, None
+    if len(ctx.counts) > 1:
+        first = [r * gates.shape[-1] for r, k in enumerate(ctx.counts) for _ in range(k)]
+        indices = indices + torch.tensor(first, device=indices.device)
+    grad = torch.zeros_like(gates).flatten(-2).scatter(-1, indices, grad_selected).view_as(gates)
     free = gates * (gates < 1)
     mean = (grad * free).sum(-1, keepdim=True) / free.sum(-1, keepdim=True).clamp(min=TINY)
     return free * (grad - mean) / ctx.eps, None, None, None
@@ -113,7 +164,11 @@ _route.register_autograd(_route_backward, setup_context=_save_for_backward)
 
 @torch.library.custom_op("routedvit::select", mutates_args=())
 def _select(scores: Tensor, k: int) -> Tensor:
-    return select_reference(scores, k)
+    if uses_triton(scores):
+        from routedvit.ops import routing_triton
+
+        return routing_triton.select(scores, k)
+    return select_reference(scores.contiguous(), k)
 
 
 @_select.register_fake

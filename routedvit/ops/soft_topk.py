@@ -29,6 +29,7 @@ import math
 import torch
 from torch import Tensor
 
+from routedvit.ops.backend import uses_triton
 from routedvit.ops.coordinate_descent import coordinate_descent
 
 __all__ = ["capped_softmax", "soft_topk"]
@@ -77,6 +78,8 @@ def soft_topk(
         num_sorted = math.ceil(k)
     if solver == "coordinate_descent":
         return coordinate_descent(logits, k_row, eps=eps, mask=mask)
+    if uses_triton(logits):
+        return torch.ops.routedvit.soft_topk(logits, k_row, eps, mask)
     if mask is not None:
         logits = logits.masked_fill(~mask, -math.inf)
     return capped_softmax(logits, logits.detach().topk(num_sorted, dim=-1).values, k_row, eps)

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from routedvit.ops.backend import uses_triton
+
 __all__ = ["gather_tokens", "prepend_prefix", "scatter_add_tokens"]
 
 
@@ -21,27 +23,50 @@ def _flat_index(index: Tensor, num_tokens: int) -> Tensor:
 
 
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
-    """x [B, N, D], index [B, K] int64 -> x[b, index[b]], [B, K, D]."""
+    """The routed rows of each image.
+
+    Args:
+        x: [B, N, D].
+        index: [B, K], or [B, R, K] for R routes that may take the same token; int64, ascending
+            within a route as `route` returns it (the Triton backward searches it).
+
+    Returns:
+        [B, K, D] or [B, R, K, D].
+    """
+    if not torch.jit.is_scripting():  # noqa: SIM102 -- TorchScript wants it alone
+        if uses_triton(x):
+            routes = index if index.ndim == 3 else index.unsqueeze(1)
+            rows = torch.ops.routedvit.gather_tokens(x, routes)
+            return rows if index.ndim == 3 else rows.squeeze(1)
     batch, num_tokens, dim = x.shape
-    rows = x.reshape(batch * num_tokens, dim).index_select(0, _flat_index(index, num_tokens))
-    return rows.view(batch, index.shape[1], dim)
+    flat = _flat_index(index.flatten(1), num_tokens)
+    rows = x.reshape(batch * num_tokens, dim).index_select(0, flat)
+    return rows.view(index.shape + (dim,))  # noqa: RUF005 -- TorchScript
 
 
-def scatter_add_tokens(base: Tensor, index: Tensor, rows: Tensor, gate: Tensor) -> Tensor:
-    """base [B, N, D] with gate * rows added at `index`.
+def scatter_add_tokens(
+    base: Tensor, index: Tensor, rows: Tensor, gate: Tensor, residual: Tensor | None = None
+) -> Tensor:
+    """base [B, N, D] with gate * rows added at `index`, plus the residual.
 
     Args:
         base: [B, N, D].
-        index: [B, K] int64, unique within an image.
+        index: [B, K] int64, unique and ascending within an image.
         rows: [B, K, D] of the type of base.
         gate: [B, K], one factor per row, cast to the type of base.
+        residual: [B, N, D], another summand, which may have another type: one pass with the rest
+            in the kernel.
     """
+    if not torch.jit.is_scripting():  # noqa: SIM102 -- TorchScript wants it alone
+        if uses_triton(base):
+            return torch.ops.routedvit.scatter_add_tokens(base, index, rows, gate, residual)
     batch, num_tokens, dim = base.shape
     weighted = (rows * gate.unsqueeze(-1).to(rows.dtype)).reshape(-1, dim)
     flat = base.reshape(batch * num_tokens, dim).index_add(
         0, _flat_index(index, num_tokens), weighted
     )
-    return flat.view(batch, num_tokens, dim)
+    out = flat.view(batch, num_tokens, dim)
+    return out if residual is None else residual + out
 
 
 def prepend_prefix(index: Tensor, gate: Tensor, num_prefix: int) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,9 @@ def opening(config: RunConfig, trainer: Trainer) -> str:
     if engine.accumulation > 1:
         share += f" x {engine.accumulation} accumulated"
     done, total = trainer.state.step, trainer.settings.total_steps
-    steps = f"steps {done:,} to {total:,}" if done else f"{total:,} steps"
+    steps = f"{total:,} steps"
+    if done:
+        steps += f", {done:,} of them done"
     return (
         f"{config.model.name}, {engine.num_parameters:,} parameters, on "
         f"{loader.samples_per_epoch:,} images of {loader.num_classes} classes\n"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import routedvit
 from routedvit.layers import ConditionalRoutedFeedForward, ConditionalRoutedImageAttention
+from routedvit.ops import set_backend
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -244,11 +245,13 @@ def test_weights_of_another_model_are_refused() -> None:
         routedvit.ConditionalRoutedViT(**BASE).load_state_dict(other.state_dict())
 
 
-def test_the_triton_kernel_that_is_not_there_is_refused_on_a_gpu() -> None:
+def test_triton_asked_for_on_a_gpu_is_insisted_on() -> None:
     part = ConditionalRoutedFeedForward(8, num_heavy_tokens=2, use_triton=True)
 
     class OnGpu:
-        is_cuda = True
+        is_cuda, is_meta, dtype = True, False, torch.float32
 
-    with pytest.raises(ValueError, match=r"use_triton=True .*no Triton kernel"):
-        part.refuse_triton(OnGpu())  # type: ignore[arg-type]
+    set_backend("torch")
+    with pytest.raises(ValueError, match=r"use_triton=True .* the backend is torch"):
+        part.insist_on_triton(OnGpu())  # type: ignore[arg-type]
+    set_backend(None)

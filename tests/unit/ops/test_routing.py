@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from routedvit.ops import SAVED_OPS, route, select
+from routedvit.ops import SAVED_OPS, route, route_all, select
 from routedvit.ops.routing import route_reference
 
 CASES = [(1, 1), (7, 1), (7, 3), (49, 12), (49, 48), (49, 49), (1000, 250)]
@@ -68,7 +68,26 @@ def test_select_takes_the_largest_in_ascending_order():
     assert select(torch.zeros(2, 4), 0).shape == (2, 0)
 
 
+def test_routers_together_route_as_they_do_alone():
+    counts, weights = [12, 1, 49], draw(2, 62)
+    logits = draw(2, 3, 49).requires_grad_()
+    together = route_all(logits, counts)
+    (torch.cat([gates for _, gates in together], -1) * weights).sum().backward()
+    for r, (indices, gates) in enumerate(together):
+        row = logits.detach()[:, r].requires_grad_()
+        alone = route(row, counts[r])
+        (alone[1] * weights.split(counts, -1)[r]).sum().backward()
+        assert torch.equal(indices, alone[0])
+        torch.testing.assert_close(gates, alone[1])
+        torch.testing.assert_close(logits.grad[:, r], row.grad)
+
+
 def test_operators_are_registered_soundly():
     route_op, select_op = SAVED_OPS
-    torch.library.opcheck(route_op, (draw(2, 10).requires_grad_(), 3, 1.125, 1.0))
+    torch.library.opcheck(route_op, (draw(2, 2, 10).requires_grad_(), [3, 5], 1.125, 1.0))
     torch.library.opcheck(select_op, (draw(2, 10), 3))
+    # routers hand in transposed logits: what comes out must have the strides that were announced
+    strided = draw(2, 12, 2)[:, 2:].transpose(1, 2)
+    torch.library.opcheck(route_op, (strided.detach().requires_grad_(), [3, 5], 1.125, 1.0))
+    torch.library.opcheck(route_op, (strided.unsqueeze(-2), [3], 1.125, 1.0))
+    torch.library.opcheck(select_op, (strided, 3))

@@ -1,0 +1,88 @@
+"""Gather and scatter of routed tokens, forward and backward, beside a copy of the same bytes.
+
+    python -m benchmarks.tokens [--rounds 30]
+
+ViT-B at 224 and 512 px, a quarter of the tokens routed. The baseline is the copy: a ratio of 1.25
+is 80 % of copy bandwidth. "PyTorch" is the reference implementation on the same device. Without a
+GPU only that is timed.
+"""
+
+import argparse
+from collections.abc import Callable
+
+import torch
+
+from benchmarks.timing import interleave, report
+from routedvit.ops import gather_norm, gather_tokens, scatter_add_tokens
+from routedvit.ops.backend import backend, set_backend
+
+SHAPES = [(256, 197, 768), (64, 1025, 768)]
+
+
+def cases(batch: int, n: int, dim: int, device: str) -> dict[str, dict[str, Callable[[], object]]]:
+    """operator -> case -> call; the copy among them moves the bytes that the operator must."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    k = n // 4
+    index = torch.rand(batch, n, device=device).argsort(-1)[:, :k].sort(-1).values
+    x, base = torch.randn(2, batch, n, dim, device=device, dtype=dtype)
+    rows = torch.randn(batch, k, dim, device=device, dtype=dtype)
+    gate = torch.rand(batch, k, device=device)
+    weight, bias = torch.ones(2, dim, device=device, dtype=dtype)
+    for t in (x, base, rows, gate, weight, bias):
+        t.requires_grad_()
+    all_rows, few = x.numel() * x.element_size(), rows.numel() * x.element_size()
+
+    def scattered(*wanted: torch.Tensor) -> object:
+        out = scatter_add_tokens(base, index, rows, gate, x)
+        return torch.autograd.grad(out, wanted, out.detach()) if wanted else out
+
+    def gathered(*wanted: torch.Tensor) -> object:
+        out = gather_tokens(x, index)
+        return torch.autograd.grad(out, wanted, rows.detach()) if wanted else out
+
+    def normed(*wanted: torch.Tensor) -> object:
+        out = gather_norm(x, index, weight, bias)
+        return torch.autograd.grad(out, wanted, rows.detach()) if wanted else out
+
+    operators = {
+        "gather": (gathered, 2 * few),
+        "gather, backward too": (lambda: gathered(x), 3 * few + all_rows),
+        "scatter": (scattered, 3 * all_rows + few),
+        "scatter, backward too": (lambda: scattered(rows, gate), 3 * all_rows + 4 * few),
+        "gather and norm": (normed, 2 * few),
+        "gather and norm, backward too": (lambda: normed(x, weight, bias), 4 * few + all_rows),
+    }
+    return {name: _with_copy(*work, device) for name, work in operators.items()}
+
+
+def _with_copy(
+    function: Callable[[], object], moved: int, device: str
+) -> dict[str, Callable[[], object]]:
+    source = torch.empty(moved // 2, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+
+    def by(name: str) -> Callable[[], object]:
+        def call() -> object:
+            if backend() != name:
+                set_backend(name)
+            return function()
+
+        return call
+
+    ours = {"kernel": by("triton")} if device == "cuda" else {}
+    return {"copy": lambda: target.copy_(source), "PyTorch": by("torch"), **ours}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=30)
+    rounds = parser.parse_args().rounds
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for batch, n, dim in SHAPES if device == "cuda" else [(8, 197, 768)]:
+        for operator, calls in cases(batch, n, dim, device).items():
+            seconds = interleave(calls, rounds, device)
+            report("tokens", f"{batch} x {n} x {dim} {operator}", seconds, "copy")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""Gather of routed tokens fused with their normalisation: what a heavy path with a norm of its own
+reads.
+
+A heavy path that shares the light path's norm gathers normalised tokens instead (`gather_tokens`),
+which is cheaper still: the norm is paid once. Fused, the gathered rows are never written between
+the two steps.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from routedvit.ops.backend import uses_triton
+from routedvit.ops.tokens import gather_tokens
+
+__all__ = ["gather_norm"]
+
+
+def gather_norm(
+    x: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    rms: bool = False,
+) -> Tensor:
+    """LayerNorm, or RMSNorm, of the gathered rows.
+
+    Args:
+        x: [B, N, D].
+        index: [B, K] or [B, R, K], as in `gather_tokens`.
+        weight: [D].
+        bias: [D] or None; RMSNorm has none.
+        eps: added to the variance, or to the mean square.
+        rms: RMSNorm.
+
+    Returns:
+        [B, K, D] or [B, R, K, D], of the type of x.
+
+    Raises:
+        ValueError: a bias with rms=True.
+    """
+    if rms and bias is not None:
+        raise ValueError("bias must be None with rms=True: RMSNorm has none")
+    if uses_triton(x):
+        routes = index if index.ndim == 3 else index.unsqueeze(1)
+        rows = torch.ops.routedvit.gather_norm(x, routes, weight, bias, eps, rms)
+        return rows if index.ndim == 3 else rows.squeeze(1)
+    rows = gather_tokens(x, index)
+    normalised = (
+        F.rms_norm(rows, x.shape[-1:], weight, eps)
+        if rms
+        else F.layer_norm(rows, x.shape[-1:], weight, bias, eps)
+    )
+    return normalised.to(x.dtype)

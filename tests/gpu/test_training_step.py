@@ -1,0 +1,83 @@
+"""A compiled training step with the Triton backend: right, reproducible, and never waiting.
+
+The kernels one by one are tested by `tests/unit/ops/test_*_triton.py`, on the GPU too.
+"""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+import routedvit  # noqa: F401  registers the models
+from routedvit.ops import set_backend
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    set_backend(None)
+
+
+def build(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    model = timm.create_model("colt5_vit_test", img_size=96).to("cuda", dtype).train()
+    return model, torch.randn(4, 3, 96, 96, device="cuda", dtype=dtype)
+
+
+def gradients(model: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> list[Tensor]:
+    model.zero_grad()
+    forward(x).float().square().mean().backward()
+    return [p.grad.float() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("policy", ["none", "block"])
+def test_inductor_with_kernels_has_the_gradients_of_the_eager_reference(policy):
+    model, x = build()
+    model.set_grad_checkpointing(policy=policy)
+    set_backend("torch")
+    expected = gradients(model, model, x)
+    set_backend("triton")
+    found = gradients(model, torch.compile(model, fullgraph=True), x)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_bfloat16_loses_no_more_with_the_kernels_than_without():
+    model, x = build()
+    set_backend("torch")
+    exact = gradients(model, model, x)
+    model, x = build(torch.bfloat16)
+    errors = []
+    for backend in ("torch", "triton"):
+        set_backend(backend)
+        found = gradients(model, model, x)
+        errors.append(sum((a - b).square().sum() for a, b in zip(found, exact, strict=True)))
+    assert errors[1] <= 1.5 * errors[0]
+
+
+def test_two_steps_are_bitwise_equal():
+    model, x = build(torch.bfloat16)
+    set_backend("triton")
+    compiled = torch.compile(model, fullgraph=True)
+    first, second = gradients(model, compiled, x), gradients(model, compiled, x)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_a_warm_step_neither_recompiles_nor_waits_for_the_device():
+    model, x = build(torch.bfloat16)
+    set_backend("triton")
+    compiled = torch.compile(model, fullgraph=True)
+    gradients(model, compiled, x)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            gradients(model, compiled, x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

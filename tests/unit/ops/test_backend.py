@@ -1,0 +1,71 @@
+"""The backend is chosen once, says why, and never silently differs from what was asked."""
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from routedvit.ops.backend import VARIABLE, backend, set_backend, uses_triton
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name in (VARIABLE, "TRITON_INTERPRET"):
+        monkeypatch.delenv(name, raising=False)
+    yield
+    monkeypatch.undo()
+    set_backend(None)
+
+
+def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def test_auto_is_torch_without_a_gpu_even_where_the_interpreter_could_run(monkeypatch, caplog):
+    without_gpu(monkeypatch)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with caplog.at_level(logging.INFO, "routedvit"):
+        assert set_backend(None) == "torch"
+        backend()
+    assert caplog.messages == ["backend torch (asked for: auto): no CUDA device"]
+
+
+def test_variable_is_read_and_argument_goes_before_it(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv(VARIABLE, "triton")
+    assert set_backend(None) == "triton"
+    assert set_backend("torch") == "torch"
+
+
+@pytest.mark.parametrize("by", ["argument", "variable"])
+def test_triton_where_it_cannot_run_is_an_error(by, monkeypatch):
+    without_gpu(monkeypatch)
+    if by == "variable":
+        monkeypatch.setenv(VARIABLE, "triton")
+    with pytest.raises(ValueError, match=r"backend='triton' .* cannot run here: no CUDA device"):
+        set_backend("triton" if by == "argument" else None)
+
+
+def test_triton_that_is_not_installed_is_an_error(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="triton is not installed"):
+        set_backend("triton")
+    assert set_backend("auto") == "torch"
+
+
+def test_triton_on_a_tensor_that_is_elsewhere_is_an_error(monkeypatch):
+    monkeypatch.setattr("routedvit.ops.backend._obstacle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    set_backend("triton")
+    with pytest.raises(ValueError, match="cannot run on a tensor on cpu"):
+        uses_triton(torch.zeros(1))
+    assert not uses_triton(torch.zeros(1, dtype=torch.float64))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert set_backend("auto") == "triton"
+    assert not uses_triton(torch.zeros(1))
+
+
+def test_unknown_backend_is_named():
+    with pytest.raises(ValueError, match=r"backend='cuda' .* choose one of auto, torch, triton"):
+        set_backend("cuda")
