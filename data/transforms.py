@@ -40,7 +40,7 @@ def train_transform(
             ratio=augment.ratio,
             hflip=augment.hflip,
             vflip=augment.vflip,
-            color_jitter=augment.color_jitter,
+            color_jitter=augment.color_jitter or None,  # 0 would jitter by nothing, at a price
             grayscale_prob=augment.grayscale_prob,
             gaussian_blur_prob=augment.gaussian_blur_prob,
             auto_augment=augment.auto_augment,
