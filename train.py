@@ -20,7 +20,7 @@ from torch import nn
 from data.config import FREE_ON_RESUME, DataConfig
 from data.errors import DataError
 from data.loaders import EvalLoader, TrainLoader, build_eval_loader, build_train_loader
-from data.shards import resolve
+from data.mixture import resolve_train
 from routedvit.training import config as training
 from routedvit.training import engine as engines
 from routedvit.training.assembly import build_engine, build_trainer
@@ -81,7 +81,7 @@ def run(config: RunConfig, fresh: bool, console: Console) -> int:
     """Everything between a valid config and the exit code, the same on every rank."""
     world = engines.start(tf32=config.precision.tf32)
     folder = RunFolder(Path(config.folder))
-    num_classes = resolve(config.data.train.shards).num_classes
+    num_classes = resolve_train(config.data).shards.num_classes
     config.model.kwargs.setdefault("num_classes", num_classes)
     model = create_model(config.model, num_classes=num_classes, seed=config.seed)
     model.set_grad_checkpointing(config.train.grad_checkpointing)  # type: ignore[operator]

@@ -1,7 +1,8 @@
 """Batches as datasets: a position, or a batch number, in; a whole batch out.
 
 One item is one batch, so that one loader process makes it from beginning to end and its rows keep
-their order. Bad samples travel in the batch under "bad", as lines for the ledger.
+their order. Bad samples travel in the batch under "bad", as lines for the ledger. Where damaged
+shards are tolerated (`max_bad_shards`), each of their samples is a bad sample like any other.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from data.decode import decode
-from data.errors import BadSample, DataError
-from data.order import SampleOrder
+from data.crop_first import FromEncoded
+from data.errors import BadSample, BadShard, DataError, Quarantined
+from data.lazy_image import LazyImage
+from data.mixture import Order
+from data.prefetch import Prefetcher
 from data.reader import Sample, ShardReader
-from data.transforms import Transform, borrowed_generators, sample_seeds, seed_generators
+from data.transforms import borrowed_generators, sample_seeds, seed_generators
 
 Batch = dict[str, Any]
 Size = tuple[int, int, int]
@@ -28,12 +31,13 @@ class _Batches(Dataset[Batch]):
     def __init__(
         self,
         reader: ShardReader,
-        transform: Transform,
+        transform: FromEncoded,
         *,
         input_size: Size,
         max_pixels: int,
         batch_size: int,
         world_size: int,
+        quarantine: bool = False,
     ) -> None:
         self.reader = reader
         self.transform = transform
@@ -41,31 +45,42 @@ class _Batches(Dataset[Batch]):
         self.max_pixels = max_pixels
         self.batch_size = batch_size
         self.world_size = world_size
+        self.quarantine = quarantine
 
     def load(self, shard: int, sample: int) -> tuple[Sample, torch.Tensor]:
         """The sample and its image, float32 [C, H, W]. BadSample when it cannot be used."""
-        found = self.reader.read(shard, sample)
-        image = decode(found.payload, self.input_size[0], self.max_pixels)
+        try:
+            found = self.reader.read(shard, sample)
+        except BadShard as error:
+            if not self.quarantine:
+                raise
+            raise Quarantined(str(error)) from error
+        image = LazyImage(found.payload, self.input_size[0], self.max_pixels)
         return found, self.transform(image)
 
     def bad(self, shard: int, sample: int, error: BadSample, **where: Any) -> dict[str, Any]:
         """A line for the ledger."""
-        name = str(self.reader.shards.paths[shard])
-        return {"shard": name, "key": self.reader.key(shard, sample), "reason": str(error), **where}
+        name = self.reader.shards.names[shard]
+        line = {"shard": name, "reason": str(error), **where}
+        if isinstance(error, Quarantined):  # nobody can say its key
+            return line | {"key": f"sample {sample}", "quarantined": True}
+        return line | {"key": self.reader.key(shard, sample)}
 
 
 class TrainBatches(_Batches):
     """Item: the global position of a micro-batch's first row -> the micro-batch."""
 
     def __init__(
-        self, reader: ShardReader, order: SampleOrder, transform: Transform, **common: Any
+        self, reader: ShardReader, order: Order, transform: FromEncoded, **common: Any
     ) -> None:
         super().__init__(reader, transform, **common)
         self.order = order
+        self.prefetcher = Prefetcher(reader.cache)
 
     def __getitem__(self, first: int) -> Batch:
         positions = first + self.world_size * np.arange(self.batch_size, dtype=np.int64)
         place = self.order.locate(positions)
+        self._prefetch(positions)
         seeds = sample_seeds(self.order.seed, positions).tolist()
         images = torch.empty(self.batch_size, *self.input_size)
         targets, keys, bad = [], [], []
@@ -89,20 +104,39 @@ class TrainBatches(_Batches):
             "bad": bad,
         }
 
+    def _prefetch(self, positions: np.ndarray) -> None:
+        """Fetch what the same streams read one shard's worth of turns later, and so on."""
+        shards = self.reader.shards
+        if not shards.remote:
+            return
+        shard_of_each_stream = self.order.streams * -(-shards.num_samples // len(shards.names))
+        for ahead in range(1, self.reader.cache.remote.prefetch + 1):
+            coming = self.order.locate(positions + ahead * shard_of_each_stream).shard
+            self.prefetcher.want(
+                (shards.names[shard], shards.entries[shard]) for shard in np.unique(coming).tolist()
+            )
+
     def _substitute(
         self, position: int, seed: int, bad: list[dict[str, Any]]
     ) -> tuple[Sample, torch.Tensor]:
-        """The next good sample of the same stream; bad ones on the way are added to `bad`."""
-        place = self.order.substitutes(position)
-        for shard, sample in zip(place.shard.tolist(), place.sample.tolist(), strict=True):
-            seed_generators(seed)
-            try:
-                found, image = self.load(shard, sample)
-            except BadSample as error:
-                bad.append(self.bad(shard, sample, error, position=position))
-                continue
-            bad[-1]["replaced_by"] = found.key
-            return found, image
+        """The next good sample of the same stream; bad ones on the way are added to `bad`.
+
+        Where a quarantined shard is all that the stream has, the next streams are asked: they are
+        those of the positions that follow.
+        """
+        for other in range(position, position + (self.order.streams if self.quarantine else 1)):
+            place = self.order.substitutes(other)
+            for shard, sample in zip(place.shard.tolist(), place.sample.tolist(), strict=True):
+                if shard in self.reader.damaged:
+                    continue
+                seed_generators(seed)
+                try:
+                    found, image = self.load(shard, sample)
+                except BadSample as error:
+                    bad.append(self.bad(shard, sample, error, position=position))
+                    continue
+                bad[-1]["replaced_by"] = found.key
+                return found, image
         raise DataError(
             f"no usable sample follows {bad[-1]['key']} in its stream; the last failed with: "
             f"{bad[-1]['reason']}; check the shards with `python -m data.check`"
@@ -112,7 +146,7 @@ class TrainBatches(_Batches):
 class EvalBatches(_Batches):
     """Item: the number of a batch -> the batch. Rank r of R holds samples r, r + R, ..."""
 
-    def __init__(self, reader: ShardReader, transform: Transform, *, rank: int, **common: Any):
+    def __init__(self, reader: ShardReader, transform: FromEncoded, *, rank: int, **common: Any):
         super().__init__(reader, transform, **common)
         self.rank = rank
         self.begins = np.concatenate([[0], np.cumsum(reader.shards.sizes)])

@@ -30,6 +30,7 @@ from data.decode import MAX_PIXELS, decode, open_image
 from data.errors import BadSample, DataError
 from data.manifest import MANIFEST_NAME, Manifest, ShardEntry, read_manifest, sha256_of
 from data.manifest import write_manifest as save_manifest
+from data.remote import is_url
 from data.shards import match
 from data.statistics import ShardStatistics, combine
 from data.tar_index import TarIndex, read_index
@@ -176,9 +177,16 @@ def check_folder(
     return findings + [line for report in reports for line in report.bad]
 
 
+def local(pattern: str) -> list[Path]:
+    """The shards a pattern names; every byte is read, so they have to be here."""
+    if is_url(pattern):
+        raise DataError(f"{pattern} is a URL; copy the shards to a disk and check them there")
+    return [Path(name) for name in match(pattern)]
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Check what the arguments name; returns the exit code."""
-    paths = [path for pattern in arguments.shards for path in match(pattern)]
+    paths = [path for pattern in arguments.shards for path in local(pattern)]
     names = arguments.label_names.read_text().splitlines() if arguments.label_names else None
     reports = list(
         tqdm(

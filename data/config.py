@@ -6,9 +6,16 @@ that need the shards themselves (do they exist, do the streams fit the world) ar
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    field_validator,
+    model_validator,
+)
 
 Interpolation = Literal["bilinear", "bicubic", "nearest", "lanczos", "random"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -23,8 +30,38 @@ class SourceConfig(_Section):
 
     shards: str | list[str] = Field(
         description="Where the shards are: a manifest.json, its folder, a glob or a brace pattern "
-        "such as shards/train-{000000..000015}.tar, or a list of these."
+        "such as shards/train-{000000..000015}.tar, each also as an http(s), s3 or gs URL, or a "
+        "list of these."
     )
+
+
+class TrainSource(SourceConfig):
+    """One set of shards to train on, and how much of it."""
+
+    weight: float | None = Field(
+        default=None,
+        gt=0,
+        description="Share of this source in a list of sources, relative to the other weights; "
+        "empty: its number of samples times `repeat`.",
+    )
+    repeat: int = Field(
+        default=1, ge=1, description="How often an epoch of the whole goes through this source."
+    )
+
+    @model_validator(mode="after")
+    def _one_way_to_say_it(self) -> TrainSource:
+        if self.weight is not None and self.repeat > 1:
+            raise ValueError(
+                f"weight is {self.weight} and repeat {self.repeat}; both say how often samples of "
+                "this source come: give one of them"
+            )
+        return self
+
+
+_ONE: TypeAdapter[TrainSource] = TypeAdapter(TrainSource)
+_SEVERAL: TypeAdapter[list[TrainSource]] = TypeAdapter(
+    Annotated[list[TrainSource], Field(min_length=1)]
+)
 
 
 class NormalizeConfig(_Section):
@@ -108,16 +145,57 @@ class AugmentConfig(_Section):
         return self
 
 
+class RemoteConfig(_Section):
+    """How shards that are URLs come here; credentials come from the environment alone."""
+
+    cache_dir: str = Field(
+        default="~/.cache/routedvit/shards",
+        description="Folder on this node's disk that fetched shards are kept in.",
+    )
+    cache_gb: float = Field(
+        default=100.0, gt=0, description="Size of the cache; the shards longest unused make room."
+    )
+    prefetch: int = Field(
+        default=1, ge=0, description="Shards per stream that are fetched before they are needed."
+    )
+    read_timeout: float = Field(
+        default=30.0, gt=0, description="Seconds without a byte after which a read has failed."
+    )
+    give_up_after: float = Field(
+        default=300.0, gt=0, description="Seconds, retries included, that one shard may take."
+    )
+
+
 # Keys that may change when a run is resumed: they alter how fast samples come, never which.
-FREE_ON_RESUME = ("num_workers", "prefetch_factor", "max_bad_samples", "verify")
+FREE_ON_RESUME = (
+    "num_workers",
+    "prefetch_factor",
+    "max_bad_samples",
+    "max_bad_shards",
+    "verify",
+    "remote",
+)
 
 
 class DataConfig(_Section):
     """The `data` section of the run config."""
 
-    train: SourceConfig = Field(description="The shards to train on.")
+    train: TrainSource | Annotated[list[TrainSource], Field(min_length=1)] = Field(
+        description="The shards to train on, or a list of such sections that are mixed by weight."
+    )
     val: SourceConfig | None = Field(
         default=None, description="The shards to evaluate on; empty: no evaluation."
+    )
+    samples_per_epoch: int | None = Field(
+        default=None,
+        ge=1,
+        description="Length of an epoch for the schedule; empty: the samples of all sources, each "
+        "times its `repeat`. Sources go through epochs of their own.",
+    )
+    replacement: bool = Field(
+        default=False,
+        description="Draw each training sample among all of its source, so that some come twice "
+        "and some not, instead of each once per epoch. Reads all shards at once.",
     )
     num_workers: int = Field(
         default=4, ge=0, description="Loader processes per rank; 0 decodes in the training process."
@@ -152,10 +230,22 @@ class DataConfig(_Section):
     augment: AugmentConfig = Field(
         default_factory=AugmentConfig, description="Augmentation of the training images."
     )
+    decode: Literal["fast", "exact"] = Field(
+        default="fast",
+        description="How training images become crops: 'fast' decodes a JPEG no larger than its "
+        "crop needs and resizes with torch; 'exact' is timm's path on Pillow images. The draws are "
+        "the same, the pixels nearly.",
+    )
     max_bad_samples: int = Field(
         default=100,
         ge=0,
         description="Different unusable samples that one rank replaces before the run stops.",
+    )
+    max_bad_shards: int = Field(
+        default=0,
+        ge=0,
+        description="Damaged or missing shards whose samples one rank replaces before the run "
+        "stops; 0 stops at the first.",
     )
     max_pixels: int = Field(
         default=50_000_000,
@@ -167,3 +257,12 @@ class DataConfig(_Section):
         description="What is compared with the manifest before a shard's first sample: nothing, "
         "its size, or its SHA-256 (each shard once per rank). The tar structure always is checked.",
     )
+    remote: RemoteConfig = Field(
+        default_factory=RemoteConfig, description="How shards that are URLs are fetched and kept."
+    )
+
+    @field_validator("train", mode="wrap")
+    @classmethod
+    def _one_or_several(cls, value: Any, _: Any) -> TrainSource | list[TrainSource]:
+        """Only the form that was meant is tried, so that its mistakes are the ones reported."""
+        return (_SEVERAL if isinstance(value, list) else _ONE).validate_python(value)

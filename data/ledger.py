@@ -2,7 +2,8 @@
 
 One ledger per rank and split, kept by the process that consumes the batches (not by its workers),
 so that it holds exactly what training met. The limit counts different samples: a bad one met again
-in the next epoch is written again and counted once.
+in the next epoch is written again and counted once. Samples of a quarantined shard are written one
+by one as well, but what counts there is the shard.
 """
 
 from __future__ import annotations
@@ -20,11 +21,15 @@ log = logging.getLogger(__name__)
 class Ledger:
     """Appends to `folder`/bad_samples.{split}.rank{rank}.jsonl; no file when folder is None."""
 
-    def __init__(self, folder: Path | None, split: str, rank: int, limit: int) -> None:
+    def __init__(
+        self, folder: Path | None, split: str, rank: int, limit: int, shard_limit: int = 0
+    ) -> None:
         self.path = folder / f"bad_samples.{split}.rank{rank}.jsonl" if folder else None
         self.split = split
         self.limit = limit
+        self.shard_limit = shard_limit
         self.samples: set[tuple[str, str]] = set()
+        self.shards: set[str] = set()
 
     def record(self, entries: list[dict[str, Any]]) -> None:
         """Write down bad samples (dicts with shard, key, reason, ...); DataError past the limit."""
@@ -35,20 +40,36 @@ class Ledger:
             with open(self.path, "a") as file:
                 file.writelines(json.dumps(entry) + "\n" for entry in entries)
         for entry in entries:
-            if not self.samples:
-                log.warning(
-                    "bad %s sample %s in %s: %s; further ones are %s",
-                    self.split,
-                    entry["key"],
-                    entry["shard"],
-                    entry["reason"],
-                    f"named in {self.path}" if self.path else "counted in silence",
-                )
-            self.samples.add((entry["shard"], entry["key"]))
+            if entry.get("quarantined"):
+                self._quarantine(entry)
+            else:
+                self._count(entry)
+
+    def _count(self, entry: dict[str, Any]) -> None:
+        if not self.samples:
+            log.warning(
+                "bad %s sample %s in %s: %s; further ones are %s",
+                self.split,
+                entry["key"],
+                entry["shard"],
+                entry["reason"],
+                f"named in {self.path}" if self.path else "counted in silence",
+            )
+        self.samples.add((entry["shard"], entry["key"]))
         if len(self.samples) > self.limit:
-            last = entries[-1]
             raise DataError(
                 f"{len(self.samples)} bad {self.split} samples, more than data.max_bad_samples = "
-                f"{self.limit}; the last: {last['key']} in {last['shard']}: {last['reason']}; mend "
-                "the shards (`python -m data.check` lists what is wrong) or raise the limit"
+                f"{self.limit}; the last: {entry['key']} in {entry['shard']}: {entry['reason']}; "
+                "mend the shards (`python -m data.check` lists what is wrong) or raise the limit"
+            )
+
+    def _quarantine(self, entry: dict[str, Any]) -> None:
+        if entry["shard"] in self.shards:
+            return
+        self.shards.add(entry["shard"])
+        log.warning("%s shard quarantined: %s", self.split, entry["reason"])
+        if len(self.shards) > self.shard_limit:
+            raise DataError(
+                f"{len(self.shards)} damaged {self.split} shards, more than data.max_bad_shards = "
+                f"{self.shard_limit}; the last: {entry['reason']}"
             )

@@ -25,7 +25,7 @@ from data.sources import Encoded, FileReference, Reference, Split, divide, safe_
 def list_splits(
     path: Path, image_column: str, label_column: str, held_out: float
 ) -> dict[str, Split]:
-    """The images that a CSV or TSV file lists, one per row under a header line.
+    """The images that a CSV, TSV or Parquet file lists, one per row (under a header line).
 
     Image paths are taken relative to the file. Labels that are all whole numbers are the classes
     themselves; any others are class names, numbered in sorted order.
@@ -60,13 +60,32 @@ def list_splits(
 
 
 def _rows(path: Path) -> Iterable[dict[str, Any]]:
+    """The rows of the list, column name -> value."""
     try:
+        if path.suffix == ".parquet":
+            yield from _parquet_rows(path)
+            return
         with open(path, newline="", encoding="utf-8") as file:
             yield from csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
     except FileNotFoundError:
         raise DataError(
             f"--path {path} is not there; name the file that lists the images"
         ) from None
+
+
+def _parquet_rows(path: Path) -> Iterable[dict[str, Any]]:
+    try:
+        from pyarrow import ArrowInvalid
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise DataError(
+            f"--path {path} needs the package pyarrow; pip install pyarrow, or save the list as CSV"
+        ) from None
+    try:
+        for batch in ParquetFile(path).iter_batches():
+            yield from batch.to_pylist()
+    except ArrowInvalid as error:
+        raise DataError(f"--path {path} is no Parquet file, or it is cut: {error}") from None
 
 
 def _stem(name: str) -> str:

@@ -15,10 +15,12 @@ import torch
 
 from data.batches import Batch, EvalBatches, Size, TrainBatches
 from data.config import DataConfig, NormalizeConfig
+from data.crop_first import from_encoded
 from data.decode import MODE_OF_CHANNELS
 from data.errors import BadSample, DataError
 from data.ledger import Ledger
-from data.order import SampleOrder, check_world
+from data.mixture import TrainSet, order_of, resolve_train
+from data.order import check_world
 from data.reader import ShardReader
 from data.shards import ShardSet, resolve
 from data.transforms import eval_transform, train_transform
@@ -44,18 +46,12 @@ def build_train_loader(
     `input_size` is (C, H, W) with C 1 or 3; `mean`, `std` and `interpolation` are the model's.
     Bad samples are named in `ledger_dir`. DataError when shards, world and batch do not fit.
     """
-    shards = resolve(config.train.shards)
-    order = SampleOrder(
-        shards.sizes,
-        seed=seed,
-        shuffle_buffer=config.shuffle_buffer,
-        streams=config.streams,
-        repeats=config.augment.repeats,
-    )
+    train = resolve_train(config)
+    shards, order = train.shards, order_of(train, config, seed)
     readers = world_size * max(1, config.num_workers)
-    if len(shards.paths) < readers:
+    if len(shards.names) < readers:
         raise DataError(
-            f"{len(shards.paths)} training shards for {readers} readers ({world_size} ranks x "
+            f"{len(shards.names)} training shards for {readers} readers ({world_size} ranks x "
             f"{max(1, config.num_workers)} workers); write more, smaller shards (`python -m "
             "data.write --shard-size`) or lower data.num_workers"
         )
@@ -70,16 +66,17 @@ def build_train_loader(
         config.augment, size=input_size[1:], mean=mean, std=std, interpolation=interpolation
     )
     dataset = TrainBatches(
-        ShardReader(shards, config.verify),
+        ShardReader(shards, config.verify, config.remote),
         order,
-        transform,
+        from_encoded(transform, config.decode),
         input_size=input_size,
         max_pixels=config.max_pixels,
+        quarantine=config.max_bad_shards > 0,
         batch_size=micro_batch_size,
         world_size=world_size,
     )
-    ledger = Ledger(ledger_dir, "train", rank, config.max_bad_samples)
-    return TrainLoader(config, dataset, ledger, rank=rank, mean=mean, std=std)
+    ledger = Ledger(ledger_dir, "train", rank, config.max_bad_samples, config.max_bad_shards)
+    return TrainLoader(config, dataset, ledger, train, rank=rank, mean=mean, std=std)
 
 
 def build_eval_loader(
@@ -98,22 +95,31 @@ def build_eval_loader(
     """The evaluation batches of one rank, normalised as in training. DataError without data.val."""
     if config.val is None:
         raise DataError("data.val is not set; name the shards to evaluate on in data.val.shards")
-    train = resolve(config.train.shards)
-    shards = resolve(config.val.shards, "data.val.shards")
+    train = resolve_train(config).shards
+    shards = resolve(config.val.shards, "data.val.shards", config.remote)
     _check_same_classes(train, shards)
     mean, std = normalization(config, train, mean, std, channels=input_size[0])
     dataset = EvalBatches(
-        ShardReader(shards, config.verify),
-        eval_transform(
-            size=input_size[1:], mean=mean, std=std, interpolation=interpolation, crop_pct=crop_pct
+        ShardReader(shards, config.verify, config.remote),
+        from_encoded(
+            eval_transform(
+                size=input_size[1:],
+                mean=mean,
+                std=std,
+                interpolation=interpolation,
+                crop_pct=crop_pct,
+            ),
+            config.decode,
         ),
         input_size=input_size,
         max_pixels=config.max_pixels,
+        quarantine=config.max_bad_shards > 0,
         batch_size=batch_size,
         rank=rank,
         world_size=world_size,
     )
-    return EvalLoader(config, dataset, Ledger(ledger_dir, "val", rank, config.max_bad_samples))
+    ledger = Ledger(ledger_dir, "val", rank, config.max_bad_samples, config.max_bad_shards)
+    return EvalLoader(config, dataset, ledger)
 
 
 def _check_same_classes(train: ShardSet, val: ShardSet) -> None:
@@ -165,6 +171,7 @@ class TrainLoader:
         config: DataConfig,
         dataset: TrainBatches,
         ledger: Ledger,
+        train: TrainSet,
         *,
         rank: int,
         mean: tuple[float, ...],
@@ -176,16 +183,16 @@ class TrainLoader:
         self.rank = rank
         self.mean = mean
         self.std = std
-        shards = dataset.reader.shards
-        self.samples_per_epoch = shards.num_samples
-        self.num_classes = shards.num_classes
-        self.label_names = shards.label_names
+        self.samples_per_epoch = train.samples_per_epoch
+        self.num_classes = train.shards.num_classes
+        self.label_names = train.shards.label_names
 
     def batches(self, start: int) -> Iterator[Batch]:
         """Micro-batches from the global position `start` on, without end.
 
         Each is a dict: image float32 [b, C, H, W], target int64 [b], key list[str], position int64
-        [b] (global), epoch int64 [b]. DataError past the limit of bad samples, or on damage.
+        [b] (global), epoch int64 [b] (of the sample's source). DataError past the limit of bad
+        samples, or on damage.
         """
         world, size = self.dataset.world_size, self.dataset.batch_size
         first = start + (self.rank - start) % world

@@ -60,17 +60,24 @@ class Manifest(BaseModel):
 def read_manifest(path: Path) -> Manifest:
     """The checked manifest at `path`. DataError when it is missing, unreadable or inconsistent."""
     try:
-        return Manifest.model_validate_json(path.read_bytes())
+        content = path.read_bytes()
     except FileNotFoundError:
         raise DataError(
             f"{path.parent} has no {MANIFEST_NAME}; for shards made elsewhere, make it once with "
             f"`python -m data.check --write-manifest '{path.parent}/*.tar'`"
         ) from None
+    return parse_manifest(content, str(path))
+
+
+def parse_manifest(content: bytes, name: str) -> Manifest:
+    """The checked manifest that came from `name`. DataError when it is damaged or inconsistent."""
+    try:
+        return Manifest.model_validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
         raise DataError(
-            f"{path}: {where}: {first['msg']}; write the shards again, or make the manifest again "
+            f"{name}: {where}: {first['msg']}; write the shards again, or make the manifest again "
             "with `python -m data.check --write-manifest`"
         ) from None
 
@@ -103,8 +110,14 @@ def publish(temporary: Path, path: Path) -> None:
 
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a file, as hexadecimal digits."""
-    digest = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
+        return sha256_of_open(file.fileno())
+
+
+def sha256_of_open(descriptor: int) -> str:
+    """The SHA-256 of an open file, whatever its position: other processes may share that."""
+    digest, offset = hashlib.sha256(), 0
+    while chunk := os.pread(descriptor, 1 << 20, offset):
+        digest.update(chunk)
+        offset += len(chunk)
     return digest.hexdigest()

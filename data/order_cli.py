@@ -58,7 +58,7 @@ def rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
             yield line | {
                 "key": reader.key(int(shard), int(sample)),
                 "label": reader.label(int(shard), int(sample)),
-                "shard": str(shards.paths[int(shard)]),
+                "shard": shards.names[int(shard)],
             }
 
 

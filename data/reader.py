@@ -1,7 +1,8 @@
 """Reads one sample from a shard: checked once, then a seek and a read.
 
 Before a shard's first sample its size or hash is compared with the manifest, and its headers are
-indexed by `data.tar_index`; both are lazy, so that a resume touches only the shards it needs.
+indexed by `data.tar_index`; both are lazy, so that a resume touches only the shards it needs. A
+shard that fails is remembered, with the reason, and not looked at again.
 """
 
 from __future__ import annotations
@@ -11,15 +12,16 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from data.errors import BadSample, DataError
-from data.manifest import sha256_of
+from data.cache import ShardCache
+from data.config import RemoteConfig
+from data.errors import BadSample, BadShard
+from data.manifest import sha256_of_open
 from data.shards import ShardSet
-from data.tar_index import NO_LABEL, TarIndex, read_index
+from data.tar_index import NO_LABEL, TarIndex, index_of
 
 MAX_OPEN_SHARDS = 256  # per process: streams read many in turn; 1024 descriptors are usual
 MAX_IMAGE_BYTES = 1 << 28
@@ -39,13 +41,17 @@ class ShardReader:
     Forks may share the open files: pread has no position to disagree about.
     """
 
-    def __init__(self, shards: ShardSet, verify: str = "size") -> None:
+    def __init__(
+        self, shards: ShardSet, verify: str = "size", remote: RemoteConfig | None = None
+    ) -> None:
         self.shards = shards
         self.verify = verify
+        self.cache = ShardCache(remote or RemoteConfig())
+        self.damaged: dict[int, BadShard] = {}
         self._indices: dict[int, TarIndex] = {}
         self._open: OrderedDict[int, io.FileIO] = OrderedDict()
         # Shared with the loader processes: a rank hashes each shard once, not once per worker.
-        self._verified = torch.zeros(len(shards.paths), dtype=torch.uint8).share_memory_()
+        self._verified = torch.zeros(len(shards.names), dtype=torch.uint8).share_memory_()
 
     def key(self, shard: int, sample: int) -> str:
         """The key of a sample; reads no image."""
@@ -56,7 +62,7 @@ class ShardReader:
         return int(self._index(shard).labels[sample])
 
     def read(self, shard: int, sample: int) -> Sample:
-        """One sample. BadSample when it cannot be used, DataError when the shard is damaged."""
+        """One sample. BadSample when it cannot be used, BadShard when its shard is damaged."""
         index = self._index(shard)
         if sample in index.faults:
             raise BadSample(index.faults[sample])
@@ -65,61 +71,71 @@ class ShardReader:
             raise BadSample(f"label {label} is outside 0..{self.shards.num_classes - 1}")
         if size > MAX_IMAGE_BYTES:
             raise BadSample(f"an image of {size} encoded bytes; {MAX_IMAGE_BYTES} are allowed")
-        with _failures_named(self.shards.paths[shard]):
+        with _failures_named(self.shards.names[shard]):
             payload = os.pread(self._file(shard).fileno(), size, int(index.offsets[sample]))
         if len(payload) != size:
-            raise DataError(
-                f"{self.shards.paths[shard]}: it shrank while it was read; leave shards alone "
+            self.damaged[shard] = BadShard(
+                f"{self.shards.names[shard]}: it shrank while it was read; leave shards alone "
                 "during a run"
             )
+            raise self.damaged[shard]
         return Sample(index.key(sample), label, payload)
 
     def _index(self, shard: int) -> TarIndex:
+        if shard in self.damaged:
+            raise self.damaged[shard]
         if shard not in self._indices:
-            path, entry = self.shards.paths[shard], self.shards.entries[shard]
-            with _failures_named(path):
-                self._check(shard)
-                self._indices[shard] = read_index(path, entry.samples)
+            try:
+                self._indices[shard] = self._examine(shard)
+            except BadShard as error:
+                self.damaged[shard] = error
+                raise
         return self._indices[shard]
 
-    def _check(self, shard: int) -> None:
-        """Compare a shard with its manifest entry, as thoroughly as `verify` asks."""
-        path, entry = self.shards.paths[shard], self.shards.entries[shard]
-        size = path.stat().st_size
-        if self.verify != "off" and size != entry.bytes:
-            raise DataError(
-                f"{path}: offset {min(size, entry.bytes)}: {size} bytes long and the manifest says "
-                f"{entry.bytes}; replace the shard by a good copy or write it again"
-            )
-        if self.verify == "sha256" and not self._verified[shard]:
-            digest = sha256_of(path)
-            if digest != entry.sha256:
-                raise DataError(
-                    f"{path}: offset 0: its SHA-256 is {digest[:12]}... and the manifest says "
-                    f"{entry.sha256[:12]}...; replace the shard by a good copy or write it again"
+    def _examine(self, shard: int) -> TarIndex:
+        """Compare a shard with its manifest entry, as thoroughly as `verify` asks; index it."""
+        name, entry = self.shards.names[shard], self.shards.entries[shard]
+        with _failures_named(name):
+            descriptor = self._file(shard).fileno()
+            size = os.fstat(descriptor).st_size
+            if self.verify != "off" and size != entry.bytes:
+                raise BadShard(
+                    f"{name}: offset {min(size, entry.bytes)}: {size} bytes long and the manifest "
+                    f"says {entry.bytes}; replace the shard by a good copy or write it again"
                 )
-            self._verified[shard] = 1
+            if self.verify == "sha256" and not self._verified[shard]:
+                digest = sha256_of_open(descriptor)
+                if digest != entry.sha256:
+                    raise BadShard(
+                        f"{name}: offset 0: its SHA-256 is {digest[:12]}... and the manifest says "
+                        f"{entry.sha256[:12]}...; replace the shard by a good copy or write it "
+                        "again"
+                    )
+                self._verified[shard] = 1
+            return index_of(descriptor, name, entry.samples)
 
     def _file(self, shard: int) -> io.FileIO:
         if shard not in self._open:
             if len(self._open) >= MAX_OPEN_SHARDS:
                 self._open.popitem(last=False)[1].close()
-            self._open[shard] = io.FileIO(self.shards.paths[shard])
+            self._open[shard] = self.cache.open(
+                self.shards.names[shard], self.shards.entries[shard]
+            )
         self._open.move_to_end(shard)
         return self._open[shard]
 
 
 @contextmanager
-def _failures_named(path: Path) -> Iterator[None]:
+def _failures_named(name: str) -> Iterator[None]:
     """Turn what the file system says into an error that names the shard."""
     try:
         yield
     except FileNotFoundError:
-        raise DataError(
-            f"{path} is in the manifest but not there; bring it back or write the shards again"
+        raise BadShard(
+            f"{name} is in the manifest but not there; bring it back or write the shards again"
         ) from None
     except OSError as error:
-        raise DataError(
-            f"{path}: it cannot be read ({error.strerror}); mend the disk or its mount, then start "
+        raise BadShard(
+            f"{name}: it cannot be read ({error.strerror}); mend the disk or its mount, then start "
             "the same command again"
         ) from error

@@ -1,8 +1,8 @@
 """From what a user writes as `shards` to files that a manifest vouches for.
 
-A pattern is a manifest.json, a folder that holds one, a glob or a brace pattern, or a list of
-these. Nothing in it ever reaches a shell. Each folder needs its manifest, and each shard must be in
-it; several folders make one set whose statistics are pooled.
+A pattern is a manifest.json, a folder that holds one, a glob or a brace pattern, as paths or as
+URLs, or a list of these. Nothing in it ever reaches a shell. Each folder needs its manifest, and
+each shard must be in it; several folders make one set whose statistics are pooled.
 """
 
 from __future__ import annotations
@@ -11,24 +11,29 @@ import glob
 import itertools
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from data.config import RemoteConfig
 from data.errors import DataError
-from data.manifest import MANIFEST_NAME, Manifest, ShardEntry, read_manifest
+from data.manifest import MANIFEST_NAME, Manifest, ShardEntry, parse_manifest, read_manifest
+from data.remote import check_url, file_name, find, is_url, read_bytes, sibling
 
 MAX_SHARDS = 1_000_000  # `{0..999999999}` is a typing error, not a dataset
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|pipe:")
+MAX_MANIFEST_BYTES = 1 << 28
+_GLOB = re.compile(r"[*\[]")  # in a URL: a question mark begins its query
 
 
 @dataclass(frozen=True)
 class ShardSet:
     """Shards in a fixed order, with what their manifests say about them as a whole."""
 
-    paths: list[Path]
+    names: list[str]  # paths, or URLs
     entries: list[ShardEntry]
     num_classes: int
     label_names: list[str] | None
@@ -40,61 +45,77 @@ class ShardSet:
         """Samples per shard."""
         return [entry.samples for entry in self.entries]
 
-    @property
+    @cached_property
+    def remote(self) -> bool:
+        """Whether any of them has to be fetched."""
+        return any(is_url(name) for name in self.names)
+
+    @cached_property
     def num_samples(self) -> int:
         """Samples in all shards."""
         return sum(self.sizes)
 
 
-def resolve(shards: str | list[str], field: str = "data.train.shards") -> ShardSet:
+def resolve(
+    shards: str | list[str],
+    field: str = "data.train.shards",
+    remote: RemoteConfig = RemoteConfig(),  # noqa: B008, never written to
+) -> ShardSet:
     """The shards that a config names. DataError, naming `field`, when they cannot be used."""
     patterns = [shards] if isinstance(shards, str) else shards
-    paths = [path for pattern in patterns for path in match(pattern, field)]
-    if not paths:
+    names = [name for pattern in patterns for name in match(pattern, field, remote)]
+    if not names:
         raise DataError(f"{field} is empty; name at least one manifest, glob or brace pattern")
-    if len(paths) > MAX_SHARDS:
+    if len(names) > MAX_SHARDS:
         raise DataError(f"{field} names more than {MAX_SHARDS} shards; give fewer, larger shards")
-    if len(set(paths)) != len(paths):
-        twice = next(path for path in paths if paths.count(path) > 1)
+    if len(set(names)) != len(names):
+        twice = next(name for name, count in Counter(names).items() if count > 1)
         raise DataError(f"{field} names {twice} twice; name each shard once")
-    manifests = {folder: read_manifest(folder / MANIFEST_NAME) for folder in _folders(paths)}
+    homes = [_manifest_of(name) for name in names]
+    manifests = {home: _load_manifest(home, remote) for home in dict.fromkeys(homes)}
     known = {
-        folder: {entry.name: entry for entry in manifest.shards}
-        for folder, manifest in manifests.items()
+        home: {entry.name: entry for entry in manifest.shards}
+        for home, manifest in manifests.items()
     }
     entries = []
-    for path in paths:
-        if path.name not in known[path.parent]:
+    for name, home in zip(names, homes, strict=True):
+        if file_name(name) not in known[home]:
             raise DataError(
-                f"{field}: {path.name} is not in {path.parent / MANIFEST_NAME}; leave it out, or "
-                "make the manifest again with `python -m data.check --write-manifest`"
+                f"{field}: {file_name(name)} is not in {home}; leave it out, or make the manifest "
+                "again with `python -m data.check --write-manifest`"
             )
-        entries.append(known[path.parent][path.name])
-    mean, std = _pooled(list(manifests.values()))
+        entries.append(known[home][file_name(name)])
+    mean, std = pooled(
+        [(manifest.mean, manifest.std, manifest.samples) for manifest in manifests.values()]
+    )
     return ShardSet(
-        paths=paths,
+        names=names,
         entries=entries,
         num_classes=max(len(manifest.class_counts) for manifest in manifests.values()),
-        label_names=_label_names(manifests, field),
+        label_names=agreed_label_names(
+            [(home, manifest.label_names) for home, manifest in manifests.items()], field
+        ),
         mean=mean,
         std=std,
     )
 
 
-def match(pattern: str, field: str = "shards") -> list[Path]:
-    """The existing shard files that one pattern names, in order. DataError when there is none."""
-    if _SCHEME.match(pattern):
-        raise DataError(
-            f"{field}: {pattern!r} is no local path; only local shards can be read: copy the "
-            "shards to a disk first"
-        )
+def match(
+    pattern: str,
+    field: str = "shards",
+    remote: RemoteConfig = RemoteConfig(),  # noqa: B008, never written to
+) -> list[str]:
+    """The shards that one pattern names, in order, as paths or URLs. DataError without any."""
+    if is_url(pattern):
+        check_url(pattern, field)
+        return _match_url(pattern, field, remote)
     path = Path(pattern)
     if path.is_dir():
         path = path / MANIFEST_NAME
     if path.name == MANIFEST_NAME:
-        return [path.parent / entry.name for entry in read_manifest(path).shards]
+        return [str(path.parent / entry.name) for entry in read_manifest(path).shards]
     names = expand_braces(pattern, field)
-    found: list[Path] = []
+    found: list[str] = []
     for name in names:
         hits = [name] if Path(name).is_file() else sorted(glob.glob(name))
         if not hits:
@@ -103,8 +124,37 @@ def match(pattern: str, field: str = "shards") -> list[Path]:
                 f"{field}: {what} {pattern!r}; write shards with `python -m data.write`, or "
                 "correct the pattern"
             )
-        found += [Path(hit) for hit in hits]
+        found += [str(Path(hit)) for hit in hits]
     return found
+
+
+def _match_url(pattern: str, field: str, remote: RemoteConfig) -> list[str]:
+    """As `match`; a URL that does not end in .tar is a manifest or the folder of one.
+
+    Nothing is asked about each shard: the manifest knows them, and the reader meets them.
+    """
+    if file_name(pattern) == MANIFEST_NAME or not file_name(pattern).endswith(".tar"):
+        is_manifest = file_name(pattern) == MANIFEST_NAME
+        home = pattern if is_manifest else sibling(pattern.rstrip("/") + "/", MANIFEST_NAME)
+        return [sibling(home, entry.name) for entry in _load_manifest(home, remote).shards]
+    found: list[str] = []
+    for url in expand_braces(pattern, field):
+        hits = find(url, remote) if _GLOB.search(url) else [url]
+        if not hits:
+            raise DataError(f"{field}: no shard matches {url!r}; correct the pattern")
+        found += hits
+    return found
+
+
+def _manifest_of(name: str) -> str:
+    """Where the manifest is that vouches for a shard."""
+    return sibling(name, MANIFEST_NAME) if is_url(name) else str(Path(name).parent / MANIFEST_NAME)
+
+
+def _load_manifest(name: str, remote: RemoteConfig) -> Manifest:
+    if is_url(name):
+        return parse_manifest(read_bytes(name, remote, MAX_MANIFEST_BYTES), name)
+    return read_manifest(Path(name))
 
 
 def expand_braces(pattern: str, field: str = "shards") -> list[str]:
@@ -136,31 +186,31 @@ def _choices(body: str) -> list[str]:
     return [str(number).zfill(width) for number in range(first, last + 1)]
 
 
-def _folders(paths: Iterable[Path]) -> list[Path]:
-    return list(dict.fromkeys(path.parent for path in paths))
-
-
-def _label_names(manifests: dict[Path, Manifest], field: str) -> list[str] | None:
-    """The label names all manifests agree on; None when none has any."""
-    named = [(folder, m.label_names) for folder, m in manifests.items() if m.label_names]
-    for folder, names in named[1:]:
+def agreed_label_names(
+    found: Iterable[tuple[str, list[str] | None]], field: str
+) -> list[str] | None:
+    """The label names that all (manifest, names) agree on; None when none has any."""
+    named = [(home, names) for home, names in found if names]
+    for home, names in named[1:]:
         if names != named[0][1]:
             raise DataError(
-                f"{field}: {folder} and {named[0][0]} number their classes differently; write "
+                f"{field}: {home} and {named[0][0]} number their classes differently; write "
                 "them again from one list of classes"
             )
     return named[0][1] if named else None
 
 
-def _pooled(manifests: list[Manifest]) -> tuple[list[float], list[float]]:
-    """Mean and std of the union, weighted by samples; grey sets count as three equal channels."""
-    if len(manifests) == 1:
-        return manifests[0].mean, manifests[0].std
-    channels = max(len(manifest.mean) for manifest in manifests)
-    weights = np.array([manifest.samples for manifest in manifests], dtype=np.float64)
+def pooled(
+    parts: list[tuple[list[float], list[float], float]],
+) -> tuple[list[float], list[float]]:
+    """Mean and std of a union of (mean, std, weight); grey counts as three equal channels."""
+    if len(parts) == 1:
+        return parts[0][:2]
+    channels = max(len(mean) for mean, _, _ in parts)
+    weights = np.array([weight for _, _, weight in parts], dtype=np.float64)
     weights /= weights.sum()
-    means = np.array([np.broadcast_to(manifest.mean, channels) for manifest in manifests])
-    stds = np.array([np.broadcast_to(manifest.std, channels) for manifest in manifests])
+    means = np.array([np.broadcast_to(mean, channels) for mean, _, _ in parts])
+    stds = np.array([np.broadcast_to(std, channels) for _, std, _ in parts])
     mean = weights @ means
     std = np.sqrt(weights @ (stds**2 + means**2) - mean**2)
     return mean.tolist(), std.tolist()

@@ -21,7 +21,7 @@ from typing import NamedTuple, NoReturn
 
 import numpy as np
 
-from data.errors import DataError
+from data.errors import BadShard
 
 BLOCK = 512
 ZERO_BLOCK = bytes(BLOCK)
@@ -68,15 +68,15 @@ class TarIndex:
 class _Tar:
     """A tar file open for strict reading."""
 
-    def __init__(self, path: Path, descriptor: int) -> None:
-        self.path = path
+    def __init__(self, name: str, descriptor: int) -> None:
+        self.name = name
         self.descriptor = descriptor
         self.size = os.fstat(descriptor).st_size
 
     def fault(self, offset: int, what: str) -> NoReturn:
-        raise DataError(
-            f"{self.path}: offset {offset}: {what}; replace the shard by a good copy or write it "
-            f"again (`python -m data.check '{self.path}'` reports on it)"
+        raise BadShard(
+            f"{self.name}: offset {offset}: {what}; replace the shard by a good copy or write it "
+            f"again (`python -m data.check '{self.name}'` reports on it)"
         )
 
     def members(self) -> Iterator[Member]:
@@ -252,20 +252,25 @@ def _label(member: Member) -> int:
 
 
 def read_index(path: Path, expected_samples: int | None = None) -> TarIndex:
-    """Index the shard at `path`.
-
-    Raises DataError, naming shard and offset, for anything that is not a whole plain tar of
-    image + label pairs, or that does not hold `expected_samples` of them.
-    """
+    """Index the shard at `path`; see `index_of`."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        tar = _Tar(path, descriptor)
-        builder = _Builder(tar)
-        for member in tar.members():
-            builder.add(member)
-        builder.close()
+        return index_of(descriptor, str(path), expected_samples)
     finally:
         os.close(descriptor)
+
+
+def index_of(descriptor: int, name: str, expected_samples: int | None = None) -> TarIndex:
+    """Index an open shard, which errors call `name`.
+
+    Raises BadShard, naming shard and offset, for anything that is not a whole plain tar of
+    image + label pairs, or that does not hold `expected_samples` of them.
+    """
+    tar = _Tar(name, descriptor)
+    builder = _Builder(tar)
+    for member in tar.members():
+        builder.add(member)
+    builder.close()
     samples = builder.samples
     if expected_samples is not None and len(samples) != expected_samples:
         tar.fault(

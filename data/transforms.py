@@ -40,7 +40,8 @@ def train_transform(
             ratio=augment.ratio,
             hflip=augment.hflip,
             vflip=augment.vflip,
-            color_jitter=augment.color_jitter,
+            # 0 would jitter by nothing, at a price; timm takes None and does not say so
+            color_jitter=augment.color_jitter or None,  # type: ignore[arg-type]
             grayscale_prob=augment.grayscale_prob,
             gaussian_blur_prob=augment.gaussian_blur_prob,
             auto_augment=augment.auto_augment,

@@ -24,6 +24,7 @@ ALLOWED = {
         "routedvit.training", "routedvit.drawing",
     },
     "data": {"torch", "torchvision", "numpy", "PIL", "timm.data", "webdataset", "fsspec",
+             "aiohttp", "simplejpeg", "pyarrow",
              "pydantic", "tqdm", "mlxtend", "data"},
 }  # fmt: skip
 # single files that may import one thing more than their folder

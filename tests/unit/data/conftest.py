@@ -36,8 +36,9 @@ def make_set(tmp_path: Path) -> Callable[..., Path]:
 def make_config() -> Callable[..., DataConfig]:
     """make_config(folder, num_workers=1, ...) -> a config with light augmentation."""
 
-    def make(train: Path, **fields: object) -> DataConfig:
+    def make(train: Path | str | list[dict], **fields: object) -> DataConfig:
         defaults = {"num_workers": 0, "shuffle_buffer": 8, "augment": {"mode": "light"}}
-        return DataConfig.model_validate({"train": {"shards": str(train)}} | defaults | fields)
+        section = train if isinstance(train, list) else {"shards": str(train)}
+        return DataConfig.model_validate({"train": section} | defaults | fields)
 
     return make

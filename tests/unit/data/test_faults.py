@@ -8,6 +8,7 @@ import json
 import os
 import struct
 import zlib
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -183,15 +184,15 @@ def test_a_shard_swapped_for_another_is_refused_before_its_first_sample(make_set
 def test_a_shard_is_hashed_once_per_rank_not_once_per_worker(make_set, make_config, monkeypatch):
     hashed = make_set([6, 6]).parent / "hashed"
 
-    def counting(path):
+    def counting(descriptor):
         with open(hashed, "a") as file:
-            file.write(f"{path.name}\n")
-        return original(path)
+            file.write(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name + "\n")
+        return original(descriptor)
 
     import data.reader
 
-    original = data.reader.sha256_of
-    monkeypatch.setattr(data.reader, "sha256_of", counting)
+    original = data.reader.sha256_of_open
+    monkeypatch.setattr(data.reader, "sha256_of_open", counting)
     config = make_config(hashed.parent / "train", verify="sha256")
     loader = train_loader(config, batch=4)
     list(itertools.islice(loader.batches(0), 3))

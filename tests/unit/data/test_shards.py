@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -17,7 +18,7 @@ from data.shards import expand_braces, resolve
 def test_manifest_folder_glob_and_braces_name_the_same_shards(make_set, pattern):
     folder = make_set([4, 2, 3])
     found = resolve(str(folder) + pattern)
-    assert [path.name for path in found.paths] == ["000.tar", "001.tar", "002.tar"]
+    assert [Path(name).name for name in found.names] == ["000.tar", "001.tar", "002.tar"]
     assert (found.sizes, found.num_samples, found.num_classes) == ([4, 2, 3], 9, 3)
 
 
@@ -57,8 +58,9 @@ def test_several_sets_are_one_with_pooled_statistics(make_set):
         ("{folder}/{{000..", r"unbalanced or nested braces"),
         ("{folder}/{{0..999999999}}.tar", r"stands for 1000001 shards or more"),
         ("{folder}/{{5..2}}.tar", r"stands for 0 shards"),
-        ("pipe:cat {folder}/000.tar", r"no local path"),
-        ("s3://bucket/000.tar", r"no local path"),
+        ("pipe:cat {folder}/000.tar", r"neither a path nor a URL we read"),
+        ("file:///{folder}/000.tar", r"neither a path nor a URL we read"),
+        ("http://x/a.tar::s3://y/b.tar", r"neither a path nor a URL we read"),
         ("{folder}/$(touch canary).tar", r"no shard matches"),
         (["{folder}/000.tar", "{folder}/000.tar"], r"twice"),
         ([], r"is empty"),

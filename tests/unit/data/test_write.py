@@ -57,7 +57,7 @@ def test_the_digits_are_stratified_and_match_their_manifest(digits):
     keys = {
         split: {
             key
-            for path in resolve(str(digits / split)).paths
+            for path in map(Path, resolve(str(digits / split)).names)
             for key in read_index(path).keys.tolist()
         }
         for split in ("train", "val")
@@ -83,7 +83,7 @@ def test_mean_and_std_are_those_of_the_pixels(digits):
 
 
 def test_webdataset_reads_the_shards(digits):
-    urls = [str(path) for path in resolve(str(digits / "val")).paths]
+    urls = resolve(str(digits / "val")).names
     samples = list(webdataset.WebDataset(urls, shardshuffle=False))
     assert len(samples) == 1000
     assert {int(sample["cls"]) for sample in samples} == set(range(10))
@@ -253,6 +253,39 @@ def test_a_csv_list_becomes_shards(photographs, tmp_path, numeric):
     assert manifest.class_counts == ([0, 0, 24] if numeric else [12, 12])
     assert manifest.label_names == (["0", "1", "2"] if numeric else ["cat", "dog.v2"])
     assert check.main([str(out / "train")]) == 0
+
+
+@pytest.mark.parametrize("numeric", [False, True])
+def test_a_parquet_list_becomes_the_shards_of_its_csv(photographs, tmp_path, numeric):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow.parquet import write_table
+
+    paths = sorted(photographs.rglob("img*"))
+    table = {
+        "image": [str(path.relative_to(tmp_path)) for path in paths],
+        "label": [int("dog" in str(path)) if numeric else path.parent.name for path in paths],
+    }
+    write_table(pyarrow.table(table), tmp_path / "list.parquet")
+    rows = [f"{image},{label}" for image, label in zip(*table.values(), strict=True)]
+    (tmp_path / "list.csv").write_text("\n".join(["image,label", *rows]))
+    hashes = []
+    for kind in ("parquet", "csv"):
+        command = ["--source", "list", "--path", str(tmp_path / f"list.{kind}")]
+        assert write.main([*command, "--out", str(tmp_path / kind)]) == 0
+        hashes.append([entry.sha256 for entry in resolve(str(tmp_path / kind / "train")).entries])
+    assert hashes[0] == hashes[1]
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1 and no more", None])
+def test_a_parquet_file_that_is_none_is_said_in_a_line(tmp_path, capsys, content):
+    path = tmp_path / "list.parquet"
+    if content is not None:
+        path.write_bytes(content)
+    command = ["--source", "list", "--path", str(path), "--out", str(tmp_path / "out")]
+    assert write.main(command) == 2
+    said = capsys.readouterr().err
+    assert "list.parquet is n" in said
+    assert said.count("\n") == 1
 
 
 def test_a_list_without_the_named_column_says_which_it_has(tmp_path, capsys):

@@ -1,0 +1,169 @@
+"""Bytes from http(s), s3 and gs: bounded waits, retries, and never a shell.
+
+fsspec brings the clients; what is added here is what training needs of them. A read that brings
+nothing for `read_timeout` seconds is over. A failed transfer goes on at the byte it had reached,
+after a pause that grows and is jittered (a thousand ranks must not knock at once); it is given up
+`give_up_after` seconds after it began. Answers that no wait mends (404, 403) end it at once.
+
+Credentials and endpoints come from where the clients look for them: AWS_*,
+GOOGLE_APPLICATION_CREDENTIALS, FSSPEC_*. A config is saved and shown, so it holds no secrets.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import re
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+import aiohttp
+import fsspec
+
+from data.config import RemoteConfig
+from data.errors import BadShard, DataError
+
+log = logging.getLogger(__name__)
+
+SCHEMES = ("http", "https", "s3", "gs")
+CHUNK = 1 << 20
+MAX_PAUSE = 30.0  # seconds between two attempts, at most
+_PERMANENT = frozenset({400, 401, 403, 404, 405, 410, 416, 451})
+_EXTRA = {"s3": "s3fs", "gs": "gcsfs"}
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|pipe:")
+_filesystems: dict[tuple[int, str, float], Any] = {}
+
+
+def is_url(name: str) -> bool:
+    """Whether `name` is meant as a URL (of any scheme) and not as a path."""
+    return _URL.match(name) is not None
+
+
+def check_url(url: str, field: str) -> None:
+    """DataError unless the URL is one that we fetch; '::' would chain other file systems on."""
+    if urlsplit(url).scheme not in SCHEMES or "::" in url:
+        raise DataError(
+            f"{field}: {url!r} is neither a path nor a URL we read ({', '.join(SCHEMES)}); "
+            "copy the shards to a disk or a store that speaks one of them"
+        )
+
+
+def file_name(name: str) -> str:
+    """The last part of a path or URL, without a URL's query."""
+    return (urlsplit(name).path if is_url(name) else name).rpartition("/")[2]
+
+
+def sibling(url: str, name: str) -> str:
+    """The URL of `name` in the same folder, with the same query (a token, for instance)."""
+    parts = urlsplit(url)
+    folder = parts.path.rpartition("/")[0]
+    return urlunsplit(parts._replace(path=f"{folder}/{name}"))
+
+
+def read_bytes(url: str, remote: RemoteConfig, limit: int) -> bytes:
+    """A small file, whole. DataError when it cannot be had or is longer than `limit` bytes."""
+    content = bytearray()
+
+    def attempt() -> None:
+        content.clear()
+        for chunk in stream(url, 0, remote):
+            content.extend(chunk)
+            if len(content) > limit:
+                raise DataError(f"{url}: longer than {limit} bytes, so no file of ours")
+
+    persist(attempt, url, remote)
+    return bytes(content)
+
+
+def find(pattern: str, remote: RemoteConfig) -> list[str]:
+    """The URLs that a glob names, where the file system can list; sorted."""
+    found: list[str] = []
+
+    def attempt() -> None:
+        filesystem = _filesystem(urlsplit(pattern).scheme, remote)
+        found[:] = sorted(filesystem.unstrip_protocol(name) for name in filesystem.glob(pattern))
+
+    persist(attempt, pattern, remote)
+    fixed = re.split(r"[*\[]", pattern)[0]
+    return [url for url in found if url.startswith(fixed)]  # a listing may point anywhere
+
+
+def persist(attempt: Callable[[], None], url: str, remote: RemoteConfig) -> None:
+    """Call `attempt` until it returns. BadShard for what no wait mends, or when time is up."""
+    began, failures = time.monotonic(), 0
+    jitter = random.Random()  # not the global generator: that one is the augmentation's
+    while True:
+        try:
+            return attempt()
+        except DataError:
+            raise
+        except Exception as error:  # each client library has exceptions of its own
+            if _is_permanent(error):
+                raise BadShard(f"{url}: {_said(error)}; correct the URL or the rights") from error
+            failures += 1
+            pause = min(MAX_PAUSE, 0.5 * 2**failures) * jitter.uniform(0.5, 1)
+            if time.monotonic() + pause - began > remote.give_up_after:
+                raise BadShard(
+                    f"{url}: given up after {failures} attempts ({_said(error)}); mend the server "
+                    "or raise data.remote.give_up_after, then start the same command again"
+                ) from error
+            log.info("%s: %s; attempt %d follows", url, _said(error), failures + 1)
+        time.sleep(pause)
+
+
+def stream(url: str, start: int, remote: RemoteConfig) -> Iterator[bytes]:
+    """The bytes of `url` from `start` on, in chunks; raises whatever the client raises."""
+    filesystem = _filesystem(urlsplit(url).scheme, remote)
+    if urlsplit(url).scheme in ("s3", "gs"):
+        with filesystem.open(url, "rb", block_size=8 * CHUNK, cache_type="readahead") as file:
+            file.seek(start)
+            while chunk := file.read(CHUNK):
+                yield chunk
+        return
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
+    # block_size 0 streams one answer; a size spares the extra request that would ask for it
+    with filesystem.open(url, "rb", block_size=0, size=1, headers=headers) as file:
+        skip = start if file.r.status != 206 else 0  # a server without ranges sends all again
+        while chunk := file.read(CHUNK):
+            skip, chunk = max(0, skip - len(chunk)), chunk[skip:]
+            if chunk:
+                yield chunk
+
+
+def _filesystem(scheme: str, remote: RemoteConfig) -> Any:
+    """The client of this process: connections and event loops do not survive a fork."""
+    name = (os.getpid(), scheme, remote.read_timeout)
+    if name not in _filesystems:
+        wait = remote.read_timeout
+        options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
+        if scheme == "s3":
+            once = {"connect_timeout": wait, "read_timeout": wait, "retries": {"max_attempts": 1}}
+            options["config_kwargs"] = once
+        elif scheme != "gs":
+            patience = aiohttp.ClientTimeout(total=None, sock_connect=wait, sock_read=wait)
+            options["client_kwargs"] = {"timeout": patience}
+        try:
+            _filesystems[name] = fsspec.filesystem(scheme, **options)
+        except ImportError:
+            raise DataError(
+                f"{scheme}:// needs the package {_EXTRA[scheme]}; pip install {_EXTRA[scheme]}"
+            ) from None
+    return _filesystems[name]
+
+
+def _is_permanent(error: Exception) -> bool:
+    if isinstance(error, aiohttp.ClientResponseError):
+        return error.status in _PERMANENT
+    return isinstance(error, (FileNotFoundError, PermissionError, aiohttp.InvalidURL))
+
+
+def _said(error: Exception) -> str:
+    """The error in a line; some have no text of their own."""
+    if isinstance(error, aiohttp.ClientResponseError):
+        return f"the server answers {error.status} {error.message}"
+    if isinstance(error, FileNotFoundError):
+        return "not there"
+    return str(error).partition("\n")[0] or type(error).__name__

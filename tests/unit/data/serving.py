@@ -1,0 +1,73 @@
+"""An HTTP server that misbehaves on request; a real socket, so real clients meet real faults."""
+
+from __future__ import annotations
+
+import http.server
+import re
+import socket
+import struct
+import threading
+import time
+from collections import defaultdict
+from pathlib import Path
+
+
+class FaultyServer(http.server.ThreadingHTTPServer):
+    """Serves `root`. faults['name'] is a list of what the next requests for that file get."""
+
+    daemon_threads = True
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.root = root
+        self.faults: dict[str, list[str]] = defaultdict(list)
+        self.requests: list[tuple[str, str | None]] = []  # (file name, Range header)
+        self.ranges = True
+        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def handle_error(self, *_: object) -> None:
+        """Clients that hang up are what the tests are about."""
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    server: FaultyServer
+
+    def do_GET(self) -> None:
+        path = self.server.root / self.path.lstrip("/").partition("?")[0]
+        self.server.requests.append((path.name, self.headers["Range"]))
+        faults = self.server.faults[path.name]
+        fault = faults.pop(0) if faults else "none"
+        if path.is_dir():
+            links = "".join(f'<a href="{entry.name}">x</a>' for entry in path.iterdir())
+            return self.answer(200, (links + '<a href="http://other/x.tar">x</a>').encode(), fault)
+        if fault.isdecimal() or not path.is_file():
+            return self.send_error(int(fault) if fault.isdecimal() else 404)
+        content, status = path.read_bytes(), 200
+        asked = re.fullmatch(r"bytes=(\d+)-", self.headers["Range"] or "")
+        if asked and self.server.ranges:
+            content, status = content[int(asked[1]) :], 206
+        return self.answer(status, content, fault)
+
+    def answer(self, status: int, content: bytes, fault: str) -> None:
+        half = len(content) // 2
+        if fault == "swapped":
+            content = bytes(reversed(content))
+        claimed = {"short": half, "long": len(content) + 100}.get(fault, len(content))
+        self.send_response(status)
+        self.send_header("Content-Length", str(claimed))
+        self.send_header("Content-Type", "text/html")
+        self.end_headers()
+        self.wfile.write(content[: half if fault in ("reset", "stall", "truncate") else claimed])
+        self.wfile.flush()
+        if fault == "stall":
+            time.sleep(3)
+        if fault == "reset":  # SO_LINGER 0 turns the close into a TCP reset
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.close_connection = True
+
+    def log_message(self, *_: object) -> None:
+        """Silent."""

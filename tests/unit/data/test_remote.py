@@ -1,0 +1,199 @@
+"""Shards behind URLs: every fault of a server is outwaited or named, and no wait is endless."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from data.cache import ShardCache
+from data.config import RemoteConfig
+from data.errors import BadShard, DataError
+from data.manifest import MANIFEST_NAME
+from data.shards import resolve
+from tests.unit.data.serving import FaultyServer
+from tests.unit.data.test_loaders import train_loader
+
+
+@pytest.fixture
+def server(tmp_path):
+    with FaultyServer(tmp_path) as running:
+        yield running
+        running.shutdown()
+
+
+@pytest.fixture
+def remote(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.remote.MAX_PAUSE", 0.05)
+    return RemoteConfig(cache_dir=str(tmp_path / "cache"), read_timeout=0.5, give_up_after=8)
+
+
+def fetched(server, remote, name="000.tar"):
+    """The bytes that the cache hands out for one shard of the served folder."""
+    shards = resolve(f"{server.url}/train", remote=remote)
+    number = [Path(url).name for url in shards.names].index(name)
+    with ShardCache(remote).open(shards.names[number], shards.entries[number]) as file:
+        return file.read()
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+@pytest.mark.parametrize("fault", ["none", "reset", "stall", "truncate", "short", "long", "503"])
+def test_what_passes_is_outwaited_and_the_bytes_are_right(make_set, server, remote, fault, ranges):
+    content = (make_set([6]) / "000.tar").read_bytes()
+    server.ranges = ranges
+    server.faults["000.tar"] = [fault, fault]
+    assert fetched(server, remote) == content
+    if fault in ("stall", "short") and ranges:  # the rest may fail before a byte is handed on
+        size = len(content) // 2
+        assert ("000.tar", f"bytes={size}-") in server.requests
+
+
+@pytest.mark.parametrize("fault", ["404", "403"])
+def test_what_no_wait_mends_is_said_at_once(make_set, server, remote, fault):
+    make_set([6])
+    server.faults["000.tar"] = [fault] * 9
+    with pytest.raises(BadShard, match=r"000\.tar: .*; correct the URL"):
+        fetched(server, remote)
+    assert [name for name, _ in server.requests].count("000.tar") == 1
+
+
+@pytest.mark.parametrize("fault", ["stall", "503", "reset"])
+def test_a_server_that_never_recovers_is_given_up_in_time(make_set, server, remote, fault):
+    make_set([6])
+    server.ranges = False
+    server.faults["000.tar"] = [fault] * 999
+    began = time.monotonic()
+    with pytest.raises(BadShard, match=r"000\.tar: given up after \d+ attempts .*give_up_after"):
+        fetched(server, remote.model_copy(update={"give_up_after": 1.0}))
+    assert time.monotonic() - began < 4
+
+
+def test_a_server_that_is_not_there_is_given_up_in_time(remote):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}/train"
+    with pytest.raises(DataError, match=r"manifest\.json: given up after"):
+        resolve(url, remote=remote.model_copy(update={"give_up_after": 0.5}))
+
+
+def test_a_swapped_shard_is_fetched_again_and_then_refused(make_set, server, remote):
+    content = (make_set([6]) / "000.tar").read_bytes()
+    server.faults["000.tar"] = ["swapped"]
+    assert fetched(server, remote) == content
+    os.remove(next((Path(remote.cache_dir)).glob("*.tar")))
+    server.faults["000.tar"] = ["swapped"] * 2
+    with pytest.raises(BadShard, match=r"000\.tar: offset 0: its SHA-256"):
+        fetched(server, remote)
+    assert not list(Path(remote.cache_dir).glob("*.tar"))
+
+
+def test_all_who_want_a_shard_share_one_fetch(make_set, server, remote):
+    make_set([6])
+    threads = [threading.Thread(target=fetched, args=(server, remote)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [name for name, _ in server.requests].count("000.tar") == 1
+
+
+def test_equal_names_in_two_folders_do_not_share_an_entry(make_set, server, remote):
+    folders = [make_set([3], "train"), make_set([4], "other")]
+    for folder in folders:
+        shards = resolve(f"{server.url}/{folder.name}", remote=remote)
+        with ShardCache(remote).open(shards.names[0], shards.entries[0]) as file:
+            assert file.read() == (folder / "000.tar").read_bytes()
+
+
+def test_the_cache_stays_below_its_limit_and_drops_the_longest_unused(make_set, server, remote):
+    folder = make_set([3, 3, 3])
+    size = (folder / "000.tar").stat().st_size
+    small = remote.model_copy(update={"cache_gb": 2.5 * size / 1e9})
+    for name in ("000.tar", "001.tar", "000.tar", "002.tar", "000.tar"):
+        assert fetched(server, small, name) == (folder / name).read_bytes()
+        assert sum(path.stat().st_size for path in Path(small.cache_dir).iterdir()) < 2.5 * size
+    names = [name for name, _ in server.requests if name != MANIFEST_NAME]
+    assert names == ["000.tar", "001.tar", "002.tar"]
+    with pytest.raises(DataError, match="give the cache more room"):
+        fetched(server, remote.model_copy(update={"cache_gb": 1e-9}), "001.tar")
+
+
+@pytest.mark.parametrize(
+    "pattern", ["", "/manifest.json", "/{000..002}.tar", "/*.tar", "/00[0-2].tar", "/?token=1"]
+)
+def test_urls_are_written_like_paths(make_set, server, remote, pattern):
+    make_set([4, 2, 3])
+    found = resolve(f"{server.url}/train{pattern}", remote=remote)
+    assert [url.partition("?")[0] for url in found.names] == [
+        f"{server.url}/train/00{number}.tar" for number in range(3)
+    ]
+    assert found.sizes == [4, 2, 3]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_remote_set_gives_the_batches_of_the_local_one(
+    make_set, make_config, server, remote, workers
+):
+    folder = make_set([5, 4, 6, 3])
+    server.faults["002.tar"] = ["truncate"]
+    fields = {"streams": 2, "num_workers": workers}
+    local = train_loader(make_config(folder, **fields)).batches(0)
+    far = make_config(f"{server.url}/train", remote=remote.model_dump(), **fields)
+    for ours, theirs in itertools.islice(
+        zip(local, train_loader(far).batches(0), strict=False), 10
+    ):
+        assert ours["key"] == theirs["key"]
+        assert ours["image"].equal(theirs["image"])
+
+
+def test_the_next_shard_is_fetched_before_it_is_needed(make_set, make_config, server, remote):
+    make_set([16, 16, 16])
+    config = make_config(f"{server.url}/train", streams=1, remote=remote.model_dump())
+    next(train_loader(config, batch=4).batches(0))
+    deadline = time.monotonic() + 5
+    while len(list(Path(remote.cache_dir).glob("*.tar"))) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_shards_in_s3_are_listed_fetched_and_verified(make_set, remote, monkeypatch):
+    s3fs = pytest.importorskip("s3fs")
+    pytest.importorskip("moto.server")
+    folder = make_set([4, 2])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    endpoint = f"http://127.0.0.1:{port}"
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    command = [sys.executable, "-m", "moto.server", "-p", str(port)]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as moto:
+        try:
+            while True:
+                with socket.socket() as probe:
+                    if probe.connect_ex(("127.0.0.1", port)) == 0:
+                        break
+                time.sleep(0.2)
+            bucket = s3fs.S3FileSystem(skip_instance_cache=True)
+            bucket.mkdir("shards")
+            bucket.put(str(folder), "shards/train", recursive=True)
+            patient = remote.model_copy(update={"read_timeout": 10.0, "give_up_after": 20.0})
+            for pattern in ("", "/*.tar", "/{000..001}.tar"):
+                shards = resolve(f"s3://shards/train{pattern}", remote=patient)
+                assert shards.sizes == [4, 2]
+            for url, entry in zip(shards.names, shards.entries, strict=True):
+                with ShardCache(patient).open(url, entry) as file:
+                    assert file.read() == (folder / entry.name).read_bytes()
+            with pytest.raises(DataError, match="not there"):
+                resolve("s3://shards/nowhere", remote=patient)
+        finally:
+            moto.terminate()
