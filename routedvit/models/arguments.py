@@ -1,6 +1,8 @@
 """Arguments of the routed vision transformer: checked, resolved per block, handed to the blocks."""
 
-from collections.abc import Callable, Sequence
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from functools import partial
 from typing import Any
@@ -15,6 +17,7 @@ __all__ = [
     "block_builder",
     "check_choice",
     "check_image",
+    "check_known",
     "norm_with_eps",
     "per_block",
     "plain",
@@ -30,6 +33,16 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(
             f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, choices))}"
         )
+
+
+def check_known(names: Iterable[str], *classes: type) -> None:
+    """Raises TypeError, with the nearest name, for what no constructor of `classes` takes."""
+    known = [name for cls in classes for name in inspect.signature(cls).parameters]
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise TypeError(f"{classes[0].__name__} has no argument {name!r}{hint}")
 
 
 def check_image(img_size: int | tuple[int, int], patch_size: int | tuple[int, int]) -> None:

@@ -29,6 +29,7 @@ from routedvit.models.arguments import (
     block_builder,
     check_choice,
     check_image,
+    check_known,
     norm_with_eps,
     per_block,
     plain,
@@ -120,6 +121,7 @@ class RoutedVisionTransformer(VisionTransformer):
             raise ValueError("global_pool='token' needs class_token=True")
         if patch_drop_rate:
             raise ValueError("patch_drop_rate must be 0: light windows need the whole grid")
+        check_known(kwargs, RoutedVisionTransformer, VisionTransformer)
         check_image(img_size, patch_size)
         if heavy_window and (class_token or reg_tokens or rope):
             raise ValueError(

@@ -332,3 +332,8 @@ def test_impossible_changes_are_named():
         model.set_grad_checkpointing(every=0)
     with pytest.raises(ValueError, match="light_window=4 must lie between 1 and 2"):
         model.set_input_size((8, 8))
+
+
+def test_a_misspelled_argument_names_the_nearest() -> None:
+    with pytest.raises(TypeError, match=r"no argument 'q_capacty'; did you mean 'q_capacity'"):
+        timm.create_model("colt5_vit_test", q_capacty=0.5)
