@@ -3,25 +3,19 @@
 Each section belongs to the code that reads it: `RunConfig` holds the sections of this package, and
 the composition root (`train.py`) adds the data section, so training and data never import each
 other. Unknown keys are errors (`extra='forbid'`): a typo must not train for a week with a default.
-Reading files, `--set` and the wording of errors live in `config_file.py`.
+`config_recipe.py` and `config_watch.py` hold the larger sections; reading files, `--set` and the
+wording of errors live in `config_file.py`.
 """
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from routedvit.training.config_base import ConfigError, Section
+from routedvit.training.config_recipe import LossConfig, OptimConfig, ScheduleConfig
+from routedvit.training.config_watch import CheckpointConfig, EvalConfig, LogConfig
 
-class ConfigError(ValueError):
-    """A mistake in the run config that the user can mend; its text is one line that says how."""
-
-
-class Section(BaseModel):
-    """Base of every section: unknown keys are refused, numbers are never made from strings.
-
-    The string below a field is its description in `configs/schema.json`.
-    """
-
-    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+__all__ = ["ConfigError", "RunConfig", "Section"]
 
 
 class AboutConfig(Section):
@@ -72,49 +66,6 @@ class TrainConfig(Section):
         return self
 
 
-class LossConfig(Section):
-    """The supervised loss."""
-
-    name: Literal["softmax", "bce"] = "softmax"
-    """Softmax or binary cross-entropy."""
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
-    """Probability mass moved from the label to all classes."""
-    mixup: float = Field(0.0, ge=0)
-    """Mixup's alpha (1710.09412); 0 turns it off. Pairs come from one rank's micro-batch."""
-    cutmix: float = Field(0.0, ge=0)
-    """CutMix's alpha (1905.04899); 0 turns it off. With mixup too, each batch draws one."""
-
-
-class OptimConfig(Section):
-    """The optimiser, by timm's names and defaults."""
-
-    name: str = "adamw"
-    """One of timm.optim.list_optimizers()."""
-    lr: float = Field(gt=0)
-    """Peak learning rate for the global batch; it is not rescaled."""
-    weight_decay: float = Field(0.05, ge=0)
-    """Decoupled weight decay; norms, biases, positions and routers are exempt."""
-    betas: tuple[float, float] | None = None
-    """Default: the optimiser's own."""
-    eps: float | None = Field(None, gt=0)
-    """Default: the optimiser's own."""
-    layer_decay: float | None = Field(None, gt=0, le=1)
-    """Factor on the learning rate per block, counted from the head down."""
-
-
-class ScheduleConfig(Section):
-    """Learning rate by optimiser step."""
-
-    name: Literal["cosine", "constant"] = "cosine"
-    """Shape after the warm-up."""
-    warmup_epochs: float = Field(0.0, ge=0)
-    """Length of the linear warm-up."""
-    warmup_lr: float = Field(1e-6, ge=0)
-    """Learning rate at the first step of the warm-up."""
-    min_lr: float = Field(1e-5, ge=0)
-    """Learning rate at the end of the run."""
-
-
 class PrecisionConfig(Section):
     """Number formats of compute; router logits and gates are fp32 always."""
 
@@ -122,37 +73,6 @@ class PrecisionConfig(Section):
     """Compute type; bf16 and fp16 keep fp32 master weights."""
     tf32: bool = True
     """Allow TF32 matrix products on GPUs in fp32 runs."""
-
-
-class EvalConfig(Section):
-    """Evaluation on data.val."""
-
-    every_epochs: float = Field(1.0, gt=0)
-    """Cadence; the last step always evaluates."""
-    batch_size: int | None = Field(None, gt=0)
-    """Images per rank and forward pass. Default: the micro-batch."""
-
-
-class CheckpointConfig(Section):
-    """When to save and what to keep."""
-
-    every_steps: int = Field(500, gt=0)
-    """Steps between checkpoints; the last step always saves."""
-    keep: int = Field(2, gt=0)
-    """How many of the newest checkpoints to keep."""
-
-
-class LogConfig(Section):
-    """What is written while the run goes on."""
-
-    every_steps: int = Field(10, gt=0)
-    """Steps between progress lines and scalars."""
-    tensorboard: bool = True
-    """Write TensorBoard logs into the run folder."""
-    routing_every_steps: int = Field(200, gt=0)
-    """Steps between routing statistics and pictures on the probe images."""
-    probe_images: int = Field(8, ge=0)
-    """How many fixed validation images show the routing; 0: none."""
 
 
 class RunConfig(Section):

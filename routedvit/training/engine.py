@@ -93,9 +93,9 @@ class Engine:
 
     Args:
         world: what `start` returned.
-        objective: called as objective(image, target) -> (scalar loss, {name: scalar}); its
-            attribute `model` is the network. The loss is part of it because under ZeRO-3 weights
-            exist only inside the forward of the module that DeepSpeed wraps.
+        objective: called as objective(image, target, position) -> (scalar loss, {name: scalar});
+            its attribute `model` is the network. The loss is part of it because under ZeRO-3
+            weights exist only inside the forward of the module that DeepSpeed wraps.
         optimizer: a torch optimiser over the objective's parameters (see `optim.py`). DeepSpeed
             keeps the object and its group dicts, so a schedule may go on setting their `lr`.
         native: the dict from `native_config.resolve_native_config`.
@@ -142,7 +142,8 @@ class Engine:
         for index, batch in enumerate(batches):
             image = batch["image"].to(self.device, non_blocking=True)
             target = batch["target"].to(self.device, non_blocking=True)
-            loss, metrics = self._engine(image, target)
+            position = batch["position"].to(self.device, non_blocking=True)
+            loss, metrics = self._engine(image, target, position)
             self._engine.backward(loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan))
             names = list(metrics)
             values = torch.stack([loss.detach().float(), *metrics.values()])

@@ -2,7 +2,9 @@
 
 The loss is computed inside the module that DeepSpeed wraps, because under ZeRO-3 weights exist only
 inside that module's forward. An objective is any nn.Module with an attribute `model` and
-forward(image, target) -> (scalar loss, {name: scalar}); the engine averages both over the world.
+forward(image, target, position) -> (scalar loss, {name: scalar}); the engine averages both over the
+world. `position` int64 [B] counts samples over the whole run: what an objective draws at random
+from it does not change with the number of ranks.
 """
 
 import timm.loss
@@ -34,7 +36,7 @@ class SupervisedObjective(nn.Module):
         self.mixup = mixup
 
     def forward(
-        self, image: torch.Tensor, target: torch.Tensor
+        self, image: torch.Tensor, target: torch.Tensor, position: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         if self.mixup is not None and self.training:
             image, target = self.mixup(image.clone(), target)  # timm mixes in place

@@ -53,7 +53,11 @@ def sample(position: int) -> tuple[torch.Tensor, int]:
 
 def batch(positions: range) -> dict[str, Any]:
     images, labels = zip(*map(sample, positions), strict=True)
-    return {"image": torch.stack(images), "target": torch.tensor(labels)}
+    return {
+        "image": torch.stack(images),
+        "target": torch.tensor(labels),
+        "position": torch.tensor(list(positions)),
+    }
 
 
 class Loader:

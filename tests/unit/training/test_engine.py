@@ -56,7 +56,11 @@ def engine(world, request):
 def batches():
     generator = torch.Generator().manual_seed(0)
     return [
-        {"image": torch.randn(2, 3, 32, 32, generator=generator), "target": torch.tensor([0, 2])}
+        {
+            "image": torch.randn(2, 3, 32, 32, generator=generator),
+            "target": torch.tensor([0, 2]),
+            "position": torch.arange(2),
+        }
         for _ in range(2)
     ]
 
@@ -127,11 +131,12 @@ from routedvit.training.native_config import resolve_native_config
 world = engine.start()
 module = torch.nn.Module()
 module.model = torch.nn.Linear(2, 2)
-module.forward = lambda image, target: (module.model(image).sum(), {})
+module.forward = lambda image, target, position: (module.model(image).sum(), {})
 native = resolve_native_config({"zero_optimization": {"stage": 2}}, batch_size=1, grad_clip=None,
     micro_batch_size=1, world_size=1, dtype="fp32", num_parameters=1)
 built = engine.Engine(world, module, torch.optim.AdamW(module.parameters()), native)
-built.train_step([{"image": torch.ones(1, 2), "target": torch.zeros(1)}])
+zero = torch.zeros(1)
+built.train_step([{"image": torch.ones(1, 2), "target": zero, "position": zero}])
 assert "torch._inductor.compile_fx" not in sys.modules, "Inductor was loaded"
 """
 

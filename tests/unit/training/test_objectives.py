@@ -18,7 +18,7 @@ def objective():
 
 def test_loss_and_accuracy_of_a_batch(objective):
     image, target = torch.randn(8, 3, 2, 2), torch.randint(0, 3, (8,))
-    loss, metrics = objective(image, target)
+    loss, metrics = objective(image, target, torch.arange(len(image)))
     logits = objective.model(image)
     assert loss.item() == pytest.approx(F.cross_entropy(logits, target).item())
     assert metrics["top1"].item() == pytest.approx(
@@ -29,7 +29,8 @@ def test_loss_and_accuracy_of_a_batch(objective):
 
 
 def test_the_loss_is_fp32_for_a_low_precision_model(objective):
-    loss, _ = objective.bfloat16()(torch.randn(4, 3, 2, 2).bfloat16(), torch.zeros(4).long())
+    image, zeros = torch.randn(4, 3, 2, 2).bfloat16(), torch.zeros(4).long()
+    loss, _ = objective.bfloat16()(image, zeros, zeros)
     assert loss.dtype == torch.float32
 
 
@@ -60,7 +61,7 @@ def test_mixing_follows_the_seed_and_leaves_the_batch_alone():
     losses = []
     for seed in (1, 1, 2):
         np.random.seed(seed)
-        losses.append(objective(image, target)[0].item())
+        losses.append(objective(image, target, torch.arange(len(image)))[0].item())
     assert losses[0] == losses[1] != losses[2]
     assert torch.equal(image, before)
 
@@ -68,7 +69,10 @@ def test_mixing_follows_the_seed_and_leaves_the_batch_alone():
 def test_nothing_is_mixed_in_eval_mode():
     objective = mixed_objective().eval()
     image, target = torch.randn(8, 3, 4, 4), torch.randint(0, 3, (8,))
-    losses = {objective(image, F.one_hot(target, 3).float())[0].item() for _ in range(3)}
+    losses = {
+        objective(image, F.one_hot(target, 3).float(), torch.arange(len(image)))[0].item()
+        for _ in range(3)
+    }
     assert len(losses) == 1
 
 

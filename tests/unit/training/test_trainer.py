@@ -16,7 +16,6 @@ from routedvit.training.config import ConfigError
 from routedvit.training.optim import build_schedule
 from routedvit.training.trainer import (
     MAX_SKIPPED_IN_A_ROW,
-    Meter,
     Trainer,
     TrainerSettings,
     seed_step,
@@ -155,13 +154,3 @@ def test_random_numbers_follow_from_seed_step_and_rank_alone():
         seed_step(*triple)
         others.add(draws())
     assert len(others | {first}) == 4
-
-
-def test_speed_and_waiting_share():
-    meter = Meter(batch_size=10)
-    meter.add(seconds=5.0, waited=5.0)
-    meter.read()
-    meter.add(seconds=1.0, waited=0.25)
-    meter.add(seconds=1.0, waited=0.25)
-    assert meter.read() == pytest.approx((10.0, 0.25))
-    assert meter.average() == pytest.approx(10.0)  # the first step starts everything up

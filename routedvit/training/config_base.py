@@ -1,0 +1,16 @@
+"""What every section of the run config builds on: the strict base and the error for users."""
+
+from pydantic import BaseModel, ConfigDict
+
+
+class ConfigError(ValueError):
+    """A mistake in the run config that the user can mend; its text is one line that says how."""
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are refused, numbers are never made from strings.
+
+    The string below a field is its description in `configs/schema.json`.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)

@@ -1,0 +1,15 @@
+"""Speed and waiting."""
+
+import pytest
+
+from routedvit.training.meter import Meter
+
+
+def test_speed_and_waiting_share():
+    meter = Meter(batch_size=10)
+    meter.add(seconds=5.0, waited=5.0)
+    meter.read()
+    meter.add(seconds=1.0, waited=0.25)
+    meter.add(seconds=1.0, waited=0.25)
+    assert meter.read() == pytest.approx((10.0, 0.25))
+    assert meter.average() == pytest.approx(10.0)  # the first step starts everything up
