@@ -153,23 +153,38 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 def _route_backward(
     ctx: Any, grad_selected: Tensor | None, *_: Any
 ) -> tuple[Tensor | None, None, None, None]:
-    """ds_i = gate_i / eps * (g_i - sum_U g * gate / sum_U gate) on U = {gate < 1}, else 0."""
     if grad_selected is None:
         return None, None, None, None
     indices, gates = ctx.saved_tensors
+    grad = torch.ops.routedvit.route_backward(indices, gates, grad_selected, ctx.counts, ctx.eps)
+    return grad, None, None, None
+
+
+@torch.library.custom_op("routedvit::route_backward", mutates_args=())
+def _route_gradient(
+    indices: Tensor, gates: Tensor, grad: Tensor, counts: Sequence[int], eps: float
+) -> Tensor:
+    """Gradient of the logits from that of the picked gates; shapes as `_route` has them.
+
+    ds_i = gate_i / eps * (g_i - sum_U g * gate / sum_U gate) on U = {gate < 1}, else 0
+    """
     if uses_triton(gates):
-        grad = torch.ops.routedvit.route_backward(
-            indices, gates, grad_selected, ctx.counts, ctx.eps
-        )
-        return grad, None, None, None
-    if len(ctx.counts) > 1:
-        first = [r * gates.shape[-1] for r, k in enumerate(ctx.counts) for _ in range(k)]
+        from routedvit.ops import routing_triton
+
+        return routing_triton.route_backward(indices, gates, grad, counts, eps)
+    if len(counts) > 1:
+        first = [r * gates.shape[-1] for r, k in enumerate(counts) for _ in range(k)]
         indices = indices + torch.tensor(first, device=indices.device)
     free = gates.frac()  # a saturated 1 becomes 0
-    weighted = free.flatten(-2).gather(-1, indices) * grad_selected
-    grad = torch.zeros_like(free).flatten(-2).scatter_(-1, indices, weighted).view_as(free)
-    mean = grad.sum(-1, keepdim=True) / free.sum(-1, keepdim=True).clamp_(min=TINY)
-    return grad.addcmul_(free, mean, value=-1).div_(ctx.eps), None, None, None
+    weighted = free.flatten(-2).gather(-1, indices) * grad
+    out = torch.zeros_like(free).flatten(-2).scatter_(-1, indices, weighted).view_as(free)
+    mean = out.sum(-1, keepdim=True) / free.sum(-1, keepdim=True).clamp_(min=TINY)
+    return out.addcmul_(free, mean, value=-1).div_(eps)
+
+
+@_route_gradient.register_fake
+def _(indices: Tensor, gates: Tensor, grad: Tensor, counts: Sequence[int], eps: float) -> Tensor:
+    return torch.empty_like(gates)
 
 
 _route.register_autograd(_route_backward, setup_context=_save_for_backward)
