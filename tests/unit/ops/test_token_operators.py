@@ -7,7 +7,6 @@ from torch import Tensor
 from routedvit.ops import gather_tokens, scatter_add_tokens
 from tests.unit.ops.test_tokens_triton import choose, draw
 
-
 INDEX = choose(3, 7, 2, 2)
 
 
