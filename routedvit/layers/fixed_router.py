@@ -11,7 +11,7 @@ from timm.layers import register_notrace_function
 from torch import Tensor, nn
 from torch.jit import Final
 
-from routedvit.layers.router import Router, as_ratio
+from routedvit.layers.router import Decision, Router, as_ratio
 from routedvit.ops import select
 
 __all__ = ["ROUTERS", "FixedRouter", "build_router"]
@@ -39,6 +39,7 @@ class FixedRouter(nn.Module):
         super().__init__()
         self.kind = kind
         self.num_routes = num_routes
+        self.decision = Decision()
         self.set_capacity(as_ratio(capacity))
 
     @torch.jit.ignore
@@ -56,15 +57,17 @@ class FixedRouter(nn.Module):
         """As `Router.takes_all`."""
         return self.numerator == self.denominator
 
-    def forward(self, x: Tensor, num_prefix: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """As `Router.forward`; the gates are 1."""
+    def forward(self, x: Tensor, num_prefix: int = 0) -> Tensor:
+        """As `Router.forward`."""
         num_tokens = x.shape[1] - num_prefix
         k = self.num_selected(num_tokens)
-        scores = fixed_scores(
-            x, num_tokens, self.num_routes, k, self.kind == "random", self.training
-        )
-        indices = select(scores, k)
-        return indices, torch.ones_like(indices, dtype=torch.float32), scores
+        return fixed_scores(x, num_tokens, self.num_routes, k, self.kind == "random", self.training)
+
+    def decide(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As `Router.decide`; the gates are 1."""
+        indices = select(logits, self.num_selected(logits.shape[-1]))
+        gates = torch.ones_like(indices, dtype=torch.float32)
+        return self.decision(indices, gates, logits)
 
 
 @register_notrace_function

@@ -15,7 +15,7 @@ for the heavy path (`separate_norms`).
 
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.layers import DropPath, LayerNorm, LayerScale, register_notrace_function
@@ -25,7 +25,7 @@ from torch.jit import Final
 from routedvit.layers.attention import HeavyAttention, WindowAttention
 from routedvit.layers.checkpointing import recompute
 from routedvit.layers.fixed_router import build_router
-from routedvit.layers.router import keep_in_graph
+from routedvit.layers.router import Router, decide_together, keep_in_graph
 from routedvit.ops import (
     gather_tokens,
     merge_windows,
@@ -213,11 +213,30 @@ class RoutedAttention(nn.Module):
 
     def _route(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Token indices (prefix first) and gates: queries [B, Q], keys [B, R, K]."""
-        q_index, q_gate, _ = self.q_router(x, self.num_prefix)
-        kv_index, kv_gate, _ = self.kv_router(x, self.num_prefix)
+        q_index, q_gate, kv_index, kv_gate = self._decide(x)
         q_index, q_gate = prepend_prefix(q_index.squeeze(1), q_gate.squeeze(1), self.num_prefix)
         kv_index, kv_gate = prepend_prefix(kv_index, kv_gate, self.num_prefix)
         return q_index, q_gate, kv_index, kv_gate
+
+    def _decide(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        q_logits = self.q_router(x, self.num_prefix)
+        kv_logits = self.kv_router(x, self.num_prefix)
+        if not torch.jit.is_scripting():  # noqa: SIM102 -- TorchScript wants it alone
+            if self._decides_together(x):
+                routers = (cast(Router, self.q_router), cast(Router, self.kv_router))
+                q, kv = decide_together(routers, [q_logits, kv_logits])
+                return q[0], q[1], kv[0], kv[1]
+        q_index, q_gate, _ = self.q_router.decide(q_logits)
+        kv_index, kv_gate, _ = self.kv_router.decide(kv_logits)
+        return q_index, q_gate, kv_index, kv_gate
+
+    @torch.jit.ignore
+    def _decides_together(self, x: Tensor) -> bool:
+        """Both routers by one operator; graphs for other runtimes take them one by one."""
+        if torch.jit.is_tracing() or torch.compiler.is_exporting() or isinstance(x, torch.fx.Proxy):
+            return False
+        routers = (self.q_router, self.kv_router)
+        return all(isinstance(r, Router) and r.exact and not r.takes_all() for r in routers)
 
     def _heavy(
         self,

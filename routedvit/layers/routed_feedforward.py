@@ -100,7 +100,8 @@ class RoutedFeedForward(nn.Module):
     def update(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """What both paths add to x, before LayerScale and drop-path; plus the residual, if any."""
         tokens = self.norm(x)
-        index, gate, _ = self.router(x if self.route_raw else tokens, self.num_prefix)
+        logits = self.router(x if self.route_raw else tokens, self.num_prefix)
+        index, gate, _ = self.router.decide(logits)
         index, gate = prepend_prefix(index.squeeze(1), gate.squeeze(1), self.num_prefix)
         source = tokens if self.shared_norm else x
         if self.recompute_heavy and not torch.jit.is_scripting():

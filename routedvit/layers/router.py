@@ -15,6 +15,7 @@ Capacity is an integer ratio, k = ceil(n * num / den): static shapes, any image 
 that can be traced.
 """
 
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -24,9 +25,9 @@ from timm.layers import register_notrace_function
 from torch import Tensor, nn
 from torch.jit import Final
 
-from routedvit.ops import coordinate_descent, route, select
+from routedvit.ops import coordinate_descent, route, route_all, select
 
-__all__ = ["Router", "as_ratio", "keep_in_graph"]
+__all__ = ["Router", "as_ratio", "decide_together", "keep_in_graph"]
 
 register_notrace_function(route)
 register_notrace_function(select)
@@ -107,6 +108,16 @@ def keep_in_graph(x: Tensor, gates: Tensor) -> Tensor:
     return _Keep.apply(x, gates)
 
 
+class Decision(nn.Module):
+    """What a router decided, passed on as it is: the place for hooks that want to look at it."""
+
+    def forward(
+        self, indices: Tensor, gates: Tensor, logits: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """indices and gates [B, R, k], logits [B, R, N]."""
+        return indices, gates, logits
+
+
 class Router(nn.Module):
     """Learned routes over the tokens of an image.
 
@@ -174,6 +185,7 @@ class Router(nn.Module):
         self.num_iterations = num_iterations
         self.set_capacity(as_ratio(capacity))
         self.weight = nn.Parameter(torch.empty(num_routes, dim, device=device, dtype=dtype))
+        self.decision = Decision()
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -200,16 +212,23 @@ class Router(nn.Module):
         """Whether every token goes heavy, at any size."""
         return self.numerator == self.denominator and self.fixed_number == 0
 
-    def forward(self, x: Tensor, num_prefix: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """Route the patches of x [B, P + N, D]; the P prefix tokens in front do not compete.
+    def forward(self, x: Tensor, num_prefix: int = 0) -> Tensor:
+        """Score the patches of x [B, P + N, D], whose P prefix tokens do not compete.
 
         Returns:
-            indices [B, R, k] ascending, 0 = first patch; gates [B, R, k] and logits [B, R, N] in
-            fp32.
+            logits [B, R, N] in fp32, for `decide` or, of several routers at once,
+            `decide_together`.
         """
         # where all are taken, all gates are 1 and no gradient reaches x
         x = x.detach() if self.takes_all() else x
-        logits = router_logits(x, self.weight, self.scale, num_prefix, self.cosine)
+        return router_logits(x, self.weight, self.scale, num_prefix, self.cosine)
+
+    def decide(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Select and weigh.
+
+        Returns:
+            indices [B, R, k] ascending, 0 = first patch; gates [B, R, k] in fp32; the logits.
+        """
         k = self.num_selected(logits.shape[-1])
         if self.takes_all():
             indices, gates = take_all(logits)
@@ -227,7 +246,26 @@ class Router(nn.Module):
             )
         if self.straight_through:
             gates = straight_through(gates)
-        return indices, gates, logits
+        return self.decision(indices, gates, logits)
+
+
+def decide_together(routers: Sequence[Router], logits: list[Tensor]) -> list[tuple[Tensor, ...]]:
+    """`Router.decide` of each router on its own logits, by one operator: one launch on a GPU.
+
+    The routers must be learned, exact and alike in all but capacity and number of routes.
+    """
+    scores = torch.cat(logits, 1)
+    counts = [r.num_selected(scores.shape[-1]) for r in routers for _ in range(r.num_routes)]
+    routes = route_all(scores, counts, routers[0].fetch_ratio, routers[0].eps)
+    decisions, start = [], 0
+    for router, own_logits in zip(routers, logits, strict=True):
+        own = routes[start : start + router.num_routes]
+        indices, gates = (torch.stack(part, 1) for part in zip(*own, strict=True))
+        if router.straight_through:
+            gates = straight_through(gates)
+        decisions.append(router.decision(indices, gates, own_logits))
+        start += router.num_routes
+    return decisions
 
 
 @register_notrace_function

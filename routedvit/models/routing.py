@@ -1,7 +1,7 @@
 """Looking at routing: what every router of a model decided for some images.
 
-Recorded by forward hooks on the routers while the model runs as it always does, so nothing is
-stashed in the model, outputs do not change, and it works where parameters are sharded.
+Recorded by forward hooks on the routers' decisions while the model runs as it always does, so
+nothing is stashed in the model, outputs do not change, and it works where parameters are sharded.
 """
 
 from functools import partial
@@ -49,7 +49,7 @@ def record_routing(model: Any, images: Tensor) -> dict[str, Routing]:
             found[key] = Routing(indices, gates, logits, grid)
 
     hooks = [
-        router.register_forward_hook(partial(record, name))
+        router.decision.register_forward_hook(partial(record, name))
         for name, router in model.routers().items()
     ]
     try:

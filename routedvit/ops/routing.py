@@ -173,8 +173,10 @@ def _route_gradient(
 
         return routing_triton.route_backward(indices, gates, grad, counts, eps)
     if len(counts) > 1:
-        first = [r * gates.shape[-1] for r, k in enumerate(counts) for _ in range(k)]
-        indices = indices + torch.tensor(first, device=indices.device)
+        n, device = gates.shape[-1], gates.device
+        first = torch.arange(0, n * len(counts), n, device=device)
+        repeats = torch.tensor(counts, device=device)
+        indices = indices + first.repeat_interleave(repeats, output_size=sum(counts))
     free = gates.frac()  # a saturated 1 becomes 0
     weighted = free.flatten(-2).gather(-1, indices) * grad
     out = torch.zeros_like(free).flatten(-2).scatter_(-1, indices, weighted).view_as(free)

@@ -61,7 +61,7 @@ def test_gradients_are_bit_identical(kwargs, policy):
 def test_each_router_decides_once_per_step(policy):
     with CountRouting() as routing:
         run(block(), policy)
-    assert routing.calls == 3  # q, kv, ffn
+    assert routing.calls == 2  # q and kv together, ffn
 
 
 def test_gradients_belong_to_the_tokens_of_the_forward_pass():

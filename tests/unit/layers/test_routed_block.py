@@ -26,7 +26,7 @@ def tokens(prefix: int = 0, batch: int = 2) -> Tensor:
 
 def routed_tokens(router: nn.Module, x: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
     """indices and gates [B, k] of the first route, counted in tokens."""
-    indices, gates, _ = router(x, prefix)
+    indices, gates, _ = router.decide(router(x, prefix))
     return indices[:, 0] + prefix, gates[:, 0]
 
 

@@ -6,17 +6,25 @@ import pytest
 import torch
 
 from routedvit.layers import FixedRouter, Router, as_ratio, build_router
+from routedvit.layers.router import decide_together
 
 
 def tokens(batch: int = 3, num: int = 49, dim: int = 64) -> torch.Tensor:
     return torch.randn(batch, num, dim, generator=torch.Generator().manual_seed(9))
 
 
+def routed(
+    router: Router | FixedRouter, x: torch.Tensor, num_prefix: int = 0
+) -> tuple[torch.Tensor, ...]:
+    """Indices, gates and logits."""
+    return router.decide(router(x, num_prefix))
+
+
 @pytest.mark.parametrize("capacity", [0.25, 0.1, "1/3", Fraction(9, 10), 1.0, 1 / 1000])
 @pytest.mark.parametrize("num", [1, 2, 49, 196])
 def test_k_is_the_ceiling_of_the_exact_share(capacity, num):
     router = Router(64, capacity, num_routes=2)
-    indices, gates, logits = router(tokens(num=num))
+    indices, gates, logits = routed(router, tokens(num=num))
     ratio = as_ratio(capacity)
     k = -(-num * ratio.numerator // ratio.denominator)
     assert indices.shape == gates.shape == (3, 2, k)
@@ -33,7 +41,7 @@ def test_float_capacities_mean_what_they_say():
 @pytest.mark.parametrize("dim", [64, 768])
 def test_logits_of_normalised_tokens_start_with_a_spread_of_one(dim):
     torch.manual_seed(0)
-    _, gates, logits = Router(dim, 0.125)(tokens(num=196, dim=dim))
+    _, gates, logits = routed(Router(dim, 0.125), tokens(num=196, dim=dim))
     assert 0.7 < logits.std() < 1.4
     assert 0.3 < gates.mean() < 0.8
 
@@ -41,7 +49,7 @@ def test_logits_of_normalised_tokens_start_with_a_spread_of_one(dim):
 def test_almost_every_selected_token_passes_a_gradient_to_the_router():
     torch.manual_seed(0)
     x = tokens(8, 196, 768).requires_grad_()
-    indices, gates, _ = Router(768, 0.125)(x)
+    indices, gates, _ = routed(Router(768, 0.125), x)
     gates.sum().backward()
     reached = (x.grad != 0).any(-1).gather(1, indices[:, 0])
     assert reached.float().mean() > 0.85
@@ -51,7 +59,9 @@ def test_prefix_tokens_neither_compete_nor_count():
     x = tokens()
     router = Router(64, 0.25)
     prefix = 1e4 * torch.ones(3, 2, 64)  # would win, or ruin the normalisation
-    for alone, behind in zip(router(x), router(torch.cat([prefix, x], 1), 2), strict=True):
+    for alone, behind in zip(
+        routed(router, x), routed(router, torch.cat([prefix, x], 1), 2), strict=True
+    ):
         torch.testing.assert_close(alone, behind)
 
 
@@ -61,15 +71,15 @@ def test_straight_through_gates_are_one_with_the_soft_gradient():
     hard.load_state_dict(soft.state_dict())
     weight = torch.randn(3, 1, 13)
     for router in (soft, hard):
-        (router(tokens())[1] * weight).sum().backward()
-    assert (hard(tokens())[1] == 1).all()
+        (routed(router, tokens())[1] * weight).sum().backward()
+    assert (routed(hard, tokens())[1] == 1).all()
     torch.testing.assert_close(soft.weight.grad, hard.weight.grad)
 
 
 def test_coordinate_descent_agrees_where_it_converges():
     exact, iterated = Router(64), Router(64, solver="coordinate_descent")
     iterated.load_state_dict(exact.state_dict())
-    expected, found = exact(tokens()), iterated(tokens())
+    expected, found = routed(exact, tokens()), routed(iterated, tokens())
     assert torch.equal(expected[0], found[0])
     torch.testing.assert_close(expected[1], found[1], rtol=0, atol=1e-3)
 
@@ -77,31 +87,31 @@ def test_coordinate_descent_agrees_where_it_converges():
 def test_scores_stay_fp32_in_low_precision():
     router, x = Router(64), tokens()
     with torch.autocast("cpu", torch.bfloat16):
-        under_autocast = router(x)
-    for before, after in zip(router(x), under_autocast, strict=True):
+        under_autocast = routed(router, x)
+    for before, after in zip(routed(router, x), under_autocast, strict=True):
         assert torch.equal(before, after)
-    _, gates, logits = router.bfloat16()(x.bfloat16())
+    _, gates, logits = routed(router.bfloat16(), x.bfloat16())
     assert gates.dtype == logits.dtype == torch.float32
 
 
 def test_static_router_takes_the_first_token_of_equal_blocks():
-    indices, gates, _ = FixedRouter("static", "1/4")(tokens(num=16))
+    indices, gates, _ = routed(FixedRouter("static", "1/4"), tokens(num=16))
     assert indices.tolist() == [[[0, 4, 8, 12]]] * 3
     assert (gates == 1).all()
 
 
 def test_random_router_draws_anew_in_training_and_keeps_still_in_eval():
     router, x = FixedRouter("random", 0.25), tokens()
-    assert not torch.equal(router(x)[0], router(x)[0])
+    assert not torch.equal(routed(router, x)[0], routed(router, x)[0])
     router.eval()
-    assert torch.equal(router(x)[0], router(torch.randn_like(x))[0])
+    assert torch.equal(routed(router, x)[0], routed(router, torch.randn_like(x))[0])
 
 
 @pytest.mark.parametrize(("kind", "k"), [("all_heavy", 49), ("all_light", 0)])
 def test_all_or_nothing_whatever_the_capacity(kind, k):
     router = build_router(kind, 64, 0.5)
     router.set_capacity(Fraction(1, 3))
-    assert router(tokens())[0].shape == (3, 1, k)
+    assert routed(router, tokens())[0].shape == (3, 1, k)
 
 
 @pytest.mark.parametrize("capacity", [0, -0.1, 1.5, float("nan"), "a half", "1/0", None, True])
@@ -116,3 +126,12 @@ def test_impossible_capacities_are_named(capacity):
 def test_impossible_router_arguments_are_named(arguments):
     with pytest.raises((ValueError, TypeError), match=next(iter(arguments))):
         build_router("learned", 64, 0.5, **arguments)
+
+
+def test_deciding_together_is_deciding_one_by_one():
+    routers = [Router(64, 0.25), Router(64, 0.5, num_routes=2)]
+    logits = [router(tokens()) for router in routers]
+    together = decide_together(routers, logits)
+    for router, own, decision in zip(routers, logits, together, strict=True):
+        for a, b in zip(decision, router.decide(own), strict=True):
+            torch.testing.assert_close(a, b)
