@@ -1,14 +1,18 @@
 """Reads one sample from a shard: checked once, then a seek and a read.
 
-Before a shard's first sample its size or hash is compared with the manifest, and its headers are
-indexed by `data.tar_index`; both are lazy, so that a resume touches only the shards it needs. A
-shard that fails is remembered, with the reason, and not looked at again.
+Before a shard's first sample its size or hash is compared with the manifest, and its index is read
+from the file beside it (`data.index_file`) or made from its headers (`data.tar_index`); both are
+lazy, so that a resume touches only the shards it needs. A shard that fails is remembered, with the
+reason, and not looked at again.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
+import logging
 import os
+import zlib
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,10 +23,13 @@ import torch
 from data.cache import ShardCache
 from data.config import RemoteConfig
 from data.errors import BadSample, BadShard
-from data.manifest import sha256_of_open
+from data.index_file import SUFFIX, unpack
+from data.manifest import ShardEntry, sha256_of_open
+from data.remote import is_url, sibling
 from data.shards import ShardSet
-from data.tar_index import NO_LABEL, TarIndex, index_of
+from data.tar_index import BLOCK, NO_LABEL, TarIndex, index_of
 
+log = logging.getLogger(__name__)
 MAX_OPEN_SHARDS = 256  # per process: streams read many in turn; 1024 descriptors are usual
 MAX_IMAGE_BYTES = 1 << 28
 
@@ -50,6 +57,7 @@ class ShardReader:
         self.damaged: dict[int, BadShard] = {}
         self._indices: dict[int, TarIndex] = {}
         self._open: OrderedDict[int, io.FileIO] = OrderedDict()
+        self._told = False  # that an index file cannot be used
         # Shared with the loader processes: a rank hashes each shard once, not once per worker.
         self._verified = torch.zeros(len(shards.names), dtype=torch.uint8).share_memory_()
 
@@ -72,14 +80,19 @@ class ShardReader:
         if size > MAX_IMAGE_BYTES:
             raise BadSample(f"an image of {size} encoded bytes; {MAX_IMAGE_BYTES} are allowed")
         with _failures_named(self.shards.names[shard]):
-            payload = os.pread(self._file(shard).fileno(), size, int(index.offsets[sample]))
-        if len(payload) != size:
+            found = os.pread(
+                self._file(shard).fileno(), size + BLOCK, int(index.offsets[sample]) - BLOCK
+            )
+        if len(found) != size + BLOCK:
             self.damaged[shard] = BadShard(
                 f"{self.shards.names[shard]}: it shrank while it was read; leave shards alone "
                 "during a run"
             )
             raise self.damaged[shard]
-        return Sample(index.key(sample), label, payload)
+        checks = None if self.verify == "off" else index.checks
+        if checks is not None and zlib.crc32(found) != checks[sample]:
+            raise BadSample("damaged: its bytes are not those that were written")
+        return Sample(index.key(sample), label, found[BLOCK:])
 
     def _index(self, shard: int) -> TarIndex:
         if shard in self.damaged:
@@ -112,7 +125,25 @@ class ShardReader:
                         "again"
                     )
                 self._verified[shard] = 1
-            return index_of(descriptor, name, entry.samples)
+            return self._kept_index(name, entry) or index_of(descriptor, name, entry.samples)
+
+    def _kept_index(self, name: str, entry: ShardEntry) -> TarIndex | None:
+        """The index from the file beside the shard; None where that is missing or damaged."""
+        if entry.index is None:
+            return None
+        beside = sibling(name, f"{entry.name}{SUFFIX}") if is_url(name) else name + SUFFIX
+        try:
+            with self.cache.open(beside, entry.index) as file:
+                content = file.read()
+            if hashlib.sha256(content).hexdigest() == entry.index.sha256:
+                return unpack(content)
+            reason = f"{beside} is not the file that the manifest knows"
+        except (BadShard, OSError) as error:
+            reason = str(error)
+        if not self._told:
+            log.warning("%s; headers of shards are read instead, which takes longer", reason)
+        self._told = True
+        return None
 
     def _file(self, shard: int) -> io.FileIO:
         if shard not in self._open:

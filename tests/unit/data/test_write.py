@@ -156,7 +156,7 @@ def test_a_stopped_writer_goes_on_and_leaves_finished_shards_alone(
     assert [(out / "train" / name).stat().st_mtime_ns for name in written] == before
     assert check.main([str(out / "train")]) == 0
     assert sorted(path.name for path in (out / "train").iterdir()) == [
-        *(f"{number:06d}.tar" for number in range(5)),
+        *(f"{number:06d}.tar{end}" for number in range(5) for end in ("", ".index")),
         "manifest.json",
         "skipped.jsonl",
     ]
