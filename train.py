@@ -129,6 +129,7 @@ def build_loaders(
         seed=config.seed,
         global_batch_size=batch_size,
         micro_batch_size=micro_batch_size,
+        pairs=bool(config.loss.mixup or config.loss.cutmix),
         **common,
     )
     crop_pct = config.data.crop_pct or format["crop_pct"]
