@@ -55,7 +55,8 @@ class ShardReader:
         self.verify = verify
         self.cache = ShardCache(remote or RemoteConfig())
         self.damaged: dict[int, BadShard] = {}
-        self._indices: dict[int, TarIndex] = {}
+        self._indices: dict[int, TarIndex] = {}  # of shards that were examined
+        self._listings: dict[int, TarIndex] = {}  # of shards that may not even be here
         self._open: OrderedDict[int, io.FileIO] = OrderedDict()
         self._told = False  # that an index file cannot be used
         # Shared with the loader processes: a rank hashes each shard once, not once per worker.
@@ -63,11 +64,11 @@ class ShardReader:
 
     def key(self, shard: int, sample: int) -> str:
         """The key of a sample; reads no image."""
-        return self._index(shard).key(sample)
+        return self._listing(shard).key(sample)
 
     def label(self, shard: int, sample: int) -> int:
         """The label of a sample; reads no image. May be NO_LABEL."""
-        return int(self._index(shard).labels[sample])
+        return int(self._listing(shard).labels[sample])
 
     def read(self, shard: int, sample: int) -> Sample:
         """One sample. BadSample when it cannot be used, BadShard when its shard is damaged."""
@@ -93,6 +94,15 @@ class ShardReader:
         if checks is not None and zlib.crc32(found) != checks[sample]:
             raise BadSample("damaged: its bytes are not those that were written")
         return Sample(index.key(sample), label, found[BLOCK:])
+
+    def _listing(self, shard: int) -> TarIndex:
+        """What a shard holds; where an index file says it, the shard is not fetched."""
+        if shard in self._indices:
+            return self._indices[shard]
+        if shard not in self._listings:
+            kept = self._kept_index(self.shards.names[shard], self.shards.entries[shard])
+            self._listings[shard] = self._index(shard) if kept is None else kept
+        return self._listings[shard]
 
     def _index(self, shard: int) -> TarIndex:
         if shard in self.damaged:
