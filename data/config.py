@@ -245,7 +245,8 @@ class DataConfig(_Section):
         default=0,
         ge=0,
         description="Damaged or missing shards whose samples one rank replaces before the run "
-        "stops; 0 stops at the first.",
+        "stops; 0 stops at the first. A shard that cannot be reached (network, disk, rights) "
+        "always stops it: another rank might read it, and all must agree.",
     )
     max_pixels: int = Field(
         default=50_000_000,

@@ -22,7 +22,7 @@ import torch
 
 from data.cache import ShardCache
 from data.config import RemoteConfig
-from data.errors import BadSample, BadShard
+from data.errors import BadSample, BadShard, Unreachable
 from data.index_file import SUFFIX, unpack
 from data.manifest import ShardEntry, sha256_of_open
 from data.remote import is_url, sibling
@@ -71,7 +71,8 @@ class ShardReader:
         return int(self._listing(shard).labels[sample])
 
     def read(self, shard: int, sample: int) -> Sample:
-        """One sample. BadSample when it cannot be used, BadShard when its shard is damaged."""
+        """One sample. BadSample when it cannot be used, BadShard when its shard is damaged,
+        Unreachable when nobody can tell."""
         index = self._index(shard)
         if sample in index.faults:
             raise BadSample(index.faults[sample])
@@ -85,11 +86,10 @@ class ShardReader:
                 self._file(shard).fileno(), size + BLOCK, int(index.offsets[sample]) - BLOCK
             )
         if len(found) != size + BLOCK:
-            self.damaged[shard] = BadShard(
+            raise Unreachable(
                 f"{self.shards.names[shard]}: it shrank while it was read; leave shards alone "
                 "during a run"
             )
-            raise self.damaged[shard]
         checks = None if self.verify == "off" else index.checks
         if checks is not None and zlib.crc32(found) != checks[sample]:
             raise BadSample("damaged: its bytes are not those that were written")
@@ -176,7 +176,7 @@ def _failures_named(name: str) -> Iterator[None]:
             f"{name} is in the manifest but not there; bring it back or write the shards again"
         ) from None
     except OSError as error:
-        raise BadShard(
+        raise Unreachable(
             f"{name}: it cannot be read ({error.strerror}); mend the disk or its mount, then start "
             "the same command again"
         ) from error
