@@ -173,6 +173,7 @@ FREE_ON_RESUME = (
     "max_bad_samples",
     "max_bad_shards",
     "verify",
+    "log_samples",
     "remote",
 )
 
@@ -259,6 +260,11 @@ class DataConfig(_Section):
         "its size, or its SHA-256 (each shard once per rank). The tar structure always is checked. "
         "Unless it is 'off', a sample of a shard with an index file is compared with its CRC each "
         "time it is read.",
+    )
+    log_samples: bool = Field(
+        default=False,
+        description="Write the position and key of every training sample into the run folder's "
+        "logs; `python -m data.audit` proves from them that none was lost or came twice.",
     )
     remote: RemoteConfig = Field(
         default_factory=RemoteConfig, description="How shards that are URLs are fetched and kept."

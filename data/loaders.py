@@ -85,7 +85,9 @@ def build_train_loader(
         batch_size=micro_batch_size,
         world_size=world_size,
     )
-    ledger = Ledger(ledger_dir, "train", rank, config.max_bad_samples, config.max_bad_shards)
+    ledger = Ledger(
+        ledger_dir, "train", rank, config.max_bad_samples, config.max_bad_shards, config.log_samples
+    )
     return TrainLoader(config, dataset, ledger, train, rank=rank, mean=mean, std=std)
 
 
