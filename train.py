@@ -25,7 +25,7 @@ from routedvit.training import config as training
 from routedvit.training import engine as engines
 from routedvit.training.assembly import build_engine, build_trainer
 from routedvit.training.checkpoint import Checkpoints, RunState
-from routedvit.training.collective import on_rank_zero
+from routedvit.training.collective import must_agree, on_rank_zero
 from routedvit.training.config_file import describe_keys, json_schema, load_config
 from routedvit.training.console import Console
 from routedvit.training.export import export_model
@@ -86,6 +86,8 @@ def run(config: RunConfig, fresh: bool, console: Console) -> int:
     model = create_model(config.model, num_classes=num_classes, seed=config.seed)
     model.set_grad_checkpointing(config.train.grad_checkpointing)  # type: ignore[operator]
     loader, eval_loader, image_format = build_loaders(config, model, world, folder)
+    shards = (loader.fingerprint, eval_loader and eval_loader.fingerprint)
+    must_agree("shards", shards, "copy the same sets with their manifests to every machine")
     engine, schedule = build_engine(config, model, world, loader.samples_per_epoch)
 
     # Only now, since a run that cannot be built must not claim or move a folder.
@@ -129,6 +131,7 @@ def build_loaders(
         seed=config.seed,
         global_batch_size=batch_size,
         micro_batch_size=micro_batch_size,
+        pairs=bool(config.loss.mixup or config.loss.cutmix),
         **common,
     )
     crop_pct = config.data.crop_pct or format["crop_pct"]

@@ -32,8 +32,6 @@ def interleave(cases: Cases, rounds: int, device: str) -> dict[str, list[float]]
     timers = {
         name: _on_gpu(case) if device == "cuda" else _on_cpu(case) for name, case in cases.items()
     }
-    for timer in timers.values():
-        timer()
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     before = _jiffies()
     for _ in range(rounds):
@@ -99,6 +97,7 @@ def _on_gpu(case: Callable[[], object]) -> Callable[[], float]:
         end.synchronize()
         return start.elapsed_time(end) / 1e3 / CALLS
 
+    timer()
     return timer
 
 

@@ -68,25 +68,36 @@ class _Batches(Dataset[Batch]):
 
 
 class TrainBatches(_Batches):
-    """Item: the global position of a micro-batch's first row -> the micro-batch."""
+    """Item: the global position of a micro-batch's first row -> the micro-batch.
+
+    Ranks take turns of `turn` positions: 1, or 2 where neighbours are to stay together.
+    """
 
     def __init__(
-        self, reader: ShardReader, order: Order, transform: FromEncoded, **common: Any
+        self,
+        reader: ShardReader,
+        order: Order,
+        transform: FromEncoded,
+        *,
+        turn: int = 1,
+        **common: Any,
     ) -> None:
         super().__init__(reader, transform, **common)
         self.order = order
+        self.turn = turn
         self.prefetcher = Prefetcher(reader.cache)
 
     def __getitem__(self, first: int) -> Batch:
-        positions = first + self.world_size * np.arange(self.batch_size, dtype=np.int64)
+        rows = np.arange(self.batch_size, dtype=np.int64)
+        positions = first + rows // self.turn * self.turn * self.world_size + rows % self.turn
         place = self.order.locate(positions)
         self._prefetch(positions)
         seeds = sample_seeds(self.order.seed, positions).tolist()
         images = torch.empty(self.batch_size, *self.input_size)
         targets, keys, bad = [], [], []
-        rows = zip(positions.tolist(), place.shard.tolist(), place.sample.tolist(), strict=True)
+        samples = zip(positions.tolist(), place.shard.tolist(), place.sample.tolist(), strict=True)
         with borrowed_generators():
-            for row, (position, shard, sample) in enumerate(rows):
+            for row, (position, shard, sample) in enumerate(samples):
                 seed_generators(seeds[row])
                 try:
                     found, images[row] = self.load(shard, sample)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from data.config import RemoteConfig
 from data.errors import BadShard, DataError
-from data.manifest import ShardEntry
+from data.manifest import IndexEntry, ShardEntry
 from data.remote import CHUNK, is_url, persist, stream
 
 GIGABYTE = 10**9
@@ -32,7 +32,7 @@ class ShardCache:
         self.folder = Path(remote.cache_dir).expanduser()
         self.limit = int(remote.cache_gb * GIGABYTE)
 
-    def open(self, name: str, entry: ShardEntry) -> io.FileIO:
+    def open(self, name: str, entry: ShardEntry | IndexEntry) -> io.FileIO:
         """The open file of the shard at `name`, a path or a URL. DataError when it cannot be had.
 
         Evicting a shard does not disturb those who have it open.
@@ -47,7 +47,7 @@ class ShardCache:
             os.utime(path)  # the time of use that eviction goes by
             return io.FileIO(path)
 
-    def path(self, url: str, entry: ShardEntry) -> Path:
+    def path(self, url: str, entry: ShardEntry | IndexEntry) -> Path:
         """Where the shard is kept once it is here."""
         digest = hashlib.sha256(f"{url}\n{entry.sha256}".encode()).hexdigest()
         return self.folder / f"{digest[:40]}.tar"
@@ -60,7 +60,7 @@ class ShardCache:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
-    def _fetch(self, url: str, entry: ShardEntry, path: Path) -> None:
+    def _fetch(self, url: str, entry: ShardEntry | IndexEntry, path: Path) -> None:
         part = path.with_suffix(".part")
         wrong: list[str] = []
 
@@ -103,7 +103,7 @@ class ShardCache:
             excess -= size
 
 
-def _receive(url: str, entry: ShardEntry, part: Path, remote: RemoteConfig) -> str:
+def _receive(url: str, entry: ShardEntry | IndexEntry, part: Path, remote: RemoteConfig) -> str:
     """Go on with `part` until it has entry.bytes; returns the SHA-256 of all of it."""
     digest = hashlib.sha256()
     with open(part, "a+b") as file:

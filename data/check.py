@@ -7,8 +7,8 @@ Compares sizes and hashes with the manifest, checks the tar structure block by b
 image, looks for keys that come twice, and prints a report for people. Exit code 0: all is well;
 1: something is wrong, and every finding is a line; 2: there was nothing to check.
 
---write-manifest makes the manifest of shards that were written elsewhere. It vouches for the files
-as they are now, so it refuses shards whose structure is damaged.
+--write-manifest makes the manifest of shards that were written elsewhere, and their index files.
+It vouches for the files as they are now, so it refuses shards whose structure is damaged.
 """
 
 from __future__ import annotations
@@ -28,7 +28,15 @@ from tqdm import tqdm
 
 from data.decode import MAX_PIXELS, decode, open_image
 from data.errors import BadSample, DataError
-from data.manifest import MANIFEST_NAME, Manifest, ShardEntry, read_manifest, sha256_of
+from data.index_file import SUFFIX, content_for, entry_for
+from data.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    ShardEntry,
+    read_manifest,
+    sha256_of,
+    write_atomically,
+)
 from data.manifest import write_manifest as save_manifest
 from data.remote import is_url
 from data.shards import match
@@ -76,6 +84,7 @@ def examine(path: Path, full_decode: bool = True) -> ShardReport:
             samples=len(index),
             bytes=path.stat().st_size,
             sha256=sha256_of(path),
+            index=entry_for(content_for(path)),
         )
         report.note = statistics.note(entry)
     else:
@@ -121,11 +130,26 @@ def against_manifest(reports: list[ShardReport], manifest: Manifest) -> list[str
                 for what in ("samples", "bytes", "sha256")
                 if found[what] != getattr(entry, what)
             ]
+            findings += _about_index(report.path, found["index"], entry)
             classes = len(manifest.class_counts)
             top = max(map(int, report.note["class_counts"]), default=0)
             if top >= classes:
                 findings.append(f"{report.path}: label {top}, the manifest has {classes} classes")
     return findings
+
+
+def _about_index(path: Path, found: dict[str, Any], entry: ShardEntry) -> list[str]:
+    """What is wrong with the index file of a shard whose walk would make `found`."""
+    if entry.index is None:
+        return []
+    file = path.with_name(path.name + SUFFIX)
+    if not file.is_file():
+        return [f"{file}: missing; reading the shard takes longer without"]
+    if sha256_of(file) != entry.index.sha256:
+        return [f"{file}: not the file that the manifest knows; it will not be used"]
+    if found["sha256"] != entry.index.sha256:
+        return [f"{file}: it describes other content than the shard has"]
+    return []
 
 
 def repeated_keys(reports: list[ShardReport]) -> list[str]:
@@ -169,6 +193,9 @@ def check_folder(
         found = combine(notes, label_names)
         print(describe(folder, found, sum(report.ignored for report in reports)))
         if write:
+            for report in reports:
+                index = report.path.with_name(report.path.name + SUFFIX)
+                write_atomically(index, content_for(report.path))
             save_manifest(folder, found)
             print(f"  wrote     {folder / MANIFEST_NAME}")
     elif write:

@@ -173,6 +173,7 @@ FREE_ON_RESUME = (
     "max_bad_samples",
     "max_bad_shards",
     "verify",
+    "log_samples",
     "remote",
 )
 
@@ -245,7 +246,8 @@ class DataConfig(_Section):
         default=0,
         ge=0,
         description="Damaged or missing shards whose samples one rank replaces before the run "
-        "stops; 0 stops at the first.",
+        "stops; 0 stops at the first. A shard that cannot be reached (network, disk, rights) "
+        "always stops it: another rank might read it, and all must agree.",
     )
     max_pixels: int = Field(
         default=50_000_000,
@@ -255,7 +257,14 @@ class DataConfig(_Section):
     verify: Literal["off", "size", "sha256"] = Field(
         default="size",
         description="What is compared with the manifest before a shard's first sample: nothing, "
-        "its size, or its SHA-256 (each shard once per rank). The tar structure always is checked.",
+        "its size, or its SHA-256 (each shard once per rank). The tar structure always is checked. "
+        "Unless it is 'off', a sample of a shard with an index file is compared with its CRC each "
+        "time it is read.",
+    )
+    log_samples: bool = Field(
+        default=False,
+        description="Write the position and key of every training sample into the run folder's "
+        "logs; `python -m data.audit` proves from them that none was lost or came twice.",
     )
     remote: RemoteConfig = Field(
         default_factory=RemoteConfig, description="How shards that are URLs are fetched and kept."

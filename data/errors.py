@@ -8,7 +8,15 @@ class DataError(ValueError):
 
 
 class BadShard(DataError):
-    """A shard that is damaged, missing or not to be had; stops the run unless max_bad_shards."""
+    """A shard that is damaged or missing, for whoever reads it; may be quarantined."""
+
+
+class Unreachable(DataError):
+    """A shard that this process cannot get at: the network, a disk or rights fail.
+
+    Always stops the run. Another rank may well read it, so a quarantine would leave ranks with
+    other samples than their share of the order, and a resume with others again.
+    """
 
 
 class BadSample(Exception):

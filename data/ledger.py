@@ -19,11 +19,21 @@ log = logging.getLogger(__name__)
 
 
 class Ledger:
-    """Appends to `folder`/bad_samples.{split}.rank{rank}.jsonl; no file when folder is None."""
+    """Appends to `folder`/bad_samples.{split}.rank{rank}.jsonl; no file when folder is None.
+
+    `log_samples` asks for the good ones too, in samples.rank{rank}.jsonl: what data.audit reads.
+    """
 
     def __init__(
-        self, folder: Path | None, split: str, rank: int, limit: int, shard_limit: int = 0
+        self,
+        folder: Path | None,
+        split: str,
+        rank: int,
+        limit: int,
+        shard_limit: int = 0,
+        log_samples: bool = False,
     ) -> None:
+        self.samples_path = folder / f"samples.rank{rank}.jsonl" if folder and log_samples else None
         self.path = folder / f"bad_samples.{split}.rank{rank}.jsonl" if folder else None
         self.split = split
         self.limit = limit
@@ -44,6 +54,15 @@ class Ledger:
                 self._quarantine(entry)
             else:
                 self._count(entry)
+
+    def took(self, batch: dict[str, Any]) -> None:
+        """Write down the samples of a micro-batch that is handed over, if that was asked for."""
+        if self.samples_path is None:
+            return
+        line = {"position": batch["position"].tolist(), "key": batch["key"]}
+        self.samples_path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.samples_path, "a") as file:
+            file.write("\n" + json.dumps(line))  # whatever half a line a killed process left
 
     def _count(self, entry: dict[str, Any]) -> None:
         if not self.samples:

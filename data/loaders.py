@@ -7,6 +7,7 @@ Everything a batch holds follows from the global positions of its rows (see `dat
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,11 +41,14 @@ def build_train_loader(
     rank: int,
     world_size: int,
     ledger_dir: Path | None = None,
+    pairs: bool = False,
 ) -> TrainLoader:
     """The training batches of one rank.
 
     `input_size` is (C, H, W) with C 1 or 3; `mean`, `std` and `interpolation` are the model's.
-    Bad samples are named in `ledger_dir`. DataError when shards, world and batch do not fit.
+    Bad samples are named in `ledger_dir`. With `pairs` the rows 2i and 2i + 1 of a micro-batch hold
+    neighbouring positions 2j and 2j + 1 on any world, for what mixes images. DataError when shards,
+    world and batch do not fit.
     """
     train = resolve_train(config)
     shards, order = train.shards, order_of(train, config, seed)
@@ -55,11 +59,16 @@ def build_train_loader(
             f"{max(1, config.num_workers)} workers); write more, smaller shards (`python -m "
             "data.write --shard-size`) or lower data.num_workers"
         )
-    check_world(order.streams, global_batch_size, world_size)
+    check_world(order.streams, global_batch_size, world_size, pairs)
     if global_batch_size % (micro_batch_size * world_size):
         raise DataError(
             f"a global batch of {global_batch_size} is no multiple of micro-batch "
             f"{micro_batch_size} x {world_size} ranks; change one of the three"
+        )
+    if pairs and micro_batch_size % 2:
+        raise DataError(
+            f"mixup and cutmix pair the images of a micro-batch, and {micro_batch_size} is odd; "
+            "choose an even train.micro_batch_size"
         )
     mean, std = normalization(config, shards, mean, std, channels=input_size[0])
     transform = train_transform(
@@ -69,13 +78,16 @@ def build_train_loader(
         ShardReader(shards, config.verify, config.remote),
         order,
         from_encoded(transform, config.decode),
+        turn=2 if pairs else 1,
         input_size=input_size,
         max_pixels=config.max_pixels,
         quarantine=config.max_bad_shards > 0,
         batch_size=micro_batch_size,
         world_size=world_size,
     )
-    ledger = Ledger(ledger_dir, "train", rank, config.max_bad_samples, config.max_bad_shards)
+    ledger = Ledger(
+        ledger_dir, "train", rank, config.max_bad_samples, config.max_bad_shards, config.log_samples
+    )
     return TrainLoader(config, dataset, ledger, train, rank=rank, mean=mean, std=std)
 
 
@@ -163,6 +175,12 @@ def normalization(
     return mean, std
 
 
+def fingerprint(shards: ShardSet) -> str:
+    """The same for two processes exactly when they read the same shards in the same order."""
+    text = "\n".join(f"{entry.samples} {entry.sha256}" for entry in shards.entries)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 class TrainLoader:
     """Endless micro-batches of one rank. `mean` and `std` are those the images are given in."""
 
@@ -186,6 +204,7 @@ class TrainLoader:
         self.samples_per_epoch = train.samples_per_epoch
         self.num_classes = train.shards.num_classes
         self.label_names = train.shards.label_names
+        self.fingerprint = fingerprint(train.shards)
 
     def batches(self, start: int) -> Iterator[Batch]:
         """Micro-batches from the global position `start` on, without end.
@@ -194,8 +213,13 @@ class TrainLoader:
         [b] (global), epoch int64 [b] (of the sample's source). DataError past the limit of bad
         samples, or on damage.
         """
-        world, size = self.dataset.world_size, self.dataset.batch_size
-        first = start + (self.rank - start) % world
+        world, size, turn = self.dataset.world_size, self.dataset.batch_size, self.dataset.turn
+        if start % turn:
+            raise DataError(
+                f"the run stands at sample {start}, in the middle of a pair for mixup or cutmix; "
+                "its earlier batches were odd: go on without mixing, or start anew"
+            )
+        first = start + (self.rank * turn - start) % (world * turn)
         sampler = _Positions(first, world * size)
         return batches_of(self.dataset, sampler, self.config, self.ledger)
 
@@ -209,6 +233,7 @@ class EvalLoader:
         self.ledger = ledger
         self.num_samples = dataset.reader.shards.num_samples
         self.num_classes = dataset.reader.shards.num_classes
+        self.fingerprint = fingerprint(dataset.reader.shards)
 
     def __len__(self) -> int:
         return len(self.dataset)

@@ -20,6 +20,14 @@ from data.errors import DataError
 MANIFEST_NAME = "manifest.json"
 
 
+class IndexEntry(BaseModel):
+    """The file beside a shard that says where its samples lie; see data.index_file."""
+
+    model_config = ConfigDict(extra="forbid")
+    bytes: int = Field(ge=1)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
 class ShardEntry(BaseModel):
     """One shard: its file name (no folder), and what proves that it is whole."""
 
@@ -28,6 +36,7 @@ class ShardEntry(BaseModel):
     samples: int = Field(ge=1)
     bytes: int = Field(ge=1024)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    index: IndexEntry | None = None  # None: the shard is walked
 
 
 class Manifest(BaseModel):

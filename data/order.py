@@ -11,8 +11,9 @@ every epoch. In an epoch
 3. each stream shuffles its span in a window: order = argsort(i + U_i * buffer), U_i in [0, 1), so a
    sample moves fewer than `buffer` places.
 
-S comes from the config or the data, never from the world. Rank r of R takes p = r (mod R); with R
-dividing S a rank owns whole streams. The cursor of a run is the one integer p, so resume is a seek.
+S comes from the config or the data, never from the world. Rank r of R takes p = r (mod R), or,
+where mixup needs the neighbours 2j and 2j + 1 together, j = r (mod R); with R or 2 R dividing S a
+rank owns whole streams. The cursor of a run is the one integer p, so resume is a seek.
 
 Repeated augmentation (Hoffer et al., arXiv:1901.09335) shows each sample in K turns of its stream
 that follow each other, and so in the same batch if that is large enough. An epoch then takes K N
@@ -188,15 +189,25 @@ class SampleOrder:
         return np.concatenate(drawn)[low - first * PLACES : high - first * PLACES]
 
 
-def check_world(streams: int, global_batch_size: int, world_size: int) -> None:
-    """DataError, with the numbers that would fit, unless world_size divides both."""
-    if streams % world_size == 0 and global_batch_size % world_size == 0:
+def check_world(streams: int, global_batch_size: int, world_size: int, pairs: bool = False) -> None:
+    """DataError, with the numbers that would fit, unless world_size divides both.
+
+    With `pairs` ranks take two neighbouring positions in turn, so twice their number has to.
+    """
+
+    def fits(ranks: int) -> bool:
+        units = ranks * (2 if pairs else 1)
+        # one rank reads every stream, so pairs of an odd number of them are no worse
+        return global_batch_size % units == 0 and (ranks == 1 or streams % units == 0)
+
+    if fits(world_size):
         return
-    fit = [n for n in range(1, streams + 1) if streams % n == 0 and global_batch_size % n == 0]
+    fit = ", ".join(str(ranks) for ranks in range(1, streams + 1) if fits(ranks)) or "none"
+    what = "ranks, each with pairs of samples for mixup or cutmix," if pairs else "ranks"
     raise DataError(
-        f"{world_size} ranks do not divide {streams} streams (data.streams) and a global batch of "
-        f"{global_batch_size} evenly; rank counts that fit: {', '.join(map(str, fit))}; or choose "
-        f"data.streams and the batch as multiples of {world_size} (data.streams is part of the "
+        f"{world_size} {what} do not divide {streams} streams (data.streams) and a global batch of "
+        f"{global_batch_size} evenly; rank counts that fit: {fit}; or choose data.streams and the "
+        f"batch as multiples of {world_size * (2 if pairs else 1)} (data.streams is part of the "
         "sample order: choose it before the first step)"
     )
 

@@ -1,14 +1,18 @@
 """Reads one sample from a shard: checked once, then a seek and a read.
 
-Before a shard's first sample its size or hash is compared with the manifest, and its headers are
-indexed by `data.tar_index`; both are lazy, so that a resume touches only the shards it needs. A
-shard that fails is remembered, with the reason, and not looked at again.
+Before a shard's first sample its size or hash is compared with the manifest, and its index is read
+from the file beside it (`data.index_file`) or made from its headers (`data.tar_index`); both are
+lazy, so that a resume touches only the shards it needs. A shard that fails is remembered, with the
+reason, and not looked at again.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
+import logging
 import os
+import zlib
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,11 +22,14 @@ import torch
 
 from data.cache import ShardCache
 from data.config import RemoteConfig
-from data.errors import BadSample, BadShard
-from data.manifest import sha256_of_open
+from data.errors import BadSample, BadShard, Unreachable
+from data.index_file import SUFFIX, unpack
+from data.manifest import ShardEntry, sha256_of_open
+from data.remote import is_url, sibling
 from data.shards import ShardSet
-from data.tar_index import NO_LABEL, TarIndex, index_of
+from data.tar_index import BLOCK, NO_LABEL, TarIndex, index_of
 
+log = logging.getLogger(__name__)
 MAX_OPEN_SHARDS = 256  # per process: streams read many in turn; 1024 descriptors are usual
 MAX_IMAGE_BYTES = 1 << 28
 
@@ -48,21 +55,24 @@ class ShardReader:
         self.verify = verify
         self.cache = ShardCache(remote or RemoteConfig())
         self.damaged: dict[int, BadShard] = {}
-        self._indices: dict[int, TarIndex] = {}
+        self._indices: dict[int, TarIndex] = {}  # of shards that were examined
+        self._listings: dict[int, TarIndex] = {}  # of shards that may not even be here
         self._open: OrderedDict[int, io.FileIO] = OrderedDict()
+        self._told = False  # that an index file cannot be used
         # Shared with the loader processes: a rank hashes each shard once, not once per worker.
         self._verified = torch.zeros(len(shards.names), dtype=torch.uint8).share_memory_()
 
     def key(self, shard: int, sample: int) -> str:
         """The key of a sample; reads no image."""
-        return self._index(shard).key(sample)
+        return self._listing(shard).key(sample)
 
     def label(self, shard: int, sample: int) -> int:
         """The label of a sample; reads no image. May be NO_LABEL."""
-        return int(self._index(shard).labels[sample])
+        return int(self._listing(shard).labels[sample])
 
     def read(self, shard: int, sample: int) -> Sample:
-        """One sample. BadSample when it cannot be used, BadShard when its shard is damaged."""
+        """One sample. BadSample when it cannot be used, BadShard when its shard is damaged,
+        Unreachable when nobody can tell."""
         index = self._index(shard)
         if sample in index.faults:
             raise BadSample(index.faults[sample])
@@ -72,14 +82,27 @@ class ShardReader:
         if size > MAX_IMAGE_BYTES:
             raise BadSample(f"an image of {size} encoded bytes; {MAX_IMAGE_BYTES} are allowed")
         with _failures_named(self.shards.names[shard]):
-            payload = os.pread(self._file(shard).fileno(), size, int(index.offsets[sample]))
-        if len(payload) != size:
-            self.damaged[shard] = BadShard(
+            found = os.pread(
+                self._file(shard).fileno(), size + BLOCK, int(index.offsets[sample]) - BLOCK
+            )
+        if len(found) != size + BLOCK:
+            raise Unreachable(
                 f"{self.shards.names[shard]}: it shrank while it was read; leave shards alone "
                 "during a run"
             )
-            raise self.damaged[shard]
-        return Sample(index.key(sample), label, payload)
+        checks = None if self.verify == "off" else index.checks
+        if checks is not None and zlib.crc32(found) != checks[sample]:
+            raise BadSample("damaged: its bytes are not those that were written")
+        return Sample(index.key(sample), label, found[BLOCK:])
+
+    def _listing(self, shard: int) -> TarIndex:
+        """What a shard holds; where an index file says it, the shard is not fetched."""
+        if shard in self._indices:
+            return self._indices[shard]
+        if shard not in self._listings:
+            kept = self._kept_index(self.shards.names[shard], self.shards.entries[shard])
+            self._listings[shard] = self._index(shard) if kept is None else kept
+        return self._listings[shard]
 
     def _index(self, shard: int) -> TarIndex:
         if shard in self.damaged:
@@ -112,7 +135,25 @@ class ShardReader:
                         "again"
                     )
                 self._verified[shard] = 1
-            return index_of(descriptor, name, entry.samples)
+            return self._kept_index(name, entry) or index_of(descriptor, name, entry.samples)
+
+    def _kept_index(self, name: str, entry: ShardEntry) -> TarIndex | None:
+        """The index from the file beside the shard; None where that is missing or damaged."""
+        if entry.index is None:
+            return None
+        beside = sibling(name, f"{entry.name}{SUFFIX}") if is_url(name) else name + SUFFIX
+        try:
+            with self.cache.open(beside, entry.index) as file:
+                content = file.read()
+            if hashlib.sha256(content).hexdigest() == entry.index.sha256:
+                return unpack(content)
+            reason = f"{beside} is not the file that the manifest knows"
+        except (BadShard, OSError) as error:
+            reason = str(error)
+        if not self._told:
+            log.warning("%s; headers of shards are read instead, which takes longer", reason)
+        self._told = True
+        return None
 
     def _file(self, shard: int) -> io.FileIO:
         if shard not in self._open:
@@ -135,7 +176,7 @@ def _failures_named(name: str) -> Iterator[None]:
             f"{name} is in the manifest but not there; bring it back or write the shards again"
         ) from None
     except OSError as error:
-        raise BadShard(
+        raise Unreachable(
             f"{name}: it cannot be read ({error.strerror}); mend the disk or its mount, then start "
             "the same command again"
         ) from error

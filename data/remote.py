@@ -3,7 +3,8 @@
 fsspec brings the clients; what is added here is what training needs of them. A read that brings
 nothing for `read_timeout` seconds is over. A failed transfer goes on at the byte it had reached,
 after a pause that grows and is jittered (a thousand ranks must not knock at once); it is given up
-`give_up_after` seconds after it began. Answers that no wait mends (404, 403) end it at once.
+`give_up_after` seconds after it began. Answers that no wait mends (404, 403) end it at once. Of all
+failures only "there is no such thing" holds for every rank alike; the rest are Unreachable.
 
 Credentials and endpoints come from where the clients look for them: AWS_*,
 GOOGLE_APPLICATION_CREDENTIALS, FSSPEC_*. A config is saved and shown, so it holds no secrets.
@@ -24,14 +25,15 @@ import aiohttp
 import fsspec
 
 from data.config import RemoteConfig
-from data.errors import BadShard, DataError
+from data.errors import BadShard, DataError, Unreachable
 
 log = logging.getLogger(__name__)
 
 SCHEMES = ("http", "https", "s3", "gs")
 CHUNK = 1 << 20
 MAX_PAUSE = 30.0  # seconds between two attempts, at most
-_PERMANENT = frozenset({400, 401, 403, 404, 405, 410, 416, 451})
+_MISSING = frozenset({404, 410})
+_REFUSED = frozenset({400, 401, 403, 405, 416, 451})
 _EXTRA = {"s3": "s3fs", "gs": "gcsfs"}
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|pipe:")
 _filesystems: dict[tuple[int, str, float], Any] = {}
@@ -92,7 +94,9 @@ def find(pattern: str, remote: RemoteConfig) -> list[str]:
 
 
 def persist(attempt: Callable[[], None], url: str, remote: RemoteConfig) -> None:
-    """Call `attempt` until it returns. BadShard for what no wait mends, or when time is up."""
+    """Call `attempt` until it returns. BadShard where there is nothing, Unreachable for what no
+    wait mends, or when time is up.
+    """
     began, failures = time.monotonic(), 0
     jitter = random.Random()  # not the global generator: that one is the augmentation's
     while True:
@@ -101,12 +105,12 @@ def persist(attempt: Callable[[], None], url: str, remote: RemoteConfig) -> None
         except DataError:
             raise
         except Exception as error:  # each client library has exceptions of its own
-            if _is_permanent(error):
-                raise BadShard(f"{url}: {_said(error)}; correct the URL or the rights") from error
+            if permanent := _permanent(error):
+                raise permanent(f"{url}: {_said(error)}; correct the URL or the rights") from error
             failures += 1
             pause = min(MAX_PAUSE, 0.5 * 2**failures) * jitter.uniform(0.5, 1)
             if time.monotonic() + pause - began > remote.give_up_after:
-                raise BadShard(
+                raise Unreachable(
                     f"{url}: given up after {failures} attempts ({_said(error)}); mend the server "
                     "or raise data.remote.give_up_after, then start the same command again"
                 ) from error
@@ -154,10 +158,14 @@ def _filesystem(scheme: str, remote: RemoteConfig) -> Any:
     return _filesystems[name]
 
 
-def _is_permanent(error: Exception) -> bool:
-    if isinstance(error, aiohttp.ClientResponseError):
-        return error.status in _PERMANENT
-    return isinstance(error, (FileNotFoundError, PermissionError, aiohttp.InvalidURL))
+def _permanent(error: Exception) -> type[DataError] | None:
+    """What an error means that no wait mends; None for the others."""
+    status = error.status if isinstance(error, aiohttp.ClientResponseError) else 0
+    if status in _MISSING or isinstance(error, FileNotFoundError):
+        return BadShard
+    if status in _REFUSED or isinstance(error, (PermissionError, aiohttp.InvalidURL)):
+        return Unreachable
+    return None
 
 
 def _said(error: Exception) -> str:

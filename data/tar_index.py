@@ -55,6 +55,7 @@ class TarIndex:
     sizes: np.ndarray  # int64: bytes of the image
     labels: np.ndarray  # int64: the class, NO_LABEL where it is no number
     faults: dict[int, str] = field(default_factory=dict)  # sample -> why it cannot be used
+    checks: np.ndarray | None = None  # int64: CRC-32 of each sample, see data.index_file
     ignored: int = 0  # members that are neither image nor label
 
     def __len__(self) -> int:
@@ -124,7 +125,7 @@ class _Tar:
         if digits[:1] == b"\x80":  # GNU's binary form, for sizes past 8 GiB
             return int.from_bytes(digits[1:], "big")
         text = digits.strip(b"\0 ")
-        if not re.fullmatch(rb"[0-7]+", text):
+        if not text.isdigit() or b"8" in text or b"9" in text:
             self.fault(position, f"{digits!r} in a header is no octal number: damaged, or no tar")
         return int(text, 8)
 

@@ -69,6 +69,7 @@ def batches_of(
             if isinstance(batch, DataError):
                 raise batch
             ledger.record(batch.pop("bad"))
+            ledger.took(batch)
             yield batch
     finally:
         if workers:

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from data.decode import EXTENSION_OF_FORMAT, MAX_PIXELS, open_image
 from data.errors import BadSample, DataError
+from data.index_file import SUFFIX, content_for, entry_for
 from data.manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -160,7 +161,9 @@ def _write_shard(job: _Job) -> dict[str, Any]:
     if job.note.exists():
         note = json.loads(job.note.read_text())
         entry = note["entry"]
-        if not entry["samples"] or (job.path.exists() and sha256_of(job.path) == entry["sha256"]):
+        if not entry["samples"] or (
+            _is(job.path, entry) and _is(_index_of(job.path), entry["index"])
+        ):
             return note
     statistics, skipped = ShardStatistics(), []
     temporary = job.path.with_name(f".{job.path.name}.{os.getpid()}")
@@ -182,17 +185,28 @@ def _write_shard(job: _Job) -> dict[str, Any]:
     return note
 
 
+def _is(path: Path, entry: dict[str, Any]) -> bool:
+    return path.exists() and sha256_of(path) == entry["sha256"]
+
+
+def _index_of(shard: Path) -> Path:
+    return shard.with_name(shard.name + SUFFIX)
+
+
 def _publish(job: _Job, temporary: Path, statistics: ShardStatistics) -> dict[str, Any]:
-    """Give the shard its name and describe it; a shard without a sample is dropped."""
+    """Give the shard its name, an index and a description; without a sample it is dropped."""
     samples = sum(statistics.class_counts.values())
     if not samples:
         temporary.unlink()
         return {"entry": {"samples": 0}}
+    index = content_for(temporary)
+    write_atomically(_index_of(job.path), index)
     entry = ShardEntry(
         name=job.path.name,
         samples=samples,
         bytes=temporary.stat().st_size,
         sha256=sha256_of(temporary),
+        index=entry_for(index),
     )
     publish(temporary, job.path)
     return statistics.note(entry)

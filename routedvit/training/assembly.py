@@ -43,6 +43,9 @@ def build_engine(
     mixup = build_mixup(
         config.loss.mixup,
         config.loss.cutmix,
+        prob=config.loss.mix_prob,
+        switch_prob=config.loss.mix_switch_prob,
+        seed=config.seed,
         label_smoothing=config.loss.label_smoothing,
         num_classes=config.model.kwargs["num_classes"],
         batch_size=micro_batch_size,

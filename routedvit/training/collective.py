@@ -10,6 +10,19 @@ from routedvit.training.config import ConfigError
 T = TypeVar("T")
 
 
+def must_agree(what: str, value: object, mend: str) -> None:
+    """Compare a (picklable) value over all ranks. Collective.
+
+    Raises:
+        ConfigError: on every rank, naming those that differ from rank 0.
+    """
+    values: list[object] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    others = [str(rank) for rank, other in enumerate(values) if other != values[0]]
+    if others:
+        raise ConfigError(f"rank {', '.join(others)} has other {what} than rank 0; {mend}")
+
+
 def on_rank_zero(action: Callable[[], T]) -> T:
     """Run `action` on rank 0 only and return its (picklable) result on every rank. Collective.
 

@@ -15,9 +15,13 @@ class LossConfig(Section):
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Probability mass moved from the label to all classes."""
     mixup: float = Field(0.0, ge=0)
-    """Mixup's alpha (1710.09412); 0 turns it off. Pairs come from one rank's micro-batch."""
+    """Mixup's alpha (1710.09412); 0 turns it off. Pairs are neighbours in the sample order."""
     cutmix: float = Field(0.0, ge=0)
-    """CutMix's alpha (1905.04899); 0 turns it off. With mixup too, each batch draws one."""
+    """CutMix's alpha (1905.04899); 0 turns it off. With mixup too, each pair draws one."""
+    mix_prob: float = Field(1.0, ge=0, le=1)
+    """Share of the pairs of images that mixup or CutMix mixes."""
+    mix_switch_prob: float = Field(0.5, ge=0, le=1)
+    """Share of CutMix among mixed pairs, where mixup is on too."""
 
 
 class OptimConfig(Section):

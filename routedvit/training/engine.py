@@ -15,6 +15,7 @@ Reference: DeepSpeed 0.19.8, deepspeed/__init__.py and deepspeed/runtime/engine.
 
 import atexit
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -77,6 +78,11 @@ def stop() -> None:
     """Disconnect; calling it twice is fine."""
     if dist.is_initialized():
         dist.destroy_process_group()
+        # DeepSpeed's globals keep the groups and so gloo's threads alive. One of them may still be
+        # freeing the tensors of the last collective, for which it needs the interpreter's lock;
+        # were the interpreter to end first, the thread would abort the process (seen in 1 end of
+        # 8 under ZeRO-3). It needs microseconds once the lock is free.
+        time.sleep(0.2)
 
 
 def _import_muon_undecorated() -> None:

@@ -7,12 +7,13 @@ world. `position` int64 [B] counts samples over the whole run: what an objective
 from it does not change with the number of ranks.
 """
 
+from typing import Any
+
 import timm.loss
 import torch
-from timm.data import Mixup
 from torch import nn
 
-from routedvit.training.config import ConfigError
+from routedvit.training.mixing import Mixing
 
 
 class SupervisedObjective(nn.Module):
@@ -25,11 +26,10 @@ class SupervisedObjective(nn.Module):
         model: images [B, C, H, W] -> logits [B, num_classes].
         loss: (float32 logits [B, num_classes], target) -> scalar; target is int64 [B], or float
             [B, num_classes] where `mixup` mixes.
-        mixup: mixes images and labels in training, if not None; needs an even B. It draws from
-            numpy's global generator, which the trainer seeds by step and rank.
+        mixup: mixes images and labels in training, if not None; needs an even B.
     """
 
-    def __init__(self, model: nn.Module, loss: nn.Module, mixup: Mixup | None = None) -> None:
+    def __init__(self, model: nn.Module, loss: nn.Module, mixup: Mixing | None = None) -> None:
         super().__init__()
         self.model = model
         self.loss = loss
@@ -39,35 +39,22 @@ class SupervisedObjective(nn.Module):
         self, image: torch.Tensor, target: torch.Tensor, position: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         if self.mixup is not None and self.training:
-            image, target = self.mixup(image.clone(), target)  # timm mixes in place
+            image, target = self.mixup(image, target, position)
         logits = self.model(image).float()
         label = target if target.dim() == 1 else target.argmax(dim=-1)
         accuracy = 100 * (logits.detach().argmax(dim=-1) == label).float().mean()
         return self.loss(logits, target), {"top1": accuracy}
 
 
-def build_mixup(
-    mixup: float, cutmix: float, *, label_smoothing: float, num_classes: int, batch_size: int
-) -> Mixup | None:
-    """timm's Mixup for micro-batches of `batch_size`, or None when both alphas are 0.
-
-    Raises:
-        ConfigError: the micro-batch is odd, so that an image would have no partner.
-    """
-    if not mixup and not cutmix:
-        return None
-    if batch_size % 2:
-        raise ConfigError(
-            f"loss.mixup and loss.cutmix pair the images of a micro-batch, and {batch_size} is "
-            "odd; choose an even train.micro_batch_size"
-        )
-    return Mixup(mixup, cutmix, label_smoothing=label_smoothing, num_classes=num_classes)
+def build_mixup(mixup: float, cutmix: float, **options: Any) -> Mixing | None:
+    """What mixes images (its arguments: `Mixing`), or None when both alphas are 0."""
+    return Mixing(mixup, cutmix, **options) if mixup or cutmix else None
 
 
 def build_loss(name: str, label_smoothing: float = 0.0, *, mixed: bool = False) -> nn.Module:
     """'softmax' or 'bce' (one sigmoid per class, summed over classes as in DeiT III, 2204.07118).
 
-    With `mixed` the targets are dense and smoothed by Mixup already. timm's BinaryCrossEntropy
+    With `mixed` the targets are dense and smoothed by Mixing already. timm's BinaryCrossEntropy
     smooths by itself; its sum over classes keeps the gradient's scale independent of their number.
     """
     if name == "bce":

@@ -221,7 +221,7 @@ class Trainer:
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed every generator a step can draw from (dropout, mixup) by what the step is.
+    """Seed every generator a step can draw from (dropout, drop-path) by what the step is.
 
     Random numbers then depend on nothing that happened before, so a resumed run draws the same ones
     without saved generator states, whatever evaluation or logging drew in between.

@@ -6,9 +6,14 @@ import itertools
 import json
 from collections import Counter
 
+import numpy as np
 import pytest
 
-from data.errors import DataError
+from data.config import RemoteConfig
+from data.errors import DataError, Unreachable
+from data.order import SampleOrder
+from tests.unit.data.making import vouch
+from tests.unit.data.serving import FaultyServer
 from tests.unit.data.test_faults import DAMAGE
 from tests.unit.data.test_loaders import eval_loader, train_loader
 
@@ -85,3 +90,71 @@ def test_evaluation_leaves_the_samples_of_a_quarantined_shard_out(make_set, make
     valid = [ok for batch in loader for ok in batch["valid"].tolist()]
     assert valid == [False] * 3 + [True] * 4 + [False]
     assert [line["index"] for line in ledger(tmp_path / "ledger", "val")] == [0, 1, 2]
+
+
+def share_of(config, rank, steps, start=0):
+    """position -> key, of the first steps of one of two ranks."""
+    loader = train_loader(config, batch=4, micro=2, rank=rank, world_size=2)
+    return {
+        position: key
+        for rows in itertools.islice(loader.batches(start * 4), steps)
+        for position, key in zip(rows["position"].tolist(), rows["key"], strict=True)
+    }
+
+
+@pytest.mark.parametrize(("fault", "workers"), [("503", 0), ("503", 1), ("403", 0), ("stall", 0)])
+def test_what_one_rank_cannot_reach_is_no_quarantine(
+    make_set, make_config, tmp_path, monkeypatch, fault, workers
+):
+    """Every rank gives its share of the order or stops in words; healed, the run goes on exactly.
+
+    Quarantine is allowed here, and would leave rank 1 with other samples than a rank that has
+    better luck, or than rank 1 itself after a resume.
+    """
+    monkeypatch.setattr("data.remote.MAX_PAUSE", 0.05)
+    folder = make_set([8, 8, 8, 8])
+    whole = epoch(make_config(folder, streams=2, shuffle_buffer=0), ranks=2, samples=32)
+    order = SampleOrder([8] * 4, seed=7, shuffle_buffer=0, streams=2)
+    place = order.locate(np.arange(32))
+    mine, theirs = (set(place.shard[rank::2].tolist()) for rank in (1, 0))
+    lost = f"{min(mine - theirs):03d}.tar"
+    with FaultyServer(tmp_path) as server:
+        remote = RemoteConfig(
+            cache_dir=str(tmp_path / "cache"), read_timeout=0.2, give_up_after=0.6, prefetch=0
+        )
+        fields = {"streams": 2, "shuffle_buffer": 0, "max_bad_shards": 4, "num_workers": workers}
+        config = make_config(f"{server.url}/train", remote=remote.model_dump(), **fields)
+        server.faults[lost] = [fault] * 999
+        assert share_of(config, 0, 8) == {p: k for p, k in whole.items() if p % 2 == 0}
+        seen = {}
+
+        def steps():
+            while len(seen) < 16:
+                seen.update(share_of(config, 1, 1, start=len(seen) // 2))
+
+        with pytest.raises(Unreachable, match=lost):
+            steps()
+        server.faults[lost] = []
+        steps()
+        assert seen == {p: k for p, k in whole.items() if p % 2 == 1}
+        server.shutdown()
+
+
+def test_a_disk_that_fails_is_no_quarantine(make_set, make_config, tmp_path):
+    folder = make_set([5, 5, 5, 5])
+    (folder / "001.tar").unlink()
+    (folder / "001.tar").mkdir()  # reading it is an OSError that is not about its absence
+    config = make_config(folder, max_bad_shards=4, verify="off")
+    with pytest.raises(Unreachable, match=r"001\.tar: it cannot be read"):
+        epoch(config, ledger_dir=tmp_path / "ledger")
+    assert not ledger(tmp_path / "ledger")
+
+
+def test_ranks_with_other_shards_can_be_told_apart(make_set, make_config):
+    folder = make_set([5, 5])
+    config = make_config(folder)
+    prints = [train_loader(config, rank=rank, world_size=2, micro=2).fingerprint for rank in (0, 1)]
+    spoil(folder, "001.tar")
+    vouch(folder, {"000.tar": 5, "001.tar": 5})
+    assert prints == [prints[0]] * 2
+    assert train_loader(config).fingerprint != prints[0]

@@ -15,7 +15,7 @@ import pytest
 
 from data.cache import ShardCache
 from data.config import RemoteConfig
-from data.errors import BadShard, DataError
+from data.errors import BadShard, DataError, Unreachable
 from data.manifest import MANIFEST_NAME
 from data.shards import resolve
 from tests.unit.data.serving import FaultyServer
@@ -55,11 +55,11 @@ def test_what_passes_is_outwaited_and_the_bytes_are_right(make_set, server, remo
         assert ("000.tar", f"bytes={size}-") in server.requests
 
 
-@pytest.mark.parametrize("fault", ["404", "403"])
-def test_what_no_wait_mends_is_said_at_once(make_set, server, remote, fault):
+@pytest.mark.parametrize(("fault", "kind"), [("404", BadShard), ("403", Unreachable)])
+def test_what_no_wait_mends_is_said_at_once(make_set, server, remote, fault, kind):
     make_set([6])
     server.faults["000.tar"] = [fault] * 9
-    with pytest.raises(BadShard, match=r"000\.tar: .*; correct the URL"):
+    with pytest.raises(kind, match=r"000\.tar: .*; correct the URL"):
         fetched(server, remote)
     assert [name for name, _ in server.requests].count("000.tar") == 1
 
@@ -70,7 +70,7 @@ def test_a_server_that_never_recovers_is_given_up_in_time(make_set, server, remo
     server.ranges = False
     server.faults["000.tar"] = [fault] * 999
     began = time.monotonic()
-    with pytest.raises(BadShard, match=r"000\.tar: given up after \d+ attempts .*give_up_after"):
+    with pytest.raises(Unreachable, match=r"000\.tar: given up after \d+ attempts .*give_up_after"):
         fetched(server, remote.model_copy(update={"give_up_after": 1.0}))
     assert time.monotonic() - began < 4
 

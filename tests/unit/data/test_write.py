@@ -13,7 +13,7 @@ import pytest
 import webdataset
 from PIL import Image
 
-from data import check, order_cli, write
+from data import check, write
 from data.listings import dataset_split
 from data.manifest import read_manifest, sha256_of
 from data.shards import resolve
@@ -156,7 +156,7 @@ def test_a_stopped_writer_goes_on_and_leaves_finished_shards_alone(
     assert [(out / "train" / name).stat().st_mtime_ns for name in written] == before
     assert check.main([str(out / "train")]) == 0
     assert sorted(path.name for path in (out / "train").iterdir()) == [
-        *(f"{number:06d}.tar" for number in range(5)),
+        *(f"{number:06d}.tar{end}" for number in range(5) for end in ("", ".index")),
         "manifest.json",
         "skipped.jsonl",
     ]
@@ -210,35 +210,6 @@ def test_a_source_that_is_not_there_is_said_in_a_line(tmp_path, capsys, argument
     said = capsys.readouterr().err
     assert words in said
     assert said.count("\n") == 1
-
-
-def test_order_prints_what_the_loader_serves(make_set, make_config, capsys):
-    from tests.unit.data.test_loaders import SIZES, train_loader
-
-    folder = make_set(SIZES)
-    command = ["--shards", str(folder), "--seed", "7", "--shuffle-buffer", "8"]
-    command += ["--batch-size", "16", "--steps", "2:4", "--world-size", "2", "--rank", "1"]
-    assert order_cli.main([*command, "--micro-batch-size", "4", "--workers", "3"]) == 0
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    batches = train_loader(make_config(folder), rank=1, world_size=2).batches(32)
-    served = [next(batches) for _ in range(4)]
-    assert [line["key"] for line in lines] == [key for batch in served for key in batch["key"]]
-    assert [line["position"] for line in lines] == list(range(33, 64, 2))
-    assert [line["worker"] for line in lines[::4]] == [1, 2, 0, 1]
-
-
-def test_order_counts_steps_from_an_epoch_on_request(make_set, capsys):
-    command = ["--shards", str(make_set([10, 11])), "--seed", "0", "--batch-size", "4"]
-    assert order_cli.main([*command, "--epoch", "1", "--steps", "0:1"]) == 0
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [line["position"] for line in lines] == [24, 25, 26, 27]
-    assert {line["epoch"] for line in lines} == {1}
-
-
-def test_order_refuses_a_world_that_does_not_fit(make_set, capsys):
-    command = ["--shards", str(make_set([5] * 4)), "--seed", "0", "--batch-size", "8"]
-    assert order_cli.main([*command, "--steps", "0:1", "--world-size", "3"]) == 2
-    assert "rank counts that fit: 1, 2, 4" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("numeric", [False, True])

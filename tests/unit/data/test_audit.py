@@ -1,0 +1,100 @@
+"""A run over 2, 1 and 4 ranks, killed and resumed: its ledger holds every sample exactly once."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+
+from data import audit
+from data.errors import DataError
+from tests.unit.data.test_faults import BAD_SAMPLES, shards_with
+from tests.unit.data.test_loaders import BATCH, SIZES, TOTAL, train_loader
+
+
+def write_config(folder, config, **loss):
+    run = {"seed": 7, "train": {"batch_size": BATCH}, "loss": loss}
+    run["data"] = config.model_dump(mode="json")
+    (folder / "config.json").write_text(json.dumps({"config": run}))
+
+
+def run_steps(folder, config, ranks, first, last, micro=2, **more):
+    """Steps [first, last) as `ranks` processes would take them; a micro-batch ahead is made."""
+    for rank in range(ranks):
+        loader = train_loader(
+            config, rank=rank, world_size=ranks, micro=micro, ledger_dir=folder / "logs", **more
+        )
+        stream = loader.batches(first * BATCH)
+        for _ in itertools.islice(stream, (last - first) * BATCH // (micro * ranks)):
+            pass
+        stream.close()
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    return folder
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_runs_of_2_1_and_4_ranks_take_every_sample_once(
+    make_set, make_config, run, capsys, workers, pairs
+):
+    """Resumed mid-epoch on each; the fourth start repeats a step that was not checkpointed."""
+    config = make_config(make_set(SIZES), streams=8, num_workers=workers, log_samples=True)
+    write_config(run, config, mixup=0.5 * pairs)
+    steps = -(-2 * TOTAL // BATCH)
+    run_steps(run, config, 2, 0, 2, pairs=pairs)
+    run_steps(run, config, 1, 2, 5, pairs=pairs)
+    run_steps(run, config, 4, 5, 9, pairs=pairs)
+    run_steps(run, config, 2, 8, steps, pairs=pairs)
+    assert audit.main([str(run)]) == 0
+    said = capsys.readouterr().out
+    assert f"positions 0 to {steps * BATCH - 1}; {BATCH} of them again" in said
+    for epoch in (0, 1):
+        assert f"epoch {epoch}: {TOTAL} of {TOTAL} samples, each exactly once" in said
+
+
+def test_a_mixture_is_audited_source_by_source(make_set, make_config, run, capsys):
+    sources = [make_set([9, 7, 8, 8], "train"), make_set([5, 6, 5], "other")]
+    sections = [{"shards": str(f), "weight": w} for f, w in zip(sources, (3, 1), strict=True)]
+    config = make_config(sections, streams=4, log_samples=True)
+    write_config(run, config)
+    run_steps(run, config, 2, 0, 9)
+    assert audit.main([str(run)]) == 0
+    said = capsys.readouterr().out
+    assert "source 0, epoch 0: 32 of 32 samples, each exactly once" in said
+    assert "source 1, epoch 0: 16 of 16 samples, each exactly once" in said
+
+
+def test_what_was_lost_doubled_or_exchanged_is_named(make_set, make_config, run, capsys):
+    config = make_config(make_set(SIZES), streams=4, log_samples=True)
+    write_config(run, config)
+    run_steps(run, config, 2, 0, 2)
+    path = run / "logs" / "samples.rank0.jsonl"
+    lines = [json.loads(line) for line in path.read_text().split("\n")[1:]]
+    lines[1]["key"][0] = "someone"  # position 4
+    del lines[2]  # positions 8 and 10
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"position": [3')
+    assert audit.main([str(run)]) == 1
+    said = capsys.readouterr().out
+    for words in ("position 4 was someone, the order says train/", "position 8 was never taken"):
+        assert words in said
+    assert "3 findings" in said
+
+
+def test_substitutes_of_bad_samples_are_known(tmp_path, make_config, run, capsys):
+    config = make_config(shards_with(tmp_path, BAD_SAMPLES["html"][0]), streams=1, log_samples=True)
+    write_config(run, config)
+    run_steps(run, config, 1, 0, 1)
+    assert audit.main([str(run)]) == 0
+    assert "substitutes for bad ones" in capsys.readouterr().out
+
+
+def test_a_run_without_a_ledger_says_how_to_get_one(run, capsys):
+    with pytest.raises(DataError, match=r"data\.log_samples"):
+        audit.audit(run)
+    assert audit.main([str(run)]) == 2

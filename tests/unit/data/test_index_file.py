@@ -1,0 +1,149 @@
+"""Index files: what a walk finds without the walk, and damage that stays with its sample."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+
+import pytest
+
+from data import check
+from data.config import RemoteConfig
+from data.index_file import SUFFIX, content_for, unpack
+from data.manifest import read_manifest
+from data.reader import ShardReader
+from data.shards import resolve
+from data.tar_index import read_index
+from tests.unit.data.making import pair, vouch, write_tar
+from tests.unit.data.serving import FaultyServer
+from tests.unit.data.test_loaders import train_loader
+
+
+@pytest.fixture
+def indexed(make_set):
+    """indexed([5, 3]) -> such a set whose manifest names index files."""
+
+    def make(sizes, name="train"):
+        folder = make_set(sizes, name)
+        assert check.main(["--write-manifest", str(folder / "*.tar")]) == 0
+        return folder
+
+    return make
+
+
+def epoch(config, **more):
+    loader = train_loader(config, batch=4, **more)
+    batches = itertools.islice(loader.batches(0), loader.samples_per_epoch // 4)
+    return [
+        (key, image)
+        for rows in batches
+        for key, image in zip(rows["key"], rows["image"], strict=True)
+    ]
+
+
+def same(left, right):
+    return all(a == b and x.equal(y) for (a, x), (b, y) in zip(left, right, strict=True))
+
+
+def test_an_index_file_says_what_the_walk_says(tmp_path):
+    members = [*pair("a", 0, 2), ("a.json", b"{}"), *pair("sub/é", 1, 1)]
+    members += [("c.pkl", b"x"), *pair("c", 2, 0), ("d.png", b"x"), ("d.cls", b"cat")]
+    write_tar(tmp_path / "0.tar", members)
+    walked, kept = read_index(tmp_path / "0.tar"), unpack(content_for(tmp_path / "0.tar"))
+    for name in ("keys", "offsets", "sizes", "labels"):
+        assert getattr(kept, name).tolist() == getattr(walked, name).tolist()
+    assert (kept.faults, kept.ignored) == (walked.faults, walked.ignored)
+    assert sorted(kept.faults) == [2, 3]
+
+
+def test_nothing_is_walked_where_an_index_file_is(indexed, make_config, monkeypatch):
+    folder = indexed([6, 6])
+    walked = epoch(make_config(folder, streams=2))
+    monkeypatch.setattr("data.reader.index_of", None)
+    assert same(epoch(make_config(folder, streams=2)), walked)
+
+
+@pytest.mark.parametrize("harm", ["missing", "damaged"])
+def test_without_a_good_index_file_the_shard_is_walked(indexed, make_config, caplog, harm):
+    folder = indexed([6, 6])
+    whole = epoch(make_config(folder))
+    index = folder / f"001.tar{SUFFIX}"
+    if harm == "missing":
+        index.unlink()
+    else:
+        index.write_bytes(index.read_bytes().replace(b"train/0007", b"train/0008"))
+    assert same(epoch(make_config(folder)), whole)
+    assert len(caplog.records) == 1
+    assert "001.tar.index" in caplog.text
+
+
+@pytest.mark.parametrize("place", ["header", "pixels", "block"])
+def test_damage_costs_the_sample_it_is_in_and_no_other(indexed, make_config, tmp_path, place):
+    """Size and hash of the file are not asked: a disk may fail after they were compared."""
+    folder = indexed([6, 6])
+    config = make_config(folder, streams=1)
+    whole = dict(epoch(config))
+    path = folder / "001.tar"
+    content = bytearray(path.read_bytes())
+    offset = int(read_index(path).offsets[2])
+    if place == "block":
+        content[offset - 512 : offset] = bytes(512)
+    else:
+        content[offset + (-300 if place == "header" else 40)] ^= 1
+    path.write_bytes(content)
+    damaged = epoch(config, ledger_dir=tmp_path)
+    (line,) = map(json.loads, (tmp_path / "bad_samples.train.rank0.jsonl").read_text().splitlines())
+    assert line["key"] == "train/0008"
+    assert "not those that were written" in line["reason"]
+    keys = [key for key, _ in damaged]
+    assert "train/0008" not in keys
+    assert len(set(keys)) == 11
+    assert set(keys) < set(whole)
+
+
+def test_a_swapped_shard_of_equal_size_gives_no_sample(indexed):
+    """Else its images would come with the labels of the shard that was there before."""
+    folder = indexed([6, 6])
+    os.replace(folder / "000.tar", folder / "001.tar")
+    (folder / "000.tar").write_bytes((folder / "001.tar").read_bytes())
+    shards = resolve(str(folder))
+    assert shards.entries[0].bytes == shards.entries[1].bytes
+    reader = ShardReader(shards)
+    for sample in range(6):
+        assert reader.read(0, sample).key == f"train/{sample:04d}"
+        with pytest.raises(Exception, match="not those that were written"):
+            reader.read(1, sample)
+
+
+def test_remote_index_files_are_fetched_and_verified(indexed, make_config, tmp_path, monkeypatch):
+    folder = indexed([5, 4, 6, 3])
+    local = epoch(make_config(folder, streams=2))
+    monkeypatch.setattr("data.reader.index_of", None)
+    monkeypatch.setattr("data.remote.MAX_PAUSE", 0.05)
+    remote = RemoteConfig(cache_dir=str(tmp_path / "cache"), give_up_after=8).model_dump()
+    with FaultyServer(tmp_path) as server:
+        server.faults["001.tar.index"] = ["swapped", "truncate"]
+        config = make_config(f"{server.url}/train", streams=2, remote=remote)
+        assert same(epoch(config), local)
+        server.shutdown()
+
+
+def test_check_says_what_is_wrong_with_index_files(indexed, capsys):
+    folder = indexed([3, 3, 3])
+    assert check.main([str(folder)]) == 0
+    (folder / f"000.tar{SUFFIX}").unlink()
+    with open(folder / f"001.tar{SUFFIX}", "ab") as file:
+        file.write(b"x")
+    assert check.main([str(folder)]) == 1
+    report = capsys.readouterr().out
+    assert "000.tar.index: missing" in report
+    assert "001.tar.index: not the file that the manifest knows" in report
+    assert "2 findings" in report
+
+
+def test_manifests_without_index_files_still_serve(make_set, make_config):
+    folder = make_set([4, 4])
+    assert all(entry.index is None for entry in read_manifest(folder / "manifest.json").shards)
+    vouch(folder, {"000.tar": 4, "001.tar": 4})
+    assert len(epoch(make_config(folder))) == 8
