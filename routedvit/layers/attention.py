@@ -200,7 +200,7 @@ class HeavyAttention(nn.Module):
         self,
         queries: Tensor,
         context: Tensor,
-        kv_gate: Tensor,
+        kv_gate: Tensor | None = None,
         q_rope: Tensor | None = None,
         k_rope: Tensor | None = None,
     ) -> Tensor:
@@ -209,7 +209,7 @@ class HeavyAttention(nn.Module):
         Args:
             queries: [B, Q, D] normalised rows.
             context: [B, R, K, D] normalised rows of each kv route.
-            kv_gate: [B, R, K].
+            kv_gate: [B, R, K]; None for gates of 1.
             q_rope: [B, Q, 2 * head_dim] and k_rope: [B, R, K, 2 * head_dim], the positions of
                 these rows.
 
@@ -217,11 +217,12 @@ class HeavyAttention(nn.Module):
             [B, Q, D], not yet gated.
         """
         batch, num_queries = queries.shape[0], queries.shape[1]
-        gate = kv_gate.unsqueeze(-1).to(context.dtype)
         q = self.q(queries).view(batch, num_queries, self.num_heads, self.head_dim).transpose(1, 2)
-        k, v = self._keys_values(context * gate if self.gate_tokens else context)
-        if not self.gate_tokens:
-            gate = self._per_head(gate)
+        if kv_gate is not None and self.gate_tokens:
+            context = context * kv_gate.unsqueeze(-1).to(context.dtype)
+        k, v = self._keys_values(context)
+        if kv_gate is not None and not self.gate_tokens:
+            gate = self._per_head(kv_gate.unsqueeze(-1).to(v.dtype))
             v = v * gate
             if self.gate_keys:
                 k = k * gate

@@ -52,6 +52,10 @@ class FixedRouter(nn.Module):
         """As `Router.num_selected`."""
         return (num_tokens * self.numerator + self.denominator - 1) // self.denominator
 
+    def takes_all(self) -> bool:
+        """As `Router.takes_all`."""
+        return self.numerator == self.denominator
+
     def forward(self, x: Tensor, num_prefix: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """As `Router.forward`; the gates are 1."""
         num_tokens = x.shape[1] - num_prefix

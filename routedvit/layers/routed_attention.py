@@ -26,6 +26,7 @@ from routedvit.layers.attention import HeavyAttention, WindowAttention
 from routedvit.layers.checkpointing import recompute
 from routedvit.layers.fixed_router import build_router
 from routedvit.layers.positions import take_rope
+from routedvit.layers.router import keep_in_graph
 from routedvit.ops import (
     gather_tokens,
     merge_windows,
@@ -215,10 +216,14 @@ class RoutedAttention(nn.Module):
             rows = recompute(self._heavy, source, q_index, q_gate, kv_index, kv_gate, rope)
         else:
             rows = self._heavy(source, q_index, q_gate, kv_index, kv_gate, rope)
-        if self.light is None:
-            base = torch.zeros_like(x)
-        else:
-            base = self.light(tokens, grid, rope, same_window)
+        if self.kv_router.takes_all():
+            rows = keep_in_graph(rows, kv_gate)
+        light = None if self.light is None else self.light(tokens, grid, rope, same_window)
+        if self.q_router.takes_all() and self.null_token is None:
+            rows = keep_in_graph(rows, q_gate)
+            rows = rows if light is None else rows + light
+            return rows if residual is None else residual + rows
+        base = torch.zeros_like(x) if light is None else light
         if self.null_token is not None:
             base = base + self.null_token
             rows = rows * q_gate.unsqueeze(-1).to(rows.dtype) - self.null_token
@@ -243,15 +248,19 @@ class RoutedAttention(nn.Module):
         rope: Tensor | None,
     ) -> Tensor:
         """Gather the routed rows and attend: [B, Q, D], not yet gated."""
-        queries = self.norm_heavy(gather_tokens(source, q_index))
-        if self.gate_queries:
+        all_queries = self.q_router.takes_all()
+        queries = self.norm_heavy(source if all_queries else gather_tokens(source, q_index))
+        if self.gate_queries and not all_queries:
             queries = queries * q_gate.unsqueeze(-1).to(queries.dtype)
         context = self.norm_heavy(self._context(source, kv_index))
+        gate = None if self.kv_router.takes_all() else kv_gate
         if rope is None:
-            return self.heavy(queries, context, kv_gate)
+            return self.heavy(queries, context, gate)
         q_rope, k_rope = take_rope(rope, q_index), take_rope(rope, kv_index)
-        return self.heavy(queries, context, kv_gate, q_rope, k_rope)
+        return self.heavy(queries, context, gate, q_rope, k_rope)
 
     def _context(self, source: Tensor, kv_index: Tensor) -> Tensor:
         """Gather the rows [B, R, K, D] of each kv route."""
+        if self.kv_router.takes_all():
+            return source.unsqueeze(1).expand(-1, kv_index.shape[1], -1, -1)
         return gather_tokens(source, kv_index)

@@ -17,6 +17,7 @@ from torch.jit import Final
 
 from routedvit.layers.checkpointing import recompute
 from routedvit.layers.fixed_router import build_router
+from routedvit.layers.router import keep_in_graph
 from routedvit.ops import gather_tokens, prepend_prefix, scatter_add_tokens
 
 __all__ = ["MLP_LAYERS", "RoutedFeedForward"]
@@ -106,9 +107,14 @@ class RoutedFeedForward(nn.Module):
             rows = recompute(self._heavy, source, index)
         else:
             rows = self._heavy(source, index)
+        if self.router.takes_all():
+            rows = keep_in_graph(rows, gate)
+            rows = rows if self.light is None else rows + self.light(tokens)
+            return rows if residual is None else residual + rows
         base = torch.zeros_like(x) if self.light is None else self.light(tokens)
         return scatter_add_tokens(base, index, rows, gate, residual)
 
     def _heavy(self, source: Tensor, index: Tensor) -> Tensor:
         """Gather the routed rows and transform them: [B, K, D], not yet gated."""
-        return self.heavy(self.norm_heavy(gather_tokens(source, index)))
+        rows = source if self.router.takes_all() else gather_tokens(source, index)
+        return self.heavy(self.norm_heavy(rows))

@@ -16,6 +16,7 @@ that can be traced.
 """
 
 from fractions import Fraction
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ from torch.jit import Final
 
 from routedvit.ops import coordinate_descent, route, select
 
-__all__ = ["Router", "as_ratio"]
+__all__ = ["Router", "as_ratio", "keep_in_graph"]
 
 register_notrace_function(route)
 register_notrace_function(select)
@@ -73,6 +74,37 @@ def router_logits(
 def straight_through(gates: Tensor) -> Tensor:
     """Value 1, gradient of the gates."""
     return gates + (1 - gates).detach()
+
+
+@register_notrace_function
+def take_all(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Every index and gates of 1, whose gradient is 0."""
+    indices = torch.arange(logits.shape[-1], device=logits.device)
+    return indices.expand(logits.shape).contiguous(), torch.ones_like(logits) + 0 * logits
+
+
+class _Keep(torch.autograd.Function):
+    """The first input as it is; the second gets a gradient of 0."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gates: Tensor) -> Tensor:
+        ctx.save_for_backward(gates)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        return grads[0], torch.zeros_like(ctx.saved_tensors[0])
+
+
+@register_notrace_function
+def keep_in_graph(x: Tensor, gates: Tensor) -> Tensor:
+    """x, with gates that nothing multiplies: their router gets a gradient of 0, not none.
+
+    Under ZeRO-3 a parameter without a gradient would be given that of an earlier step.
+    """
+    if torch.jit.is_scripting():
+        return x
+    return _Keep.apply(x, gates)
 
 
 class Router(nn.Module):
@@ -164,6 +196,10 @@ class Router(nn.Module):
             return min(self.fixed_number, num_tokens)
         return (num_tokens * self.numerator + self.denominator - 1) // self.denominator
 
+    def takes_all(self) -> bool:
+        """Whether every token goes heavy, at any size."""
+        return self.numerator == self.denominator and self.fixed_number == 0
+
     def forward(self, x: Tensor, num_prefix: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """Route the patches of x [B, P + N, D]; the P prefix tokens in front do not compete.
 
@@ -171,9 +207,13 @@ class Router(nn.Module):
             indices [B, R, k] ascending, 0 = first patch; gates [B, R, k] and logits [B, R, N] in
             fp32.
         """
+        # where all are taken, all gates are 1 and no gradient reaches x
+        x = x.detach() if self.takes_all() else x
         logits = router_logits(x, self.weight, self.scale, num_prefix, self.cosine)
         k = self.num_selected(logits.shape[-1])
-        if self.exact:
+        if self.takes_all():
+            indices, gates = take_all(logits)
+        elif self.exact:
             indices, gates = route(logits, k, self.fetch_ratio, self.eps)
         else:
             indices, gates = route_by_descent(

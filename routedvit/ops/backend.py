@@ -22,8 +22,7 @@ __all__ = ["BACKENDS", "backend", "set_backend", "uses_triton"]
 BACKENDS = ("auto", "torch", "triton")
 VARIABLE = "ROUTEDVIT_BACKEND"
 KERNELS = tuple(
-    f"routedvit.ops.{name}_triton"
-    for name in ("coordinate_descent", "gather_norm", "soft_topk", "tokens")
+    f"routedvit.ops.{name}_triton" for name in ("coordinate_descent", "gather_norm", "soft_topk")
 )
 # Triton itself supports no older NVIDIA architecture
 LOWEST_CAPABILITY = (8, 0)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from routedvit.ops.backend import uses_triton
 from routedvit.ops.soft_topk import capped_softmax
+from routedvit.ops.sorted_routing import route_rows
 
 __all__ = ["SAVED_OPS", "route", "route_all", "route_reference", "select", "select_reference"]
 
@@ -115,8 +116,14 @@ def _route(
 def _route_one(
     logits: Tensor, k: int, fetch_ratio: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    n = logits.shape[-1]
+    target = min(k * fetch_ratio, n)
+    if logits.device.type == "cpu" and target < n and logits.numel() > 0:
+        routed = route_rows(logits.reshape(-1, n), k, target, eps)
+        if routed is not None:
+            gates, indices, all_gates = (part.view(*logits.shape[:-1], -1) for part in routed)
+            return gates, indices, all_gates
     # one sorted top-k serves the gates and, its first k, the selection
-    target = min(k * fetch_ratio, logits.shape[-1])
     top, order = logits.topk(math.ceil(target), dim=-1)
     indices = order[..., :k].sort(dim=-1).values
     all_gates = capped_softmax(logits, top, torch.full_like(logits[..., :1], target), eps)
@@ -139,24 +146,45 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     _, indices, all_gates = output
     ctx.save_for_backward(indices, all_gates)
     ctx.mark_non_differentiable(indices)
+    ctx.set_materialize_grads(False)  # of outputs that nobody used
     ctx.counts, ctx.eps = inputs[1], inputs[3]
 
 
-def _route_backward(ctx: Any, grad_selected: Tensor, *_: Any) -> tuple[Tensor, None, None, None]:
-    """ds_i = gate_i / eps * (g_i - sum_U g * gate / sum_U gate) on U = {gate < 1}, else 0."""
+def _route_backward(
+    ctx: Any, grad_selected: Tensor | None, *_: Any
+) -> tuple[Tensor | None, None, None, None]:
+    if grad_selected is None:
+        return None, None, None, None
     indices, gates = ctx.saved_tensors
+    grad = torch.ops.routedvit.route_backward(indices, gates, grad_selected, ctx.counts, ctx.eps)
+    return grad, None, None, None
+
+
+@torch.library.custom_op("routedvit::route_backward", mutates_args=())
+def _route_gradient(
+    indices: Tensor, gates: Tensor, grad: Tensor, counts: Sequence[int], eps: float
+) -> Tensor:
+    """Gradient of the logits from that of the picked gates; shapes as `_route` has them.
+
+    ds_i = gate_i / eps * (g_i - sum_U g * gate / sum_U gate) on U = {gate < 1}, else 0
+    """
     if uses_triton(gates):
-        grad = torch.ops.routedvit.route_backward(
-            indices, gates, grad_selected, ctx.counts, ctx.eps
-        )
-        return grad, None, None, None
-    if len(ctx.counts) > 1:
-        first = [r * gates.shape[-1] for r, k in enumerate(ctx.counts) for _ in range(k)]
+        from routedvit.ops import routing_triton
+
+        return routing_triton.route_backward(indices, gates, grad, counts, eps)
+    if len(counts) > 1:
+        first = [r * gates.shape[-1] for r, k in enumerate(counts) for _ in range(k)]
         indices = indices + torch.tensor(first, device=indices.device)
-    grad = torch.zeros_like(gates).flatten(-2).scatter(-1, indices, grad_selected).view_as(gates)
-    free = gates * (gates < 1)
-    mean = (grad * free).sum(-1, keepdim=True) / free.sum(-1, keepdim=True).clamp(min=TINY)
-    return free * (grad - mean) / ctx.eps, None, None, None
+    free = gates.frac()  # a saturated 1 becomes 0
+    weighted = free.flatten(-2).gather(-1, indices) * grad
+    out = torch.zeros_like(free).flatten(-2).scatter_(-1, indices, weighted).view_as(free)
+    mean = out.sum(-1, keepdim=True) / free.sum(-1, keepdim=True).clamp_(min=TINY)
+    return out.addcmul_(free, mean, value=-1).div_(eps)
+
+
+@_route_gradient.register_fake
+def _(indices: Tensor, gates: Tensor, grad: Tensor, counts: Sequence[int], eps: float) -> Tensor:
+    return torch.empty_like(gates)
 
 
 _route.register_autograd(_route_backward, setup_context=_save_for_backward)

@@ -239,7 +239,6 @@ def select(scores: Tensor, k: int) -> Tensor:
     return launch_routing(scores, None, None, (k,), (*scores.shape[:-1], k), 1.0)[2]
 
 
-@torch.library.custom_op("routedvit::route_backward", mutates_args=())
 def route_backward(
     indices: Tensor, gates: Tensor, grad: Tensor, counts: Sequence[int], eps: float
 ) -> Tensor:
@@ -254,8 +253,3 @@ def route_backward(
                 n, len(ks), sum(ks), eps, **blocks(n),
             )  # fmt: skip
     return out
-
-
-@route_backward.register_fake
-def _(indices: Tensor, gates: Tensor, grad: Tensor, counts: Sequence[int], eps: float) -> Tensor:
-    return torch.empty_like(gates)

@@ -12,14 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from routedvit.ops.backend import uses_triton
+from routedvit.ops.token_operators import flat_index
 
 __all__ = ["gather_tokens", "prepend_prefix", "scatter_add_tokens"]
 
 
-def _flat_index(index: Tensor, num_tokens: int) -> Tensor:
-    """[B, K] indices within an image -> [B * K] rows of the flat [B * N, D] view."""
-    offset = torch.arange(index.shape[0], device=index.device) * num_tokens
-    return (index + offset.unsqueeze(1)).flatten()
+def _as_operator(x: Tensor) -> bool:
+    """Whether to call the operators of `token_operators.py`: for the kernels, or when compiling."""
+    if uses_triton(x):
+        return True
+    return torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting() and x.is_cpu
 
 
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
@@ -34,12 +36,12 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
         [B, K, D] or [B, R, K, D].
     """
     if not torch.jit.is_scripting():  # noqa: SIM102 -- TorchScript wants it alone
-        if uses_triton(x):
+        if _as_operator(x):
             routes = index if index.ndim == 3 else index.unsqueeze(1)
             rows = torch.ops.routedvit.gather_tokens(x, routes)
             return rows if index.ndim == 3 else rows.squeeze(1)
     batch, num_tokens, dim = x.shape
-    flat = _flat_index(index.flatten(1), num_tokens)
+    flat = flat_index(index.flatten(1), num_tokens)
     rows = x.reshape(batch * num_tokens, dim).index_select(0, flat)
     return rows.view(index.shape + (dim,))  # noqa: RUF005 -- TorchScript
 
@@ -58,15 +60,17 @@ def scatter_add_tokens(
             in the kernel.
     """
     if not torch.jit.is_scripting():  # noqa: SIM102 -- TorchScript wants it alone
-        if uses_triton(base):
+        if _as_operator(base):
             return torch.ops.routedvit.scatter_add_tokens(base, index, rows, gate, residual)
     batch, num_tokens, dim = base.shape
     weighted = (rows * gate.unsqueeze(-1).to(rows.dtype)).reshape(-1, dim)
-    flat = base.reshape(batch * num_tokens, dim).index_add(
-        0, _flat_index(index, num_tokens), weighted
-    )
-    out = flat.view(batch, num_tokens, dim)
-    return out if residual is None else residual + out
+    flat = base.reshape(batch * num_tokens, dim)
+    positions = flat_index(index, num_tokens)
+    if residual is None:
+        return flat.index_add(0, positions, weighted).view(batch, num_tokens, dim)
+    # into the fresh sum, in place: one pass over [B, N, D] less
+    total = flat + residual.reshape(batch * num_tokens, dim)
+    return total.index_add_(0, positions, weighted.to(total.dtype)).view(batch, num_tokens, dim)
 
 
 def prepend_prefix(index: Tensor, gate: Tensor, num_prefix: int) -> tuple[Tensor, Tensor]:

@@ -15,14 +15,12 @@ summation (fp32, rounded once).
     gate     [B, K]      fp32
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["gather", "scatter_add"]
+__all__ = ["gather", "gather_backward", "scatter_add", "scatter_add_backward"]
 
 TILE = 4096  # elements of a program: 32 per thread at 4 warps, 8 loads of 16 bytes in bf16
 
@@ -142,7 +140,6 @@ def _grid(num_rows: int, batch: int, dim: int, tile: dict[str, int]) -> tuple[in
     return batch, triton.cdiv(num_rows, tile["ROWS"]), triton.cdiv(dim, tile["BLOCK_D"])
 
 
-@torch.library.custom_op("routedvit::gather_tokens", mutates_args=())
 def gather(x: Tensor, index: Tensor) -> Tensor:
     """x [B, N, D], index [B, R, K] -> [B, R, K, D]."""
     batch, num_tokens, dim = x.shape
@@ -159,12 +156,6 @@ def gather(x: Tensor, index: Tensor) -> Tensor:
     return out
 
 
-@gather.register_fake
-def _(x: Tensor, index: Tensor) -> Tensor:
-    return x.new_empty((*index.shape, x.shape[-1]))
-
-
-@torch.library.custom_op("routedvit::gather_tokens_backward", mutates_args=())
 def gather_backward(index: Tensor, grad: Tensor, num_tokens: int) -> Tensor:
     """index [B, R, K], grad [B, R, K, D] -> gradient of x [B, N, D]."""
     batch, num_routes, num_rows, dim = grad.shape
@@ -179,25 +170,6 @@ def gather_backward(index: Tensor, grad: Tensor, num_tokens: int) -> Tensor:
     return out
 
 
-@gather_backward.register_fake
-def _(index: Tensor, grad: Tensor, num_tokens: int) -> Tensor:
-    return grad.new_empty((grad.shape[0], num_tokens, grad.shape[-1]))
-
-
-def _save_index(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(inputs[1])
-    ctx.num_tokens = inputs[0].shape[1]
-
-
-def _gather_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-    (index,) = ctx.saved_tensors
-    return torch.ops.routedvit.gather_tokens_backward(index, grad, ctx.num_tokens), None
-
-
-gather.register_autograd(_gather_gradient, setup_context=_save_index)
-
-
-@torch.library.custom_op("routedvit::scatter_add_tokens", mutates_args=())
 def scatter_add(
     base: Tensor, index: Tensor, rows: Tensor, gate: Tensor, residual: Tensor | None
 ) -> Tensor:
@@ -216,13 +188,6 @@ def scatter_add(
     return out
 
 
-@scatter_add.register_fake
-def _(base: Tensor, index: Tensor, rows: Tensor, gate: Tensor, residual: Tensor | None) -> Tensor:
-    dtype = base.dtype if residual is None else torch.promote_types(base.dtype, residual.dtype)
-    return torch.empty_like(base, dtype=dtype, memory_format=torch.contiguous_format)
-
-
-@torch.library.custom_op("routedvit::scatter_add_tokens_backward", mutates_args=())
 def scatter_add_backward(
     index: Tensor, rows: Tensor, gate: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -238,28 +203,3 @@ def scatter_add_backward(
                 grad.shape[1], num_rows, dim, **tile,
             )  # fmt: skip
     return grad_rows, grad_gate
-
-
-@scatter_add_backward.register_fake
-def _(index: Tensor, rows: Tensor, gate: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    return (
-        torch.empty_like(rows, memory_format=torch.contiguous_format),
-        torch.empty_like(gate, memory_format=torch.contiguous_format),
-    )
-
-
-def _save_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    base, index, rows, gate, residual = inputs
-    ctx.save_for_backward(index, rows, gate)
-    ctx.base_dtype = base.dtype
-    ctx.residual_dtype = None if residual is None else residual.dtype
-
-
-def _scatter_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    index, rows, gate = ctx.saved_tensors
-    grad_rows, grad_gate = torch.ops.routedvit.scatter_add_tokens_backward(index, rows, gate, grad)
-    residual = None if ctx.residual_dtype is None else grad.to(ctx.residual_dtype)
-    return grad.to(ctx.base_dtype), None, grad_rows, grad_gate, residual
-
-
-scatter_add.register_autograd(_scatter_gradient, setup_context=_save_rows)

@@ -51,7 +51,7 @@ def launch_everything() -> Iterator[str]:
         counts = [n // 4, n // 2]
         routing_triton.route(logits, counts, 1.125, 1.0)
         picked = torch.zeros(2, sum(counts))
-        ops.route_backward(picked.long(), logits, picked, counts, 1.0)
+        routing_triton.route_backward(picked.long(), logits, picked, counts, 1.0)
     n = ROW_LENGTHS[-2]  # all in registers, and more of them than anywhere else: what may spill
     yield f"n={n}"
     mask, k = torch.ones(2, 2, n, dtype=torch.bool), torch.ones(2, 2, 1)
@@ -74,13 +74,12 @@ def launch_everything() -> Iterator[str]:
 
 def launch_tokens(x: Tensor) -> None:
     """Gather and scatter, forward and backward, of tokens x [2, N, D]."""
-    ops = torch.ops.routedvit
     index = torch.zeros(2, 2, 50, dtype=torch.int64)
-    rows = ops.gather_tokens(x, index)
-    ops.gather_tokens_backward(index, rows, x.shape[1])
+    rows = tokens_triton.gather(x, index)
+    tokens_triton.gather_backward(index, rows, x.shape[1])
     one, rows, gate = index[:, 0], rows[:, 0], torch.zeros(2, 50)
-    ops.scatter_add_tokens(x, one, rows, gate, x.float())
-    ops.scatter_add_tokens_backward(one, rows, gate, x)
+    tokens_triton.scatter_add(x, one, rows, gate, x.float())
+    tokens_triton.scatter_add_backward(one, rows, gate, x)
 
 
 def source_of(kernel: JITFunction, arguments: dict[str, Any]) -> ASTSource:

@@ -1,0 +1,68 @@
+"""Routing on a CPU: one sort of bare values where `torch.topk` would sort pairs.
+
+A row's k-th largest score decides the selection and its sorted scores decide the gates; neither
+needs to know which token a score came from. NumPy sorts bare values with AVX-512 or NEON, 5 to 15
+times faster than `torch.topk` sorts values with their indices, and the compaction in ascending
+order is one pass over `score >= threshold`. Everything is a handful of passes over [rows, n].
+
+The mathematics is that of `soft_topk.py`. With weights e_j = exp(s_j / eps - anchor) in ascending
+order, their running sum c_j is the weight of rank m and all ranks below it, so m entries saturate
+as long as (k - m) * e > c holds at rank m, and what the free entries sum to is an element of c.
+
+Left out: rows whose k-th and next score tie, and NaN. The caller takes the other way there.
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["route_rows"]
+
+
+def route_rows(
+    logits: Tensor, k: int, target: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Select k entries per row and weigh all of them with the exact soft top-k.
+
+    Args:
+        logits: [rows, n] float32 or float64 on the CPU, contiguous, n > target.
+        k: entries to select, at most target.
+        target: what the gates of a row sum to, k <= target < n.
+        eps: temperature.
+
+    Returns:
+        gates of the selected [rows, k], their indices [rows, k] int64 ascending, and all gates
+        [rows, n]; None if a tie or a NaN leaves the selection open.
+    """
+    rows, n = logits.shape
+    scores = logits if eps == 1 else logits / eps
+    ascending = torch.from_numpy(np.sort(scores.numpy(), axis=-1))
+    selected = scores >= ascending[:, n - k : n - k + 1]
+    flat = torch.from_numpy(np.flatnonzero(selected.numpy()))
+    if flat.numel() != rows * k:  # a tie selects more, a NaN fewer
+        return None
+    indices = flat.view(rows, k) - torch.arange(0, rows * n, n).unsqueeze(1)
+    gates = _gates(scores, ascending, target)
+    return gates.gather(-1, indices), indices, gates
+
+
+def _gates(scores: Tensor, ascending: Tensor, target: float) -> Tensor:
+    """min(1, exp(score + a)) with the a of each row for which its gates sum to target."""
+    n = scores.shape[-1]
+    num_above = math.ceil(target) - 1  # so many entries may saturate, the next one is the anchor
+    first = n - num_above
+    anchor = ascending[:, first - 1 : first]
+    # free entries lie at most log(n / f) above the anchor, f the part of the target left to it
+    ceiling = math.log(n / (target - num_above)) + 2
+    weight = (ascending - anchor).clamp_(max=ceiling).exp_()
+    # from the anchor on; the anchor's element carries all that lies below it
+    running = weight[:, first - 1 :].clone()
+    running[:, 0] = weight[:, :first].sum(-1)
+    running = running.cumsum(-1)
+    left = target - torch.arange(num_above - 1, -1, -1, dtype=scores.dtype)
+    num_saturated = (weight[:, first:] * left > running[:, 1:]).sum(-1, keepdim=True)
+    free = running.gather(-1, num_above - num_saturated)
+    shift = ((target - num_saturated) / free).log_()
+    return (scores - anchor).add_(shift).clamp_(max=0).exp_()
