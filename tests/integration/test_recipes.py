@@ -36,10 +36,12 @@ SMALL: dict[str, Any] = {
     "schedule.warmup_epochs": 0,
     "log.probe_images": 2,
     "log.every_steps": 1,
+    "log.tensorboard": False,  # its import is what a small run would spend most on
 }
 # What a recipe names that is not here.
 INSTEAD: dict[str, dict[str, Any]] = {
     "mae_b": {
+        "log.tensorboard": True,
         "objective.decoder_dim": 32,
         "objective.decoder_depth": 1,
         "objective.decoder_heads": 2,
@@ -164,6 +166,7 @@ def test_an_mae_encoder_starts_a_classifier(runs: Any, folder: Path) -> None:
     assert weights["head.weight"].shape == (3, 32)
 
 
+@pytest.mark.slow
 def test_a_resume_needs_no_warm_start(runs: Any, folder: Path) -> None:
     source = folder / "dense.safetensors"
     source.rename(folder / "moved.safetensors")
