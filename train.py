@@ -11,6 +11,7 @@ whose message tells the mend; 75 stopped by a signal and saved, start again to g
 import argparse
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from data.config import FREE_ON_RESUME, DataConfig
 from data.errors import DataError
 from data.loaders import EvalLoader, TrainLoader, build_eval_loader, build_train_loader
 from data.mixture import resolve_train
+from routedvit.models.warm_start import WarmStart, warm_start
 from routedvit.training import config as training
 from routedvit.training import engine as engines
 from routedvit.training.assembly import build_engine, build_trainer
@@ -81,24 +83,32 @@ def run(config: RunConfig, fresh: bool, console: Console) -> int:
     """Everything between a valid config and the exit code, the same on every rank."""
     world = engines.start(tf32=config.precision.tf32)
     folder = RunFolder(Path(config.folder))
-    num_classes = resolve_train(config.data).shards.num_classes
+    # without labels there is no classifier
+    num_classes = resolve_train(config.data).shards.num_classes * config.objective.classifies
     config.model.kwargs.setdefault("num_classes", num_classes)
     model = create_model(config.model, num_classes=num_classes, seed=config.seed)
     model.set_grad_checkpointing(config.train.grad_checkpointing)  # type: ignore[operator]
+    started = None
+    if config.model.warm_start and (fresh or not folder.has_checkpoint()):
+        started = begin_from(model, config.model.warm_start)
     loader, eval_loader, image_format = build_loaders(config, model, world, folder)
     shards = (loader.fingerprint, eval_loader and eval_loader.fingerprint)
     must_agree("shards", shards, "copy the same sets with their manifests to every machine")
-    engine, schedule = build_engine(config, model, world, loader.samples_per_epoch)
+    engine, schedule = build_engine(config, model, world, loader)
 
     # Only now, since a run that cannot be built must not claim or move a folder.
     record = config.model_dump(mode="json")
     free = tuple(f"data.{key}" for key in FREE_ON_RESUME)
     console.print(on_rank_zero(lambda: open_folder(folder, record, fresh=fresh, free=free)))
     console.log_to(folder.logs / f"rank_{world.rank}.log")
+    if started:
+        console.print(str(started))
     checkpoints = Checkpoints(
         folder.checkpoints, engine, keep=config.checkpoint.keep, tell=console.print
     )
-    state = checkpoints.load_newest() or RunState(config=record, versions=versions())
+    state = checkpoints.load_newest() or RunState(
+        config=record, versions=versions(), warm_start=asdict(started) if started else None
+    )
     trainer = build_trainer(
         config, engine, schedule, loader, eval_loader,
         checkpoints=checkpoints, state=state, tensorboard=folder.path, console=console,
@@ -108,9 +118,17 @@ def run(config: RunConfig, fresh: bool, console: Console) -> int:
     if not result.finished:
         console.print(f"stopped at step {result.step} and saved; the same command goes on")
         return REQUEUE_EXIT_CODE
-    export_model(engine, folder.weights, **config.model.model_dump(), data_config=image_format)
+    export_model(engine, folder.weights, **config.model.created_from(), data_config=image_format)
     console.print(closing(result, folder))
     return 0
+
+
+def begin_from(model: nn.Module, source: str) -> WarmStart:
+    """Load the weights that a run begins from; what is wrong with them is the user's to mend."""
+    try:
+        return warm_start(model, source)
+    except ValueError as error:
+        raise training.ConfigError(f"model.warm_start: {error}") from error
 
 
 def build_loaders(

@@ -10,16 +10,28 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_transform
+from timm.data import auto_augment, create_transform
 from torchvision import transforms
 
 from data.config import AugmentConfig
 
 Transform = Callable[[Image.Image], torch.Tensor]
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
+    """timm's, but one bit stays: magnitude 10 keeps none, which Pillow refuses since 13."""
+    return auto_augment.posterize(image, max(1, bits_to_keep))
+
+
+# every policy looks its operations up here
+auto_augment.NAME_TO_OP |= {
+    name: _posterize for name in auto_augment.NAME_TO_OP if name.startswith("Posterize")
+}
 
 
 def train_transform(

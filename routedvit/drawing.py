@@ -175,6 +175,42 @@ def routing_sheet(
     return _compose(rows, columns, f"{title}  ·  {subtitle}" if title else subtitle, tint)
 
 
+def reconstruction_sheet(
+    images: Tensor,
+    predictions: Tensor,
+    visible: Tensor,
+    grid: tuple[int, int],
+    *,
+    title: str = "",
+    size: int = 140,
+) -> Tensor:
+    """What a masked autoencoder sees and makes of it: image, visible patches, reconstruction.
+
+    Args:
+        images: uint8 [B, 3, H, W].
+        predictions: uint8 [B, 3, H, W]; shown where the image was hidden.
+        visible: int64 [B, V], the patches that were not.
+        grid: (H', W') patches.
+        title: first line of the sheet.
+        size: longer side of one picture in pixels, about.
+
+    Returns:
+        uint8 [3, H, W].
+    """
+    seen = torch.zeros(len(images), grid[0] * grid[1], dtype=torch.bool)
+    seen = seen.scatter_(1, visible.cpu(), True).view(-1, 1, *grid)
+    rows = []
+    for image, prediction, mask in zip(images, predictions, seen, strict=True):
+        true, told = fit(image, grid, size), fit(prediction, grid, size)
+        height, width = true.shape[1] // grid[0], true.shape[2] // grid[1]
+        shown = mask.repeat_interleave(height, 1).repeat_interleave(width, 2)
+        hidden = _color(SLATE).to(torch.uint8).expand_as(true)
+        rows.append([true, torch.where(shown, true, hidden), torch.where(shown, true, told)])
+    subtitle = f"{visible.shape[1]} of {math.prod(grid)} patches visible"
+    columns = ["image", "visible", "reconstruction"]
+    return _compose(rows, columns, f"{title}  ·  {subtitle}" if title else subtitle, None)
+
+
 def _is(name: str, router: str) -> bool:
     return name.rpartition(".")[2] == router
 
@@ -187,14 +223,14 @@ def _resize_like(picture: Tensor, other: Tensor) -> Tensor:
 
 
 def _compose(
-    rows: Sequence[Sequence[Tensor]], columns: Sequence[str], title: str, tint: Color
+    rows: Sequence[Sequence[Tensor]], columns: Sequence[str], title: str, tint: Color | None
 ) -> Tensor:
-    """Tiles of equal size on a dark card with a title, column heads and the legend of the gate."""
+    """Tiles of equal size on a dark card with a title, column heads and the legend of a gate."""
     height, width = rows[0][0].shape[-2:]
     text = min(18, max(14, round(width / 9)))
     gap, margin = max(4, width // 24), max(10, width // 9)
     head = margin + round(1.5 * text) + gap + round(1.3 * text)
-    legend = round(1.6 * text)
+    legend = round(1.6 * text) if tint else 0
     tiles_width = len(columns) * (width + gap)  # the input stands one more gap apart
     card_width = 2 * margin + max(tiles_width, 14 * text)
     card_height = head + len(rows) * (height + gap) + legend + margin
@@ -212,7 +248,8 @@ def _compose(
     for r, row in enumerate(rows):
         for column, tile in enumerate(row):
             card.paste(to_pil(tile), (left(column), head + r * (height + gap)))
-    _draw_legend(card, (margin, card_height - margin - text), text, tint)
+    if tint:
+        _draw_legend(card, (margin, card_height - margin - text), text, tint)
     pixels = torch.frombuffer(bytearray(card.tobytes()), dtype=torch.uint8)
     return pixels.view(card_height, card_width, 3).permute(2, 0, 1).contiguous()
 

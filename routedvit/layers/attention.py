@@ -79,9 +79,17 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(inner_dim, dim, bias=proj_bias, device=device, dtype=dtype)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(self, x: Tensor, grid: tuple[int, int], rope: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        grid: tuple[int, int],
+        rope: Tensor | None = None,
+        same_window: Tensor | None = None,
+    ) -> Tensor:
         """x [B, P + N, D], grid (H, W) with N = H * W, rope [P + N, 2 * head_dim] -> [B, P + N,
         D].
+
+        With `same_window`, x holds any N patches of the grid; see `RoutedBlock.forward`.
         """
         height, width = grid
         inner_dim = self.num_heads * self.head_dim
@@ -90,13 +98,17 @@ class WindowAttention(nn.Module):
         patches = qkv[:, self.num_prefix :]
         if self.qk_norm or rope is not None:
             patches = self._normalise_and_rotate(patches, rope)
-        mask = window_mask(x, height, width, self.window)
-        windows = partition_windows(patches, height, width, self.window)
+        if same_window is None:
+            mask = window_mask(x, height, width, self.window)
+            windows = partition_windows(patches, height, width, self.window)
+        else:
+            mask, windows = same_window, patches
         windows = windows.unflatten(2, (3, self.num_heads, self.head_dim))
         q, k, v = windows.permute(2, 0, 3, 1, 4).unbind(0)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         out = out.transpose(1, 2).flatten(2)
-        out = merge_windows(out, height, width, self.window)
+        if same_window is None:
+            out = merge_windows(out, height, width, self.window)
         if self.num_prefix > 0:
             out = torch.cat([prefix_values, out], 1)
         return self.proj_drop(self.proj(out))
@@ -109,7 +121,7 @@ class WindowAttention(nn.Module):
         q, k, v = qkv.reshape(batch, num_tokens, 3, self.num_heads, self.head_dim).unbind(2)
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
-            patch_rope = rope[self.num_prefix :].unsqueeze(1)
+            patch_rope = rope[..., self.num_prefix :, :].unsqueeze(-2)
             q = apply_rot_embed_cat(q, patch_rope)
             k = apply_rot_embed_cat(k, patch_rope)
         return torch.stack([q.type_as(v), k.type_as(v), v], 2).flatten(2)

@@ -25,6 +25,7 @@ from torch.jit import Final
 from routedvit.layers.attention import HeavyAttention, WindowAttention
 from routedvit.layers.checkpointing import recompute
 from routedvit.layers.fixed_router import build_router
+from routedvit.layers.positions import take_rope
 from routedvit.layers.router import Router, decide_together, keep_in_graph
 from routedvit.ops import (
     gather_tokens,
@@ -167,16 +168,28 @@ class RoutedAttention(nn.Module):
         if self.null_token is not None:
             nn.init.zeros_(self.null_token)
 
-    def forward(self, x: Tensor, grid: tuple[int, int], rope: Tensor | None = None) -> Tensor:
-        """x [B, P + N, D], grid (H, W) with N = H * W, rope [P + N, 2 * head_dim] -> like x."""
+    def forward(
+        self,
+        x: Tensor,
+        grid: tuple[int, int],
+        rope: Tensor | None = None,
+        same_window: Tensor | None = None,
+    ) -> Tensor:
+        """x [B, P + N, D] -> like x; arguments as in `RoutedBlock.forward`."""
         if self.plain_sum:
-            return self._attend(x, grid, rope, x)
-        return x + self.drop_path(self.ls(self.update(x, grid, rope)))
+            return self._attend(x, grid, rope, x, same_window)
+        return x + self.drop_path(self.ls(self.update(x, grid, rope, same_window)))
 
-    def update(self, x: Tensor, grid: tuple[int, int], rope: Tensor | None = None) -> Tensor:
+    def update(
+        self,
+        x: Tensor,
+        grid: tuple[int, int],
+        rope: Tensor | None = None,
+        same_window: Tensor | None = None,
+    ) -> Tensor:
         """What both paths add to x, before LayerScale and drop-path; arguments as in `forward`."""
         if not self.heavy_window:
-            return self._attend(x, grid, rope, None)
+            return self._attend(x, grid, rope, None, same_window)
         height, width = grid
         window = self.light_window
         if height % window + width % window > 0:
@@ -185,11 +198,16 @@ class RoutedAttention(nn.Module):
                 f" not {height} x {width} patches"
             )
         windows = partition_windows(x, height, width, window)
-        windows = self._attend(windows, (window, window), None, None)
+        windows = self._attend(windows, (window, window), None, None, None)
         return merge_windows(windows, height, width, window)
 
     def _attend(
-        self, x: Tensor, grid: tuple[int, int], rope: Tensor | None, residual: Tensor | None
+        self,
+        x: Tensor,
+        grid: tuple[int, int],
+        rope: Tensor | None,
+        residual: Tensor | None,
+        same_window: Tensor | None,
     ) -> Tensor:
         tokens = self.norm(x)
         q_index, q_gate, kv_index, kv_gate = self._route(x if self.route_raw else tokens)
@@ -200,11 +218,12 @@ class RoutedAttention(nn.Module):
             rows = self._heavy(source, q_index, q_gate, kv_index, kv_gate, rope)
         if self.kv_router.takes_all():
             rows = keep_in_graph(rows, kv_gate)
+        light = None if self.light is None else self.light(tokens, grid, rope, same_window)
         if self.q_router.takes_all() and self.null_token is None:
             rows = keep_in_graph(rows, q_gate)
-            rows = rows if self.light is None else rows + self.light(tokens, grid, rope)
+            rows = rows if light is None else rows + light
             return rows if residual is None else residual + rows
-        base = torch.zeros_like(x) if self.light is None else self.light(tokens, grid, rope)
+        base = torch.zeros_like(x) if light is None else light
         if self.null_token is not None:
             base = base + self.null_token
             rows = rows * q_gate.unsqueeze(-1).to(rows.dtype) - self.null_token
@@ -256,7 +275,8 @@ class RoutedAttention(nn.Module):
         gate = None if self.kv_router.takes_all() else kv_gate
         if rope is None:
             return self.heavy(queries, context, gate)
-        return self.heavy(queries, context, gate, rope[q_index], rope[kv_index])
+        q_rope, k_rope = take_rope(rope, q_index), take_rope(rope, kv_index)
+        return self.heavy(queries, context, gate, q_rope, k_rope)
 
     def _context(self, source: Tensor, kv_index: Tensor) -> Tensor:
         """Gather the rows [B, R, K, D] of each kv route."""

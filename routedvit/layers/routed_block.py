@@ -135,11 +135,32 @@ class RoutedBlock(nn.Module):
         self.check_routing = check_routing
         self.attn.recompute_heavy = self.mlp.recompute_heavy = policy == "heavy"
 
-    def forward(self, x: Tensor, grid: tuple[int, int], rope: Tensor | None = None) -> Tensor:
-        """x [B, P + N, D], grid (H, W) with N = H * W, rope [P + N, 2 * head_dim] -> like x."""
-        if self.recompute_block and not torch.jit.is_scripting():
-            return checkpoint_routed(self._forward, x, grid, rope, check_routing=self.check_routing)
-        return self._forward(x, grid, rope)
+    def forward(
+        self,
+        x: Tensor,
+        grid: tuple[int, int],
+        rope: Tensor | None = None,
+        same_window: Tensor | None = None,
+    ) -> Tensor:
+        """One block.
 
-    def _forward(self, x: Tensor, grid: tuple[int, int], rope: Tensor | None) -> Tensor:
-        return self.mlp(self.attn(x, grid, rope))
+        Args:
+            x: [B, P + N, D] tokens.
+            grid: (H, W), N = H * W in raster order.
+            rope: [P + N, 2 * head_dim] rotary table.
+            same_window: None, or where x holds only some patches of the grid, N of them, and rope
+                a table per image: [B, 1, N, N] bool, which of them share a light window.
+
+        Returns:
+            like x.
+        """
+        if self.recompute_block and not torch.jit.is_scripting():
+            return checkpoint_routed(
+                self._forward, x, grid, rope, same_window, check_routing=self.check_routing
+            )
+        return self._forward(x, grid, rope, same_window)
+
+    def _forward(
+        self, x: Tensor, grid: tuple[int, int], rope: Tensor | None, same_window: Tensor | None
+    ) -> Tensor:
+        return self.mlp(self.attn(x, grid, rope, same_window))

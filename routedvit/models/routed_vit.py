@@ -39,6 +39,7 @@ from routedvit.models.dense_weights import converted_if_dense
 from routedvit.models.fitting import check_fit
 from routedvit.models.flops import Flops, count_flops
 from routedvit.models.routing import Routing, record_routing
+from routedvit.ops import gather_tokens, shared_windows
 
 __all__ = ["RoutedVisionTransformer"]
 
@@ -211,6 +212,34 @@ class RoutedVisionTransformer(VisionTransformer):
         for block in self.blocks:
             x = block(x, grid, rope)
         return self.norm(x)
+
+    @torch.jit.ignore
+    def encode_visible(self, x: Tensor, visible: Tensor) -> Tensor:
+        """Normalised tokens [B, P + V, D] of some patches, as if there were no others.
+
+        The other patches leave after the position embedding, so the blocks cost what V patches
+        cost; capacities count the V patches, light attention sees those of its window. For
+        masked autoencoding (2111.06377). The last norm is applied wherever the model has it.
+
+        Args:
+            x: images [B, C, H_img, W_img].
+            visible: int64 [B, V], patches in raster order, ascending.
+
+        Raises:
+            ValueError: heavy attention works inside windows.
+        """
+        window = self._routed_blocks()[0].attn.light_window
+        if self._routed_blocks()[0].attn.heavy_window:
+            raise ValueError("heavy_window=True needs all patches of a window: set it to False")
+        x, grid, rope = self._embed(x)
+        prefix = torch.arange(self.num_prefix_tokens, device=x.device).expand(len(x), -1)
+        rows = torch.cat([prefix, visible + self.num_prefix_tokens], 1)
+        x = gather_tokens(x, rows)
+        rope = None if rope is None else rope[rows]
+        same_window = shared_windows(visible, grid[1], window)
+        for block in self.blocks:
+            x = block(x, grid, rope, same_window)
+        return self.fc_norm(self.norm(x))
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """Images [B, C, H_img, W_img] -> logits [B, num_classes]."""

@@ -10,7 +10,12 @@ from routedvit.ops.gather_norm import gather_norm
 from routedvit.ops.routing import SAVED_OPS, route, route_all, select
 from routedvit.ops.soft_topk import soft_topk
 from routedvit.ops.tokens import gather_tokens, prepend_prefix, scatter_add_tokens
-from routedvit.ops.windows import merge_windows, partition_windows, window_padding_mask
+from routedvit.ops.windows import (
+    merge_windows,
+    partition_windows,
+    shared_windows,
+    window_padding_mask,
+)
 
 __all__ = [
     "SAVED_OPS",
@@ -25,6 +30,7 @@ __all__ = [
     "scatter_add_tokens",
     "select",
     "set_backend",
+    "shared_windows",
     "soft_topk",
     "window_padding_mask",
 ]

@@ -12,7 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-__all__ = ["merge_windows", "needs_padding", "partition_windows", "window_padding_mask"]
+__all__ = [
+    "merge_windows",
+    "needs_padding",
+    "partition_windows",
+    "shared_windows",
+    "window_padding_mask",
+]
 
 
 def needs_padding(height: int, width: int, window: int) -> bool:
@@ -55,3 +61,10 @@ def window_padding_mask(
     real = torch.ones(1, height * width, 1, dtype=torch.bool, device=device)
     windows = partition_windows(real, height, width, window)
     return windows.transpose(1, 2).unsqueeze(1).repeat(batch, 1, 1, 1)
+
+
+def shared_windows(patches: Tensor, width: int, window: int) -> Tensor:
+    """Which of some patches of a grid lie in one window: indices [B, N] -> bool [B, 1, N, N]."""
+    row, column = patches // width // window, patches % width // window
+    own = row * width + column
+    return (own.unsqueeze(1) == own.unsqueeze(2)).unsqueeze(1)

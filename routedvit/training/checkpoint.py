@@ -63,6 +63,7 @@ class RunState:
     skipped_steps: int = 0  # steps whose loss or gradient was not finite
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
+    warm_start: dict[str, Any] | None = None  # what weights the run began from
     world_size: int = 0
     zero_stage: int = 0
 

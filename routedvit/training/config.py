@@ -12,7 +12,14 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from routedvit.training.config_base import ConfigError, Section
-from routedvit.training.config_recipe import LossConfig, OptimConfig, ScheduleConfig
+from routedvit.training.config_recipe import (
+    DistillConfig,
+    LossConfig,
+    MaskedConfig,
+    OptimConfig,
+    ScheduleConfig,
+    SupervisedConfig,
+)
 from routedvit.training.config_watch import CheckpointConfig, EvalConfig, LogConfig
 
 __all__ = ["ConfigError", "RunConfig", "Section"]
@@ -40,6 +47,13 @@ class ModelConfig(Section):
     """Name for timm.create_model, such as 'colt5_vit_b'."""
     kwargs: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments for timm.create_model. num_classes defaults to the data set's."""
+    warm_start: str | None = None
+    """Weights to begin from: a file or folder, or a name timm has weights for, of a routed model or
+    of the dense ViT of the same size. Read once, when the run begins; a resume does not need it."""
+
+    def created_from(self) -> dict[str, Any]:
+        """`name` and `kwargs`: what the model is made with, whatever its weights."""
+        return self.model_dump(exclude={"warm_start"})
 
 
 class TrainConfig(Section):
@@ -87,6 +101,9 @@ class RunConfig(Section):
     """Seed of weights, sample order and augmentation."""
     model: ModelConfig
     train: TrainConfig
+    objective: SupervisedConfig | MaskedConfig | DistillConfig = Field(
+        default_factory=SupervisedConfig, discriminator="name"
+    )
     loss: LossConfig = Field(default_factory=LossConfig)
     optim: OptimConfig
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)

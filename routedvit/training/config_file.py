@@ -59,12 +59,14 @@ def describe_keys(config_class: type[BaseModel], prefix: str = "") -> str:
     """One line per key: dotted name, default and meaning."""
     lines = []
     for name, field in config_class.model_fields.items():
-        inner = _model_inside(field.annotation)
-        if inner is not None:
-            lines.append(describe_keys(inner, f"{prefix}{name}."))
+        if models := _models_inside(field.annotation):
+            models = models if field.discriminator else models[:1]
+            lines += [describe_keys(model, f"{prefix}{name}.") for model in models]
             continue
         default = "required"
-        if not field.is_required():
+        if typing.get_origin(field.annotation) is typing.Literal and field.is_required():
+            default = json.dumps(typing.get_args(field.annotation)[0])  # the tag of a union
+        elif not field.is_required():
             default = json.dumps(field.get_default(call_default_factory=True))
         meaning = " ".join((field.description or "").split())
         lines.append(f"  {prefix}{name} = {default}\n      {meaning}")
@@ -110,10 +112,11 @@ def _first_mistake(error: ValidationError, config_class: type[BaseModel]) -> str
     first = mistakes[0]
     field = _field_path(config_class, first["loc"])
     if first["type"] == "extra_forbidden":
-        field = ".".join(map(str, first["loc"]))
         known = _known_keys(config_class, first["loc"][:-1])
         text = f"unknown key {field!r}{nearest(str(first['loc'][-1]), known)}"
         text += f"; known here: {', '.join(known)}"
+    elif first["type"] == "union_tag_not_found":
+        text = f"'{field}.name' is missing; add it"
     elif first["type"] == "missing":
         text = f"{field!r} is missing; add it"
     elif first["type"] == "value_error":
@@ -126,30 +129,46 @@ def _first_mistake(error: ValidationError, config_class: type[BaseModel]) -> str
 
 def _known_keys(config_class: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
     """Field names of the section at `loc`, following nested models and optional ones."""
-    section: type[BaseModel] = config_class
-    for part in loc:
-        field = section.model_fields.get(str(part))
-        inner = _model_inside(field.annotation) if field else None
-        section = inner or section  # a list index or the tag of a union names no section
-    return list(section.model_fields)
+    return list(_walk(config_class, loc)[1].model_fields)
 
 
 def _field_path(config_class: type[BaseModel], loc: tuple[int | str, ...]) -> str:
     """Dotted path without what pydantic adds for the members of a union, such as '.float'."""
-    path, section = [], config_class
+    return ".".join(_walk(config_class, loc)[0])
+
+
+def _walk(
+    config_class: type[BaseModel], loc: tuple[int | str, ...]
+) -> tuple[list[str], type[BaseModel]]:
+    """Path of `loc` as a person would write it, and the innermost section on it."""
+    path: list[str] = []
+    section = config_class
+    variants: dict[Any, type[BaseModel]] = {}
     for part in loc:
+        if part in variants:  # the tag of a union of sections chooses one and is no key
+            section, variants = variants[part], {}
+            continue
         path.append(str(part))
         field = section.model_fields.get(str(part))
-        inner = _model_inside(field.annotation) if field else None
-        if field and inner is None:
+        models = _models_inside(field.annotation) if field else []
+        if field and not models:
             break
-        section = inner or section
-    return ".".join(path)
+        variants = (
+            {tag: m for m in models for tag in _tags(m)} if field and field.discriminator else {}
+        )
+        section = models[0] if models else section  # a list index names no section
+    return path, section
 
 
-def _model_inside(annotation: Any) -> type[BaseModel] | None:
+def _tags(model: type[BaseModel]) -> tuple[Any, ...]:
+    """Values of `name` that choose this member of a union."""
+    return typing.get_args(model.model_fields["name"].annotation)
+
+
+def _models_inside(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that a value of this type can be."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
+        return [annotation]
     if typing.get_origin(annotation) in (typing.Union, types.UnionType, list, dict):
-        return next(filter(None, map(_model_inside, typing.get_args(annotation))), None)
-    return None
+        return [model for part in typing.get_args(annotation) for model in _models_inside(part)]
+    return []

@@ -1,8 +1,8 @@
 """Config sections that decide what is learned: loss, optimiser, schedule."""
 
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from routedvit.training.config_base import Section
 
@@ -22,6 +22,71 @@ class LossConfig(Section):
     """Share of the pairs of images that mixup or CutMix mixes."""
     mix_switch_prob: float = Field(0.5, ge=0, le=1)
     """Share of CutMix among mixed pairs, where mixup is on too."""
+
+
+class SupervisedConfig(Section):
+    """Learn the labels, by the loss of the section `loss`."""
+
+    classifies: ClassVar[bool] = True  # whether the model has a classifier and top-1 a meaning
+
+    name: Literal["supervised"] = "supervised"
+    """Learn the labels, by the loss of the section `loss`."""
+
+
+class MaskedConfig(Section):
+    """Masked autoencoding (MAE, 2111.06377): tell the pixels of hidden patches. Needs no labels."""
+
+    classifies: ClassVar[bool] = False
+
+    name: Literal["mae"]
+    """Hide most patches and learn to tell their pixels (MAE, 2111.06377); needs no labels."""
+    mask_ratio: float = Field(0.75, gt=0, lt=1)
+    """Share of the patches that is hidden; the encoder computes the others only."""
+    decoder_dim: int = Field(512, gt=0, multiple_of=4)
+    """Width of the decoder, which is not exported."""
+    decoder_depth: int = Field(8, gt=0)
+    """Blocks of the decoder."""
+    decoder_heads: int = Field(16, gt=0)
+    """Attention heads of the decoder; must divide decoder_dim."""
+    norm_pixels: bool = True
+    """Predict pixels normalised by the mean and deviation of their own patch."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> "MaskedConfig":
+        if self.decoder_dim % self.decoder_heads:
+            raise ValueError(
+                f"decoder_heads = {self.decoder_heads} must divide decoder_dim = {self.decoder_dim}"
+            )
+        return self
+
+
+class TeacherConfig(Section):
+    """A trained timm model to learn from."""
+
+    name: str
+    """Name for timm.create_model, such as 'regnety_160.deit_in1k' or 'local-dir:runs/x/weights'."""
+    kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments for timm.create_model."""
+    checkpoint: str | None = None
+    """File with its weights (or set pretrained)."""
+    pretrained: bool = False
+    """Use timm's own weights, downloaded once, or those of a 'local-dir:' name."""
+
+
+class DistillConfig(Section):
+    """Learn from a trained teacher besides the labels."""
+
+    classifies: ClassVar[bool] = True
+
+    name: Literal["distill"]
+    """Learn from a trained teacher besides the labels, whose loss is that of the section `loss`."""
+    teacher: TeacherConfig
+    kind: Literal["soft", "hard"] = "soft"
+    """'soft': the teacher's probabilities (1503.02531); 'hard': its first choice (2012.12877)."""
+    alpha: float = Field(0.5, ge=0, le=1)
+    """Weight of the teacher; the labels have the rest."""
+    temperature: float = Field(1.0, gt=0)
+    """What both logits are divided by before their soft probabilities are compared."""
 
 
 class OptimConfig(Section):

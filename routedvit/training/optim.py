@@ -68,6 +68,28 @@ def build_optimizer(
     return optimizer
 
 
+def add_parameters_beside_the_model(
+    optimizer: torch.optim.Optimizer, objective: nn.Module, weight_decay: float
+) -> None:
+    """Groups for what an objective trains besides its network, such as the decoder of MAE.
+
+    They have no layer decay; biases, norms and what `objective.no_weight_decay()` names have no
+    weight decay.
+    """
+    beside = {
+        name: parameter
+        for name, parameter in objective.named_parameters()
+        if not name.startswith("model.")
+    }
+    if not beside:
+        return
+    exempt = objective.no_weight_decay()  # type: ignore[operator]
+    for decays, decay in ((True, weight_decay), (False, 0.0)):
+        chosen = [p for name, p in beside.items() if (p.ndim > 1 and name not in exempt) == decays]
+        if chosen:
+            optimizer.add_param_group({"params": chosen, "weight_decay": decay})
+
+
 def is_elementwise(optimizer: torch.optim.Optimizer) -> bool:
     """Whether the optimiser gives the same update on flat shards as on whole parameters."""
     # Cautious variants rescale by the mean agreement over the parameter.

@@ -30,7 +30,7 @@ def closing(result: Summary, folder: RunFolder) -> str:
     rows = []
     if result.best:
         name, value = next(iter(result.best.items()))
-        rows.append((f"best {name}", f"{value:.2f} %"))
+        rows.append((f"best {name}", f"{value:.4f}" if name.endswith("loss") else f"{value:.2f} %"))
     if result.images_per_second:
         rows.append(("throughput", f"{result.images_per_second:,.0f} images/s"))
     if result.skipped_steps:

@@ -51,6 +51,10 @@ class RunFolder:
     def weights(self) -> Path:
         return self.path / "weights"
 
+    def has_checkpoint(self) -> bool:
+        """Whether a run in this folder would be resumed."""
+        return any(self.checkpoints.glob("step_*"))
+
 
 def open_folder(
     folder: RunFolder, config: dict[str, Any], *, fresh: bool, free: tuple[str, ...]
@@ -72,7 +76,7 @@ def claim(folder: RunFolder, config: dict[str, Any], *, free: tuple[str, ...] = 
         ConfigError: the folder holds checkpoints of a run whose config differs in any other key.
     """
     # Without a checkpoint there is nothing that another recipe could spoil.
-    if folder.config.exists() and any(folder.checkpoints.glob("step_*")):
+    if folder.config.exists() and folder.has_checkpoint():
         before = json.loads(folder.config.read_text(encoding="utf-8"))["config"]
         free = FREE_ON_RESUME + free
         differing = [key for key in _differences(before, config) if not _is_free(key, free)]

@@ -44,7 +44,8 @@ class TrainerSettings:
     log_every: int
     checkpoint_every: int
     routing_every: int
-    best_metric: str = "val/top1"  # higher is better
+    best_metric: str = "val/top1"
+    higher_is_better: bool = True
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,8 @@ class Trainer:
             self.writer.scalar(name, value, state.step)
         best = self.settings.best_metric
         if best in values:
-            state.best[best] = max(values[best], state.best.get(best, values[best]))
+            better = max if self.settings.higher_is_better else min
+            state.best[best] = better(values[best], state.best.get(best, values[best]))
         self.progress.message(evaluation_line(state.step, values))
 
     def watch_routing(self) -> None:

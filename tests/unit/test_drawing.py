@@ -127,3 +127,15 @@ def test_kv_routes_share_a_kind() -> None:
     assert [drawing.router_kind(name) for name in ("ffn", "q", "kv0", "kv1")] == [
         "ffn", "q", "kv", "kv",
     ]  # fmt: skip
+
+
+def test_a_reconstruction_sheet_shows_true_patches_where_they_were_visible() -> None:
+    """White images, black predictions, the left half visible: columns are full, half, half."""
+    images = torch.full((2, 3, 8, 8), 255, dtype=torch.uint8)
+    visible = torch.tensor([[0, 2], [0, 2]])
+    sheet = drawing.reconstruction_sheet(images, images * 0, visible, (2, 2), title="step 3")
+    assert sheet.dtype == torch.uint8
+    white = (sheet == 255).all(0).sum(1).max().item()  # in one row of pixels
+    tile = 140 // 8 * 8
+    assert white == tile + tile // 2 + tile // 2
+    assert (sheet == 0).all(0).any()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data import auto_augment
 
 from data.config import AugmentConfig
 from data.transforms import (
@@ -96,3 +97,12 @@ def test_borrowed_generators_are_given_back():
         seed_generators(99)
         draw()
     assert [before, draw()] == undisturbed
+
+
+@pytest.mark.parametrize("name", ["Posterize", "PosterizeIncreasing", "PosterizeOriginal"])
+@pytest.mark.parametrize("magnitude", [0, 5, 10, 15])
+def test_posterize_works_at_every_magnitude(name: str, magnitude: int) -> None:
+    image = Image.effect_noise((16, 16), 80).convert("RGB")
+    options = {"magnitude_std": 0, "magnitude_max": 15}
+    operation = auto_augment.AugmentOp(name, prob=1.0, magnitude=magnitude, hparams=options)
+    assert len(set(np.asarray(operation(image)).flatten())) >= 2

@@ -57,6 +57,13 @@ def create(name: str = "colt5_vit_test", **kwargs: object) -> routedvit.RoutedVi
     return timm.create_model(name, **{**defaults, **kwargs})
 
 
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+def assert_close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, **TOLERANCE)
+
+
 def images(batch: int = 3, height: int = 24, width: int = 32) -> Tensor:
     return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(1))
 
@@ -337,3 +344,59 @@ def test_impossible_changes_are_named():
 def test_a_misspelled_argument_names_the_nearest() -> None:
     with pytest.raises(TypeError, match=r"no argument 'q_capacty'; did you mean 'q_capacity'"):
         timm.create_model("colt5_vit_test", q_capacty=0.5)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        {"rope": True, "pos_embed": "none", "head_dim": 16, "light_head_dim": 16},
+        {"class_token": True, "global_pool": "token", "light_heads": 0, "pos_embed": "sincos"},
+        {"img_size": (20, 28)},  # windows that need padding
+    ],
+)
+def test_visible_patches_are_encoded_as_if_there_were_no_others(kwargs) -> None:
+    """All visible is the ordinary forward; hidden ones have no influence.
+
+    Light attention is checked against itself: with every patch visible its windows come from the
+    mask in place of the reshape.
+    """
+    model = create(**{"img_size": (24, 32), "init_values": 1.0, **kwargs}).eval()
+    x = images(2, *model.patch_embed.img_size)
+    grid = model.patch_embed.grid_size
+    everything = torch.arange(grid[0] * grid[1]).expand(2, -1)
+    expected = model.fc_norm(model.forward_features(x))
+    assert_close(model.encode_visible(x, everything), expected)
+
+    visible = torch.stack([torch.randperm(everything.shape[1])[:10].sort().values for _ in x])
+    few = model.encode_visible(x, visible)
+    assert few.shape == (2, model.num_prefix_tokens + 10, model.embed_dim)
+    kept = torch.zeros(2, everything.shape[1]).scatter_(1, visible, 1).view(2, 1, *grid)
+    patch = model.patch_embed.patch_size
+    kept = kept.repeat_interleave(patch[0], 2).repeat_interleave(patch[1], 3)
+    assert_close(model.encode_visible(x * kept, visible), few)
+    assert_close(model.encode_visible(x[1:], visible[1:]), few[1:])
+
+
+def test_hidden_patches_do_not_count_for_capacity_and_visible_ones_train_every_parameter() -> None:
+    model = create(num_classes=0, ffn_capacity=0.5)
+    seen = []
+    model.blocks[0].mlp.router.decision.register_forward_hook(
+        lambda *args: seen.append(args[-1][0].shape)
+    )
+    model.encode_visible(images(2), torch.arange(0, 48, 4).expand(2, -1)).mean().backward()
+    assert seen == [(2, 1, 6)]
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_a_patch_sees_others_of_its_window_only_in_light_attention() -> None:
+    """Rotary table and window of a patch are those of its place, not of its rank."""
+    model = create(rope=True, head_dim=16, light_head_dim=16, router="all_light").eval()
+    x, visible = images(1), torch.tensor([[0, 3, 20, 47]])
+    alone = [model.encode_visible(x, visible[:, i : i + 1])[:, -1] for i in range(4)]
+    together = model.encode_visible(x, visible)[0, -4:]
+    window = model.blocks[0].attn.light_window
+    assert window == 4
+    assert not torch.allclose(together[1], alone[1][0], atol=1e-4)  # 0 and 3 share the first window
+    for i in (2, 3):
+        assert_close(together[i], alone[i][0])

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from routedvit.training.config import ConfigError, RunConfig
-from routedvit.training.config_file import load_config
+from routedvit.training.config_file import describe_keys, load_config
 
 MINIMAL = {
     "name": "x",
@@ -52,6 +52,16 @@ def test_set_overrides_nested_keys_with_json_values(path: str) -> None:
         ("train.grad_clip=no", ['train.grad_clip = "no": input should be a valid number']),
         ("optim.lr", ["--set optim.lr", "section.key=value"]),
         ("name.x=1", ["--set name.x=1", "not a section"]),
+        ("objective.name=mea", ["objective", "'mea'", "'supervised', 'mae', 'distill'"]),
+        ("objective.mask_ratio=0.5", ["'objective.name' is missing"]),
+        ('objective={"name": "mae", "mask_ratoi": 1}', ["objective.mask_ratoi", "'mask_ratio'"]),
+        ('objective={"name": "mae", "mask_ratio": 2}', ["objective.mask_ratio = 2: input should"]),
+        ('objective={"name": "mae", "decoder_heads": 7}', ["decoder_heads = 7 must divide"]),
+        ('objective={"name": "distill"}', ["'objective.teacher' is missing"]),
+        (
+            'objective={"name": "distill", "teacher": {"nam": "x"}}',
+            ["'objective.teacher.name' is missing"],
+        ),
     ],
 )
 def test_mistake_names_field_and_mend(path: str, override: str, words: list[str]) -> None:
@@ -84,3 +94,11 @@ def test_json_that_is_no_object_is_refused(path: str) -> None:
     Path(path).write_text("[1, 2]")
     with pytest.raises(ConfigError, match="holds a JSON list"):
         load_config(RunConfig, path, [])
+
+
+def test_every_objective_lists_its_keys() -> None:
+    text = describe_keys(RunConfig)
+    for name in ("supervised", "mae", "distill"):
+        assert f'  objective.name = "{name}"' in text
+    assert "  objective.mask_ratio = 0.75" in text
+    assert "  objective.teacher.name = required" in text

@@ -9,6 +9,7 @@ from torch import nn
 
 from routedvit.training.config import ConfigError
 from routedvit.training.optim import (
+    add_parameters_beside_the_model,
     build_optimizer,
     build_schedule,
     is_elementwise,
@@ -108,3 +109,41 @@ def test_an_unknown_name_gets_the_nearest_one(model):
 def test_an_option_the_optimiser_does_not_take_is_named(model):
     with pytest.raises(ConfigError, match="betas"):
         build_optimizer(model, name="sgd", lr=1e-3, weight_decay=0.1, betas=(0.9, 0.9))
+
+
+class WithDecoder(nn.Module):
+    """What an objective may be: a network, and parameters beside it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.decoder = nn.Linear(3, 2)
+        self.token = nn.Parameter(torch.zeros(1, 3))
+
+    def no_weight_decay(self) -> set[str]:
+        return {"token"}
+
+
+def test_parameters_beside_the_model_are_trained_once_and_scheduled(model):
+    objective = WithDecoder(model)
+    optimizer = build_optimizer(model, name="adamw", lr=1.0, weight_decay=0.1, layer_decay=0.5)
+    add_parameters_beside_the_model(optimizer, objective, 0.1)
+    schedule = build_schedule(
+        optimizer, name="constant", total_steps=9, warmup_steps=4, warmup_lr=0.0, min_lr=0
+    )
+    schedule.step_update(2)
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    assert len(groups) == sum(len(group["params"]) for group in optimizer.param_groups)
+    assert groups.keys() == {id(p) for p in objective.parameters()}
+    decays = {name: groups[id(p)]["weight_decay"] for name, p in objective.named_parameters()}
+    assert decays["decoder.weight"] == 0.1
+    assert decays["decoder.bias"] == decays["token"] == 0
+    assert groups[id(objective.decoder.weight)]["lr"] == pytest.approx(0.5)
+
+
+def test_an_objective_that_is_its_model_adds_nothing(model):
+    objective = nn.ModuleDict({"model": model})
+    optimizer = build_optimizer(model, name="adamw", lr=1.0, weight_decay=0.1)
+    before = len(optimizer.param_groups)
+    add_parameters_beside_the_model(optimizer, objective, 0.1)
+    assert len(optimizer.param_groups) == before

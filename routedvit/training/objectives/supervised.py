@@ -1,11 +1,4 @@
-"""What is minimised: modules that hold the network and return (loss, metrics).
-
-The loss is computed inside the module that DeepSpeed wraps, because under ZeRO-3 weights exist only
-inside that module's forward. An objective is any nn.Module with an attribute `model` and
-forward(image, target, position) -> (scalar loss, {name: scalar}); the engine averages both over the
-world. `position` int64 [B] counts samples over the whole run: what an objective draws at random
-from it does not change with the number of ranks.
-"""
+"""Classification: the losses, mixed images, and the objective that joins them."""
 
 from typing import Any
 
@@ -29,6 +22,9 @@ class SupervisedObjective(nn.Module):
         mixup: mixes images and labels in training, if not None; needs an even B.
     """
 
+    best_metric = "val/top1"
+    higher_is_better = True
+
     def __init__(self, model: nn.Module, loss: nn.Module, mixup: Mixing | None = None) -> None:
         super().__init__()
         self.model = model
@@ -43,7 +39,14 @@ class SupervisedObjective(nn.Module):
         logits = self.model(image).float()
         label = target if target.dim() == 1 else target.argmax(dim=-1)
         accuracy = 100 * (logits.detach().argmax(dim=-1) == label).float().mean()
-        return self.loss(logits, target), {"top1": accuracy}
+        loss, metrics = self.measure(image, logits, target)
+        return loss, {"top1": accuracy, **metrics}
+
+    def measure(
+        self, image: torch.Tensor, logits: torch.Tensor, target: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss of float32 logits and what else is reported; image and target as mixed."""
+        return self.loss(logits, target), {}
 
 
 def build_mixup(mixup: float, cutmix: float, **options: Any) -> Mixing | None:

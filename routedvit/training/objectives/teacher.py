@@ -1,0 +1,114 @@
+"""A frozen network that a student learns from: any timm model, fed what it was trained on.
+
+It is kept out of the student's module tree, in a plain object. As a submodule it would be cast and
+partitioned by DeepSpeed, switched to train mode with the rest, counted and saved in every
+checkpoint. Each rank holds it whole: fp32 weights under autocast to the run's precision, which a
+network with batch statistics stands too.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data import resolve_input_data_config
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from routedvit.training.config import ConfigError
+from routedvit.training.config_recipe import TeacherConfig
+
+__all__ = ["Teacher", "build_teacher"]
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Teacher:
+    """Images as the student gets them -> the teacher's logits.
+
+    Args:
+        network: timm model; it is frozen, put into eval mode and moved to `device`.
+        mean, std: what the student's images are normalised with, per channel.
+        dtype: 'fp32', 'bf16' or 'fp16', the type of its matrix products.
+
+    Raises:
+        ConfigError: it takes fewer channels than the images have.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        device: torch.device,
+        dtype: str = "fp32",
+    ) -> None:
+        self.network = network.eval().requires_grad_(False).to(device)
+        self.dtype = DTYPES[dtype]
+        own: dict[str, Any] = resolve_input_data_config(network)
+        channels, *size = own["input_size"]
+        if channels not in (len(mean), 3):
+            raise ConfigError(
+                f"objective.teacher takes {channels} channels, the images have {len(mean)}; give "
+                "objective.teacher.kwargs.in_chans"
+            )
+        self.channels, self.size = channels, tuple(size)
+
+        def values(numbers: Sequence[float]) -> Tensor:
+            return torch.tensor(numbers, device=device).view(1, -1, 1, 1)
+
+        # (x * std + mean - own mean) / own std, as one multiply-add
+        self.factor = values(std) / values(own["std"])
+        self.offset = (values(mean) - values(own["mean"])) / values(own["std"])
+
+    @torch.no_grad()
+    def __call__(self, image: Tensor) -> Tensor:
+        """float32 logits [B, num_classes] of image [B, C, H, W]."""
+        image = torch.addcmul(self.offset, image.float(), self.factor)
+        if image.shape[1] < self.channels:
+            image = image.expand(-1, self.channels, -1, -1)
+        if image.shape[-2:] != self.size:
+            image = F.interpolate(image, self.size, mode="bicubic", antialias=True)
+        mixed = self.dtype != torch.float32
+        with torch.autocast(image.device.type, self.dtype, enabled=mixed):
+            return self.network(image).float()
+
+
+def build_teacher(
+    config: TeacherConfig,
+    *,
+    num_classes: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    device: torch.device,
+    dtype: str,
+) -> Teacher:
+    """The trained network that `config` names, for a student of `num_classes`.
+
+    Raises:
+        ConfigError: no weights are named, they cannot be read or do not fit the network, or it
+            knows other classes.
+    """
+    if config.pretrained == (config.checkpoint is not None):
+        raise ConfigError(
+            "objective.teacher needs weights: give one of objective.teacher.checkpoint (a file) "
+            "and objective.teacher.pretrained = true (timm's own, or of a 'local-dir:' name)"
+        )
+    if config.checkpoint is not None and not Path(config.checkpoint).is_file():
+        raise ConfigError(f"objective.teacher.checkpoint: {config.checkpoint} does not exist")
+    kwargs = dict(config.kwargs)
+    if config.checkpoint is not None:  # with `pretrained`, timm would give it a new classifier
+        kwargs = {"num_classes": num_classes, **kwargs, "checkpoint_path": config.checkpoint}
+    try:
+        network = timm.create_model(config.name, pretrained=config.pretrained, **kwargs)
+    except (RuntimeError, TypeError, ValueError, OSError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"objective.teacher {config.name!r}: {reason}") from error
+    if network.num_classes != num_classes:
+        raise ConfigError(
+            f"objective.teacher {config.name!r} knows {network.num_classes} classes, the student "
+            f"{num_classes}; choose a teacher trained on the same classes"
+        )
+    return Teacher(network, mean=mean, std=std, device=device, dtype=dtype)
