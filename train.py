@@ -86,7 +86,7 @@ def run(config: RunConfig, fresh: bool, console: Console) -> int:
     model = create_model(config.model, num_classes=num_classes, seed=config.seed)
     model.set_grad_checkpointing(config.train.grad_checkpointing)  # type: ignore[operator]
     loader, eval_loader, image_format = build_loaders(config, model, world, folder)
-    engine, schedule = build_engine(config, model, world, loader.samples_per_epoch)
+    engine, schedules = build_engine(config, model, world, loader.samples_per_epoch)
 
     # Only now, since a run that cannot be built must not claim or move a folder.
     record = config.model_dump(mode="json")
@@ -98,7 +98,7 @@ def run(config: RunConfig, fresh: bool, console: Console) -> int:
     )
     state = checkpoints.load_newest() or RunState(config=record, versions=versions())
     trainer = build_trainer(
-        config, engine, schedule, loader, eval_loader,
+        config, engine, schedules, loader, eval_loader,
         checkpoints=checkpoints, state=state, tensorboard=folder.path, console=console,
     )  # fmt: skip
     console.print(opening(config, trainer))
@@ -106,7 +106,11 @@ def run(config: RunConfig, fresh: bool, console: Console) -> int:
     if not result.finished:
         console.print(f"stopped at step {result.step} and saved; the same command goes on")
         return REQUEUE_EXIT_CODE
-    export_model(engine, folder.weights, **config.model.model_dump(), data_config=image_format)
+    made = {**config.model.model_dump(), "data_config": image_format}
+    export_model(engine, folder.weights, **made)
+    if config.ema.decay is not None:
+        with engine.ema_weights():
+            export_model(engine, folder.ema_weights, **made)
     console.print(closing(result, folder))
     return 0
 

@@ -28,9 +28,7 @@ def opening(config: RunConfig, trainer: Trainer) -> str:
 def closing(result: Summary, folder: RunFolder) -> str:
     """The summary block of a finished run."""
     rows = []
-    if result.best:
-        name, value = next(iter(result.best.items()))
-        rows.append((f"best {name}", f"{value:.2f} %"))
+    rows += [(f"best {name}", f"{value:.2f} %") for name, value in result.best.items()]
     if result.images_per_second:
         rows.append(("throughput", f"{result.images_per_second:,.0f} images/s"))
     if result.skipped_steps:
@@ -38,6 +36,7 @@ def closing(result: Summary, folder: RunFolder) -> str:
     rows += [
         ("checkpoint", str(result.checkpoint)),
         ("weights", str(folder.weights)),
+        *([("averaged weights", str(folder.ema_weights))] if folder.ema_weights.exists() else []),
         ("TensorBoard", str(folder.path)),
     ]
     title = "finished" if result.images_per_second else "already finished (--fresh starts over)"

@@ -14,6 +14,7 @@ import torch
 from routedvit.training.checkpoint import Checkpoints, RunState
 from routedvit.training.config import ConfigError
 from routedvit.training.optim import build_schedule
+from routedvit.training.schedules import Schedules
 from routedvit.training.trainer import (
     MAX_SKIPPED_IN_A_ROW,
     Trainer,
@@ -74,8 +75,15 @@ def trainer(folder: Path, engine: FakeEngine, sink: Sink, state: RunState, **cha
         monitor=None,
         progress=sink,
         checkpoints=Checkpoints(folder / "checkpoints", engine, keep=2),
-        schedule=build_schedule(
-            engine.optimizer, name="cosine", total_steps=6, warmup_steps=2, warmup_lr=0, min_lr=0
+        schedules=Schedules(
+            build_schedule(
+                engine.optimizer,
+                name="cosine",
+                total_steps=6,
+                warmup_steps=2,
+                warmup_lr=0,
+                min_lr=0,
+            )
         ),
         settings=TrainerSettings(**(settings | changes)),
         state=state,
