@@ -68,6 +68,6 @@ def test_decay_and_layer_rates_act_on_each_parameter(report: dict[str, Any], sta
     for name, (left, expected) in groups.items():
         assert left == pytest.approx(expected, abs=1e-7), name
     kept = {name for name, (_, expected) in groups.items() if expected == 1}
-    assert {"pos_embed", "blocks.0.mlp.router.weight", "norm.weight"} <= kept
+    assert {"pos_embed", "blocks.0.mlp.router.weight", "fc_norm.weight"} <= kept
     rates = {1 - expected for _, expected in groups.values() if expected < 1}
     assert len(rates) >= 3, "layer decay makes a rate for each layer"
