@@ -119,7 +119,8 @@ def build_loaders(
     config: RunConfig, model: nn.Module, world: World, folder: RunFolder
 ) -> tuple[TrainLoader, EvalLoader | None, dict[str, Any]]:
     """Training and held-out batches in the format of the model, and that format (timm's keys)."""
-    format = resolve_input_data_config(model)
+    # With dynamic_img_size timm falls back on a size of its own unless it is told the model's.
+    format = resolve_input_data_config(model, {"model_kwargs": config.model.kwargs})
     batch_size = config.train.batch_size
     micro_batch_size, _ = split_batch(batch_size, config.train.micro_batch_size, world.size)
     common: dict[str, Any] = {

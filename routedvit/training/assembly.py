@@ -99,7 +99,8 @@ def build_schedules(
         dials.append(capacity.CapacityDial(model, factor))
     if config.resolution.stages:
         stages = [(round(s.until * total_steps), s.size) for s in config.resolution.stages]
-        _, height, width = resolve_input_data_config(model)["input_size"]
+        made = {"model_kwargs": config.model.kwargs}
+        _, height, width = resolve_input_data_config(model, made)["input_size"]
         dials.append(ResolutionDial(objective, stages, (height, width)))
     return Schedules(rate, dials)
 

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 import toy
 from timm.utils import ModelEmaV3
@@ -20,6 +21,7 @@ from routedvit.training import capacity
 from routedvit.training import engine as deepspeed_engine
 from routedvit.training.checkpoint import Checkpoints, RunState
 from routedvit.training.engine import Engine
+from routedvit.training.export import export_model
 from routedvit.training.native_config import resolve_native_config
 from routedvit.training.resolution import ResolutionDial
 from routedvit.training.schedules import Schedules
@@ -150,12 +152,18 @@ def check_average(world: World, stage: int, out: Path, reference: Any) -> dict[s
     own, own_logits = weights(engine), logits(engine)
     with engine.ema_weights():
         average, average_logits = weights(engine), logits(engine)
+        made = toy.KWARGS | {"dynamic_img_size": True}
+        export_model(engine, out / f"weights{stage}", name=toy.MODEL, kwargs=made)
     report["restored"] = equal(weights(engine), own) and torch.equal(logits(engine), own_logits)
     report["swap_is_seen"] = not torch.equal(average_logits, own_logits)
     report["weights"] = distance(own, reference[0])
     report["average"] = distance(average, reference[1])
     report["moved"] = distance(average, own)
     report["logits"] = float((average_logits - reference[2]).abs().max())
+    exported = timm.create_model(f"local-dir:{out / f'weights{stage}'}", pretrained=True).eval()
+    with torch.no_grad():
+        again = exported(toy.batch(range(8))["image"])
+    report["exported"] = float((average_logits - again).abs().max())
 
     objective = toy.objective(99, dynamic_img_size=True)
     engine = make(world, stage, objective)

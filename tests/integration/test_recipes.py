@@ -34,6 +34,7 @@ def test_the_averages_take_the_weights_place_and_leave_no_trace(report: Any, sta
     run = report[f"average{stage}"]
     assert run["swap_is_seen"]
     assert run["logits"] < 1e-6
+    assert run["exported"] < 1e-6
     assert run["restored"]
 
 
