@@ -16,7 +16,7 @@ STAGES = pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: Any) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("recipes")
-    launch(HERE / "recipes_script.py", out)
+    launch(HERE / "recipes_script.py", out, timeout=400)
     return json.loads((out / "report.json").read_text())
 
 

@@ -82,3 +82,26 @@ def test_the_number_of_routed_patches_follows_and_the_exported_capacity_stays(mo
 def test_a_model_without_routers_is_refused_in_words():
     with pytest.raises(ConfigError, match=r"capacity\.schedule"):
         CapacityDial(torch.nn.Linear(1, 1), lambda step: Fraction(1))
+
+
+@pytest.mark.slow
+def test_compiled_blocks_are_compiled_once_per_factor_and_right():
+    kwargs = {"img_size": 64, "depth": 2}
+    compiled, plain = (timm.create_model("colt5_vit_test", **kwargs) for _ in range(2))
+    compiled.load_state_dict(plain.state_dict())
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    for block in compiled.blocks:
+        block.compile(backend=backend)
+    factors = levels(0.5, 2, 4)
+    dials = [CapacityDial(m, lambda step: factors[step % 4]) for m in (compiled, plain)]
+    image = torch.randn(2, 3, 64, 64)
+    for step in range(8):
+        for dial in dials:
+            dial.turn(step)
+        torch.testing.assert_close(compiled(image), plain(image))
+        assert len(graphs) == min(step + 1, 4), "one graph per factor, shared by the blocks"
