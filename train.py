@@ -94,7 +94,7 @@ def run(config: RunConfig, fresh: bool, console: Console) -> int:
     loader, eval_loader, image_format = build_loaders(config, model, world, folder)
     shards = (loader.fingerprint, eval_loader and eval_loader.fingerprint)
     must_agree("shards", shards, "copy the same sets with their manifests to every machine")
-    engine, schedule = build_engine(config, model, world, loader)
+    engine, schedules = build_engine(config, model, world, loader)
 
     # Only now, since a run that cannot be built must not claim or move a folder.
     record = config.model_dump(mode="json")
@@ -110,7 +110,7 @@ def run(config: RunConfig, fresh: bool, console: Console) -> int:
         config=record, versions=versions(), warm_start=asdict(started) if started else None
     )
     trainer = build_trainer(
-        config, engine, schedule, loader, eval_loader,
+        config, engine, schedules, loader, eval_loader,
         checkpoints=checkpoints, state=state, tensorboard=folder.path, console=console,
     )  # fmt: skip
     console.print(opening(config, trainer))
@@ -118,7 +118,11 @@ def run(config: RunConfig, fresh: bool, console: Console) -> int:
     if not result.finished:
         console.print(f"stopped at step {result.step} and saved; the same command goes on")
         return REQUEUE_EXIT_CODE
-    export_model(engine, folder.weights, **config.model.created_from(), data_config=image_format)
+    made = {**config.model.created_from(), "data_config": image_format}
+    export_model(engine, folder.weights, **made)
+    if config.ema.decay is not None:
+        with engine.ema_weights():
+            export_model(engine, folder.ema_weights, **made)
     console.print(closing(result, folder))
     return 0
 
@@ -135,7 +139,8 @@ def build_loaders(
     config: RunConfig, model: nn.Module, world: World, folder: RunFolder
 ) -> tuple[TrainLoader, EvalLoader | None, dict[str, Any]]:
     """Training and held-out batches in the format of the model, and that format (timm's keys)."""
-    format = resolve_input_data_config(model)
+    # With dynamic_img_size timm falls back on a size of its own unless it is told the model's.
+    format = resolve_input_data_config(model, {"model_kwargs": config.model.kwargs})
     batch_size = config.train.batch_size
     micro_batch_size, _ = split_batch(batch_size, config.train.micro_batch_size, world.size)
     common: dict[str, Any] = {

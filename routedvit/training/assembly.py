@@ -3,9 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from timm.scheduler.scheduler import Scheduler
+import torch
+from timm.data import resolve_input_data_config
 from torch import nn
 
+from routedvit.training import capacity
 from routedvit.training.checkpoint import Checkpoints, RunState
 from routedvit.training.config import RunConfig
 from routedvit.training.console import Console
@@ -24,19 +26,21 @@ from routedvit.training.optim import (
 )
 from routedvit.training.progress import build_progress
 from routedvit.training.reconstruction import ReconstructionMonitor
+from routedvit.training.resolution import ResolutionDial
 from routedvit.training.routing_monitor import RoutingMonitor
+from routedvit.training.schedules import Dial, Schedules
 from routedvit.training.trainer import Trainer, TrainerSettings
+from routedvit.training.weight_average import WeightAverage, check_offload
 from routedvit.training.world import World
 
 
 def build_engine(
     config: RunConfig, model: nn.Module, world: World, loader: TrainLoader
-) -> tuple[Engine, Scheduler]:
-    """The model under its loss, optimiser and ZeRO, and the schedule of its learning rate.
+) -> tuple[Engine, Schedules]:
+    """The model under its loss, optimiser and ZeRO, and all that changes by step.
 
     Collective.
     """
-    samples_per_epoch = loader.samples_per_epoch
     micro_batch_size, _ = split_batch(
         config.train.batch_size, config.train.micro_batch_size, world.size
     )
@@ -59,20 +63,59 @@ def build_engine(
     )
     optimizer = build_optimizer(model, **config.optim.model_dump(), zero_stage=zero_stage(native))
     add_parameters_beside_the_model(optimizer, objective, config.optim.weight_decay)
-    warmup = config.schedule.warmup_epochs * samples_per_epoch / config.train.batch_size
-    schedule = build_schedule(
+    schedules = build_schedules(config, objective, optimizer, native, loader.samples_per_epoch)
+    return Engine(world, objective, optimizer, native), schedules
+
+
+def build_schedules(
+    config: RunConfig,
+    objective: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    native: dict[str, Any],
+    samples_per_epoch: int,
+) -> Schedules:
+    """Learning rate, weight average, capacity and image size by step, as far as they are asked for.
+
+    Raises:
+        ConfigError: one of them is impossible with this model or this ZeRO.
+    """
+    total_steps = config.total_steps(samples_per_epoch)
+    steps_per_epoch = samples_per_epoch / config.train.batch_size
+    model: nn.Module = objective.model  # type: ignore[assignment]
+    schedule = config.schedule.model_dump(exclude={"warmup_epochs", "timescale_epochs"})
+    rate = build_schedule(
         optimizer,
-        total_steps=config.total_steps(samples_per_epoch),
-        warmup_steps=round(warmup),
-        **config.schedule.model_dump(exclude={"warmup_epochs"}),
+        total_steps=total_steps,
+        warmup_steps=round(config.schedule.warmup_epochs * steps_per_epoch),
+        timescale_steps=(config.schedule.timescale_epochs or 0) * steps_per_epoch,
+        **schedule,
     )
-    return Engine(world, objective, optimizer, native), schedule
+    dials: list[Dial] = []
+    if config.ema.decay is not None:
+        check_offload(native)
+        average = config.ema.model_dump(exclude={"decay"})
+        dials.append(WeightAverage(optimizer, decay=config.ema.decay, **average))
+    recipe = config.capacity
+    if recipe.schedule != "none":
+        factors = capacity.levels(recipe.start, recipe.end, recipe.levels)
+        if recipe.schedule == "anneal":
+            steps = max(1, round(recipe.until * total_steps))
+            factor = capacity.anneal(factors, steps, recipe.shape)
+        else:
+            factor = capacity.sample(recipe.factors or factors, config.seed)
+        dials.append(capacity.CapacityDial(model, factor))
+    if config.resolution.stages:
+        stages = [(round(s.until * total_steps), s.size) for s in config.resolution.stages]
+        made = {"model_kwargs": config.model.kwargs}
+        _, height, width = resolve_input_data_config(model, made)["input_size"]
+        dials.append(ResolutionDial(objective, stages, (height, width)))
+    return Schedules(rate, dials)
 
 
 def build_trainer(
     config: RunConfig,
     engine: Engine,
-    schedule: Scheduler,
+    schedules: Schedules,
     loader: TrainLoader,
     eval_loader: EvalLoader | None,
     *,
@@ -114,7 +157,7 @@ def build_trainer(
         monitor=monitor,
         progress=progress,
         checkpoints=checkpoints,
-        schedule=schedule,
+        schedules=schedules,
         settings=TrainerSettings(
             total_steps=config.total_steps(samples),
             batch_size=config.train.batch_size,
@@ -124,6 +167,8 @@ def build_trainer(
             routing_every=config.log.routing_every_steps,
             best_metric=engine.objective.best_metric,  # type: ignore[arg-type]
             higher_is_better=engine.objective.higher_is_better,  # type: ignore[arg-type]
+            evaluate_raw=config.ema.decay is None or config.eval.weights != "ema",
+            evaluate_ema=config.ema.decay is not None and config.eval.weights != "raw",
         ),
         state=state,
     )

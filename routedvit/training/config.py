@@ -13,10 +13,13 @@ from pydantic import Field, model_validator
 
 from routedvit.training.config_base import ConfigError, Section
 from routedvit.training.config_recipe import (
+    CapacityConfig,
     DistillConfig,
+    EmaConfig,
     LossConfig,
     MaskedConfig,
     OptimConfig,
+    ResolutionConfig,
     ScheduleConfig,
     SupervisedConfig,
 )
@@ -107,6 +110,9 @@ class RunConfig(Section):
     loss: LossConfig = Field(default_factory=LossConfig)
     optim: OptimConfig
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
+    ema: EmaConfig = Field(default_factory=EmaConfig)
+    capacity: CapacityConfig = Field(default_factory=CapacityConfig)
+    resolution: ResolutionConfig = Field(default_factory=ResolutionConfig)
     precision: PrecisionConfig = Field(default_factory=PrecisionConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)

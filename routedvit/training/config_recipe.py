@@ -1,4 +1,4 @@
-"""Config sections that decide what is learned: loss, optimiser, schedule."""
+"""Config sections that decide what is learned: loss, optimiser, and what changes by step."""
 
 from typing import Any, ClassVar, Literal
 
@@ -93,27 +93,107 @@ class OptimConfig(Section):
     """The optimiser, by timm's names and defaults."""
 
     name: str = "adamw"
-    """One of timm.optim.list_optimizers()."""
+    """One of timm.optim.list_optimizers(). Under ZeRO those that work element by element."""
     lr: float = Field(gt=0)
     """Peak learning rate for the global batch; it is not rescaled."""
     weight_decay: float = Field(0.05, ge=0)
     """Decoupled weight decay; norms, biases, positions and routers are exempt."""
-    betas: tuple[float, float] | None = None
-    """Default: the optimiser's own."""
+    betas: tuple[float, ...] | None = None
+    """Default: the optimiser's own; as many as it takes."""
     eps: float | None = Field(None, gt=0)
     """Default: the optimiser's own."""
     layer_decay: float | None = Field(None, gt=0, le=1)
     """Factor on the learning rate per block, counted from the head down."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """More arguments of the optimiser, by timm's names, such as {"momentum": 0.95}."""
 
 
 class ScheduleConfig(Section):
     """Learning rate by optimiser step."""
 
-    name: Literal["cosine", "constant"] = "cosine"
-    """Shape after the warm-up."""
+    name: Literal["cosine", "linear", "wsd", "rsqrt", "constant"] = "cosine"
+    """Shape after the warm-up. wsd: constant, then a decay (2405.18392); rsqrt: falls with the
+    inverse square root of the step, then a decay (2106.04560)."""
     warmup_epochs: float = Field(0.0, ge=0)
     """Length of the linear warm-up."""
     warmup_lr: float = Field(1e-6, ge=0)
     """Learning rate at the first step of the warm-up."""
     min_lr: float = Field(1e-5, ge=0)
     """Learning rate at the end of the run."""
+    decay: float = Field(0.2, gt=0, le=1)
+    """wsd, rsqrt: share of the steps after the warm-up in which the rate falls to min_lr."""
+    decay_shape: Literal["1-sqrt", "linear", "cosine"] | None = None
+    """wsd, rsqrt: how it falls. Default: 1-sqrt for wsd, linear for rsqrt."""
+    timescale_epochs: float | None = Field(None, gt=0)
+    """rsqrt: when the rate has fallen to 1/sqrt(2), counted from the end of the warm-up.
+    Default: the length of the warm-up."""
+
+
+class EmaConfig(Section):
+    """Exponential moving average of the weights; it is evaluated and exported beside them."""
+
+    decay: float | None = Field(None, gt=0, lt=1)
+    """Share of the old average kept per step, such as 0.9999; null: no average."""
+    warmup: bool = False
+    """Begin with a short memory: the decay of step t is 1 - (1 + t / gamma)^-power, at most
+    `decay`."""
+    warmup_gamma: float = Field(1.0, gt=0)
+    """gamma of the warm-up."""
+    warmup_power: float = Field(2 / 3, gt=0)
+    """power of the warm-up: 2/3 reaches 0.999 after 31,600 steps, 3/4 after 10,000."""
+
+
+class CapacityConfig(Section):
+    """Capacity of the routers by step, as a factor on what the model was built with.
+
+    The capacity of each router is its own times the factor, at most the whole image. Evaluation,
+    pictures and exports see factor 1. Each factor has shapes of its own: torch.compile compiles
+    a block once per factor.
+    """
+
+    schedule: Literal["none", "anneal", "sample"] = "none"
+    """anneal: from `start` to `end`; sample: each step draws one factor, the same on all ranks, so
+    that one model serves many budgets."""
+    start: float = Field(1.0, gt=0)
+    """Factor at the first step (anneal) or one end of the range drawn from (sample)."""
+    end: float = Field(1.0, gt=0)
+    """Factor at the end (anneal) or the other end of the range (sample)."""
+    until: float = Field(1.0, gt=0, le=1)
+    """anneal: share of the run after which `end` holds."""
+    shape: Literal["linear", "cosine"] = "linear"
+    """anneal: how it goes from `start` to `end`."""
+    levels: int = Field(5, ge=2)
+    """How many evenly spaced factors there are from `start` to `end`. torch.compile gives up on a
+    block after 8 versions of it, of which evaluation takes one or two."""
+    factors: list[float] | None = Field(None, min_length=1)
+    """sample: draw from these instead of a range."""
+
+    @model_validator(mode="after")
+    def _something_changes(self) -> "CapacityConfig":
+        drawn = self.factors if self.schedule == "sample" and self.factors else None
+        if drawn and min(drawn) <= 0:
+            raise ValueError(f"factors = {drawn}: each must be greater than 0")
+        if self.factors and self.schedule != "sample":
+            raise ValueError("capacity.factors is read by schedule = 'sample' only; delete it")
+        if self.schedule != "none" and not drawn and self.start == self.end:
+            raise ValueError(
+                f"capacity.schedule = '{self.schedule}' needs start and end that differ"
+            )
+        return self
+
+
+class ResolutionStage(Section):
+    """A part of the run with smaller images."""
+
+    until: float = Field(gt=0, lt=1)
+    """Share of the run at which the stage ends."""
+    size: int = Field(gt=0)
+    """Side of the images in pixels, a multiple of the patch size."""
+
+
+class ResolutionConfig(Section):
+    """Progressive resolution: the loader's images are shrunk on the device in early steps."""
+
+    stages: list[ResolutionStage] = Field(default_factory=list)
+    """In order, such as [{"until": 0.5, "size": 128}, {"until": 0.8, "size": 160}]; then full size.
+    Needs model.kwargs.dynamic_img_size = true."""

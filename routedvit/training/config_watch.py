@@ -1,5 +1,7 @@
 """Config sections around the training: evaluation, checkpoints, what is logged."""
 
+from typing import Literal
+
 from pydantic import Field
 
 from routedvit.training.config_base import Section
@@ -12,6 +14,8 @@ class EvalConfig(Section):
     """Cadence; the last step always evaluates."""
     batch_size: int | None = Field(None, gt=0)
     """Images per rank and forward pass. Default: the micro-batch."""
+    weights: Literal["both", "raw", "ema"] = "both"
+    """Which weights are evaluated where ema.decay keeps an average; its metrics end in _ema."""
 
 
 class CheckpointConfig(Section):

@@ -30,6 +30,7 @@ from routedvit.training.config import ConfigError
 from routedvit.training.config_file import nearest
 from routedvit.training.interfaces import Batch
 from routedvit.training.native_config import zero_stage
+from routedvit.training.weight_average import exchange
 from routedvit.training.world import World, join_environment
 
 # Both are read while deepspeed is imported. The NVML check keeps CUDA uninitialised for forks.
@@ -202,6 +203,34 @@ class Engine:
             if self.zero_stage == 3:
                 self._watch_parameter_access(False)
             self.objective.train()
+
+    @contextmanager
+    def ema_weights(self) -> Iterator[None]:
+        """The averages in the place of the weights, live and master, for as long as it lasts.
+
+        Everything in it sees them: `evaluating`, `full_parameters`, an export. Afterwards the
+        weights are back, bit for bit. Without averages (see weight_average.py) nothing changes.
+        Collective; do not train or save in it.
+        """
+        self._exchange_weights()
+        try:
+            yield
+        finally:
+            self._exchange_weights()
+
+    def _exchange_weights(self) -> None:
+        """Swap masters and averages, then make the live weights from the masters as a step does."""
+        exchange(self.optimizer)
+        zero = self._engine.optimizer
+        if self.zero_stage in (1, 2):
+            zero.update_lp_params()
+        elif self.zero_stage == 3:
+            zero._partition_all_parameters()
+            for sub_group in range(len(zero.fp16_groups)):
+                zero._reassign_or_swap_out_partitioned_parameters(sub_group)
+            if zero.persistent_parameters:
+                zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+            zero.invalidate_secondary_tensor()
 
     def _watch_parameter_access(self, on: bool) -> None:
         """Let ZeRO-3 gather weights that a forward reads from its children, as it does in training.

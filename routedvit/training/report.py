@@ -28,8 +28,7 @@ def opening(config: RunConfig, trainer: Trainer) -> str:
 def closing(result: Summary, folder: RunFolder) -> str:
     """The summary block of a finished run."""
     rows = []
-    if result.best:
-        name, value = next(iter(result.best.items()))
+    for name, value in result.best.items():
         rows.append((f"best {name}", f"{value:.4f}" if name.endswith("loss") else f"{value:.2f} %"))
     if result.images_per_second:
         rows.append(("throughput", f"{result.images_per_second:,.0f} images/s"))
@@ -38,6 +37,7 @@ def closing(result: Summary, folder: RunFolder) -> str:
     rows += [
         ("checkpoint", str(result.checkpoint)),
         ("weights", str(folder.weights)),
+        *([("averaged weights", str(folder.ema_weights))] if folder.ema_weights.exists() else []),
         ("TensorBoard", str(folder.path)),
     ]
     title = "finished" if result.images_per_second else "already finished (--fresh starts over)"

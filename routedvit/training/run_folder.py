@@ -5,6 +5,7 @@
              events.*        TensorBoard's files, here so that the run shows under its own name
              logs/           what each rank printed
              weights/        the exported model
+             weights_ema/    the same with averaged weights, if the run keeps an average
 
 A folder that already holds another run is refused instead of being resumed with a different recipe;
 `--fresh` moves the old one aside, so nothing is ever deleted.
@@ -50,6 +51,10 @@ class RunFolder:
     @property
     def weights(self) -> Path:
         return self.path / "weights"
+
+    @property
+    def ema_weights(self) -> Path:
+        return self.path / "weights_ema"
 
     def has_checkpoint(self) -> bool:
         """Whether a run in this folder would be resumed."""

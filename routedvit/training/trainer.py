@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from timm.scheduler.scheduler import Scheduler
 
 from routedvit.training.checkpoint import Checkpoints, RunState, write_json
 from routedvit.training.config import ConfigError
@@ -29,6 +28,7 @@ from routedvit.training.interfaces import (
 from routedvit.training.meter import Meter
 from routedvit.training.optim import learning_rate
 from routedvit.training.progress import evaluation_line
+from routedvit.training.schedules import Schedules
 from routedvit.training.signals import StopSignals
 
 MAX_SKIPPED_IN_A_ROW = 25  # fp16 needs a dozen to find its loss scale
@@ -46,6 +46,8 @@ class TrainerSettings:
     routing_every: int
     best_metric: str = "val/top1"
     higher_is_better: bool = True
+    evaluate_raw: bool = True
+    evaluate_ema: bool = False  # on the averaged weights, under names that end in _ema
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class Trainer:
         monitor: routing statistics and pictures, or None for a model that does not route.
         progress: the progress line; the null one on ranks other than 0.
         checkpoints: where to save.
-        schedule: over `engine.optimizer`.
+        schedules: what changes by step; its rates are those of `engine.optimizer`.
         settings: lengths and cadences.
         state: where to begin: `checkpoints.load_newest()` or a fresh `RunState`.
     """
@@ -86,7 +88,7 @@ class Trainer:
         monitor: RoutingMonitor | None,
         progress: Progress,
         checkpoints: Checkpoints,
-        schedule: Scheduler,
+        schedules: Schedules,
         settings: TrainerSettings,
         state: RunState,
     ) -> None:
@@ -97,7 +99,7 @@ class Trainer:
         self.monitor = monitor
         self.progress = progress
         self.checkpoints = checkpoints
-        self.schedule = schedule
+        self.schedules = schedules
         self.settings = settings
         self.state = state
         self.signals = StopSignals()
@@ -135,8 +137,8 @@ class Trainer:
         micro_batches = [next(batches) for _ in range(self.engine.accumulation)]
         waited = time.perf_counter() - began
         seed_step(self.settings.seed, state.step, self.engine.rank)
-        self.schedule.step_update(state.step)
-        result = self.engine.train_step(micro_batches, stop=self.signals.wanted)
+        with self.schedules.at(state.step):
+            result = self.engine.train_step(micro_batches, stop=self.signals.wanted)
         state.step += 1
         state.samples_seen += self.settings.batch_size
         self.meter.add(time.perf_counter() - began, waited)
@@ -168,6 +170,7 @@ class Trainer:
             "train/loss": result.loss,
             **{f"train/{name}": value for name, value in result.metrics.items()},
             "train/learning_rate": rate,
+            **self.schedules.scalars(),
             "train/gradient_norm": float(result.grad_norm),
             "train/skipped_steps": float(self.state.skipped_steps),
             "train/epoch": self.state.samples_seen / self.loader.samples_per_epoch,
@@ -180,17 +183,27 @@ class Trainer:
             self.writer.scalar(name, value, step)
 
     def evaluate(self, evaluator: Evaluator) -> None:
-        """Run one evaluator and keep the best value of `best_metric`."""
+        """Run one evaluator, on raw and averaged weights, and keep the best of `best_metric`."""
         state = self.state
-        with self.engine.evaluating() as model:
-            values = {f"{evaluator.name}/{name}": v for name, v in evaluator.run(model)}
+        values: dict[str, float] = {}
+        if self.settings.evaluate_raw:
+            values |= self.measure(evaluator, evaluator.name)
+        if self.settings.evaluate_ema:
+            with self.engine.ema_weights():
+                values |= self.measure(evaluator, f"{evaluator.name}_ema")
         for name, value in values.items():
             self.writer.scalar(name, value, state.step)
-        best = self.settings.best_metric
-        if best in values:
-            better = max if self.settings.higher_is_better else min
-            state.best[best] = better(values[best], state.best.get(best, values[best]))
+        prefix, _, metric = self.settings.best_metric.rpartition("/")
+        better = max if self.settings.higher_is_better else min
+        for best in (f"{prefix}/{metric}", f"{prefix}_ema/{metric}"):
+            if best in values:
+                state.best[best] = better(values[best], state.best.get(best, values[best]))
         self.progress.message(evaluation_line(state.step, values))
+
+    def measure(self, evaluator: Evaluator, prefix: str) -> dict[str, float]:
+        """What an evaluator says about the present weights, by 'prefix/metric'."""
+        with self.engine.evaluating() as model:
+            return {f"{prefix}/{name}": value for name, value in evaluator.run(model)}
 
     def watch_routing(self) -> None:
         """Statistics and pictures of the routers on the probe images."""

@@ -58,8 +58,8 @@ def run(engine: Engine, schedule: Any, steps: range, poison_rank: int = -1) -> l
         if engine.rank == poison_rank:
             micro_batches[0]["image"][0, 0, 0, 0] = torch.nan
         seed_step(0, step, engine.rank)
-        schedule.step_update(step)
-        results.append(engine.train_step(micro_batches, stop=engine.rank == 1 and step == 2))
+        with schedule.at(step):
+            results.append(engine.train_step(micro_batches, stop=engine.rank == 1 and step == 2))
     return results
 
 

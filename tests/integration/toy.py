@@ -12,6 +12,7 @@ from torch import nn
 import routedvit  # noqa: F401  (registers the models)
 from routedvit.training.objectives import SupervisedObjective, build_loss
 from routedvit.training.optim import build_optimizer, build_schedule
+from routedvit.training.schedules import Dial, Schedules
 
 MODEL = "colt5_vit_test"
 KWARGS: dict[str, Any] = {"num_classes": 5, "img_size": 64, "depth": 2}
@@ -36,10 +37,11 @@ def optimizer(network: nn.Module, zero_stage: int = 0) -> torch.optim.Optimizer:
     )
 
 
-def schedule(optimizer: torch.optim.Optimizer, total_steps: int = STEPS) -> Any:
-    return build_schedule(
+def schedule(optimizer: torch.optim.Optimizer, total_steps: int = STEPS, *dials: Dial) -> Schedules:
+    rate = build_schedule(
         optimizer, name="cosine", total_steps=total_steps, warmup_steps=1, warmup_lr=1e-3, min_lr=0
     )
+    return Schedules(rate, dials)
 
 
 def sample(position: int) -> tuple[torch.Tensor, int]:
@@ -105,7 +107,7 @@ def plain_run(steps: int = STEPS) -> tuple[list[float], list[float], dict[str, t
     rates = schedule(adamw)
     losses, norms = [], []
     for step in range(steps):
-        rates.step_update(step)
+        rates.rate.step_update(step)
         rows = batch(range(step * BATCH, (step + 1) * BATCH))
         loss = loss_function(network(rows["image"]), rows["target"])
         adamw.zero_grad()

@@ -97,7 +97,7 @@ def fit(world: World, folder: Path, seed: int, loader: toy.Loader) -> tuple[Summ
         monitor=recorder,
         progress=recorder,
         checkpoints=checkpoints,
-        schedule=toy.schedule(engine.optimizer, STEPS),  # after the load, as in train.py
+        schedules=toy.schedule(engine.optimizer, STEPS),  # after the load, as in train.py
         settings=TrainerSettings(
             total_steps=STEPS,
             batch_size=toy.BATCH,

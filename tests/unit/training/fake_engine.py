@@ -25,6 +25,7 @@ class FakeEngine:
         self.value = 0
         self.skip_from: int | None = None
         self.seen: list[list[int]] = []
+        self.averaged = False
 
     def train_step(self, batches: list[dict[str, Any]], *, stop: bool = False) -> StepResult:
         self.value += 1
@@ -46,6 +47,12 @@ class FakeEngine:
     @contextmanager
     def evaluating(self) -> Iterator[nn.Module]:
         yield self.model
+
+    @contextmanager
+    def ema_weights(self) -> Iterator[None]:
+        self.averaged = True
+        yield
+        self.averaged = False
 
     def full_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, parameter in self.model.named_parameters():

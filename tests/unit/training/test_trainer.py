@@ -14,6 +14,7 @@ import torch
 from routedvit.training.checkpoint import Checkpoints, RunState
 from routedvit.training.config import ConfigError
 from routedvit.training.optim import build_schedule
+from routedvit.training.schedules import Schedules
 from routedvit.training.trainer import (
     MAX_SKIPPED_IN_A_ROW,
     Trainer,
@@ -74,8 +75,15 @@ def trainer(folder: Path, engine: FakeEngine, sink: Sink, state: RunState, **cha
         monitor=None,
         progress=sink,
         checkpoints=Checkpoints(folder / "checkpoints", engine, keep=2),
-        schedule=build_schedule(
-            engine.optimizer, name="cosine", total_steps=6, warmup_steps=2, warmup_lr=0, min_lr=0
+        schedules=Schedules(
+            build_schedule(
+                engine.optimizer,
+                name="cosine",
+                total_steps=6,
+                warmup_steps=2,
+                warmup_lr=0,
+                min_lr=0,
+            )
         ),
         settings=TrainerSettings(**(settings | changes)),
         state=state,
@@ -112,6 +120,56 @@ def test_the_best_metric_is_the_highest_one(tmp_path):
     evaluators = [Evaluator([10.0, 30.0, 20.0], every_steps=2)]
     summary = trainer(tmp_path, FakeEngine(), Sink(), RunState(), evaluators=evaluators).fit()
     assert summary.best == {"val/top1": 30.0}
+
+
+def test_averaged_weights_are_evaluated_under_names_of_their_own(tmp_path):
+    engine, sink, averaged = FakeEngine(), Sink(), []
+
+    class Watching(Evaluator):
+        def run(self, model: torch.nn.Module) -> Iterator[tuple[str, float]]:
+            averaged.append(engine.averaged)
+            yield from super().run(model)
+
+    evaluators = [Watching([10.0, 11.0, 30.0, 31.0, 20.0, 21.0], every_steps=2)]
+    run = trainer(tmp_path, engine, sink, RunState(), evaluators=evaluators, evaluate_ema=True)
+    assert run.fit().best == {"val/top1": 30.0, "val_ema/top1": 31.0}
+    assert averaged == [False, True] * 3
+    assert sink.scalars["val/top1", 6] == 20.0
+    assert sink.scalars["val_ema/top1", 6] == 21.0
+
+    only = [Watching([5.0], every_steps=0)]
+    settings = {"evaluators": only, "evaluate_ema": True, "evaluate_raw": False}
+    run = trainer(tmp_path / "b", engine, sink, RunState(), **settings)
+    assert run.fit().best == {"val_ema/top1": 5.0}
+
+
+def test_dials_turn_in_the_step_and_their_values_are_logged(tmp_path):
+    class Dial:
+        value = None
+
+        def turn(self, step: int) -> None:
+            self.value = self.latest = step
+
+        def rest(self) -> None:
+            self.value = None
+
+        def scalars(self) -> dict[str, float]:
+            return {"train/dial": float(self.latest)}
+
+    dial, sink, engine = Dial(), Sink(), FakeEngine()
+    seen, original = [], engine.train_step
+
+    def train_step(*args: Any, **kwargs: Any) -> Any:
+        seen.append(dial.value)
+        return original(*args, **kwargs)
+
+    engine.train_step = train_step
+    run = trainer(tmp_path, engine, sink, RunState(step=2, samples_seen=8))
+    run.schedules = Schedules(run.schedules.rate, [dial])
+    run.fit()
+    assert seen == [2, 3, 4, 5]
+    assert dial.value is None
+    assert sink.scalars["train/dial", 6] == 5.0
 
 
 def test_an_evaluator_without_a_cadence_runs_at_the_end(tmp_path):

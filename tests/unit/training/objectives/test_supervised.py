@@ -46,6 +46,13 @@ def test_bce_sums_over_classes():
     torch.testing.assert_close(build_loss("bce")(logits, target), expected)
 
 
+def test_smoothed_bce_moves_mass_to_all_classes():
+    logits, target = torch.randn(8, 5), torch.randint(0, 5, (8,))
+    smooth = 0.9 * F.one_hot(target, 5).float() + 0.1 / 5
+    expected = F.binary_cross_entropy_with_logits(logits, smooth, reduction="none").sum(1).mean()
+    torch.testing.assert_close(build_loss("bce", 0.1)(logits, target), expected)
+
+
 def mixed_objective():
     mixup = build_mixup(0, 1, label_smoothing=0.0, num_classes=3, batch_size=8, seed=0)
     torch.manual_seed(0)
