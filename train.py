@@ -23,8 +23,8 @@ from data.loaders import EvalLoader, TrainLoader, build_eval_loader, build_train
 from data.mixture import resolve_train
 from routedvit.training import config as training
 from routedvit.training import engine as engines
-from routedvit.training.assembly import build_engine, build_trainer
-from routedvit.training.checkpoint import Checkpoints, RunState
+from routedvit.training.assembly import build_checkpoints, build_engine, build_trainer
+from routedvit.training.checkpoint import RunState
 from routedvit.training.collective import on_rank_zero
 from routedvit.training.config_file import describe_keys, json_schema, load_config
 from routedvit.training.console import Console
@@ -59,6 +59,12 @@ def parse_arguments() -> argparse.Namespace:
         action="store_true",
         help="start over; the earlier run is kept under another name",
     )
+    parser.add_argument(
+        "--resume",
+        metavar="CHECKPOINT",
+        type=Path,
+        help="go on from this one, not the newest: step_00000500, or a folder of another run",
+    )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     return parser.parse_args()
 
@@ -74,10 +80,10 @@ def main() -> int:
         return 0
     rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
     with Console(rank, user_errors=(training.ConfigError, DataError)) as console:
-        return run(load_config(RunConfig, args.config, args.set), args.fresh, console)
+        return run(load_config(RunConfig, args.config, args.set), args.fresh, args.resume, console)
 
 
-def run(config: RunConfig, fresh: bool, console: Console) -> int:
+def run(config: RunConfig, fresh: bool, resume: Path | None, console: Console) -> int:
     """Everything between a valid config and the exit code, the same on every rank."""
     world = engines.start(tf32=config.precision.tf32)
     folder = RunFolder(Path(config.folder))
@@ -93,10 +99,9 @@ def run(config: RunConfig, fresh: bool, console: Console) -> int:
     free = tuple(f"data.{key}" for key in FREE_ON_RESUME)
     console.print(on_rank_zero(lambda: open_folder(folder, record, fresh=fresh, free=free)))
     console.log_to(folder.logs / f"rank_{world.rank}.log")
-    checkpoints = Checkpoints(
-        folder.checkpoints, engine, keep=config.checkpoint.keep, tell=console.print
-    )
-    state = checkpoints.load_newest() or RunState(config=record, versions=versions())
+    checkpoints = build_checkpoints(config, engine, folder.checkpoints, console)
+    state = checkpoints.load_named(resume) if resume else checkpoints.load_newest()
+    state = state or RunState(config=record, versions=versions())
     trainer = build_trainer(
         config, engine, schedule, loader, eval_loader,
         checkpoints=checkpoints, state=state, tensorboard=folder.path, console=console,
