@@ -25,8 +25,8 @@ from data.mixture import resolve_train
 from routedvit.models.warm_start import WarmStart, warm_start
 from routedvit.training import config as training
 from routedvit.training import engine as engines
-from routedvit.training.assembly import build_engine, build_trainer
-from routedvit.training.checkpoint import Checkpoints, RunState
+from routedvit.training.assembly import build_checkpoints, build_engine, build_trainer
+from routedvit.training.checkpoint import RunState
 from routedvit.training.collective import must_agree, on_rank_zero
 from routedvit.training.config_file import describe_keys, json_schema, load_config
 from routedvit.training.console import Console
@@ -61,6 +61,12 @@ def parse_arguments() -> argparse.Namespace:
         action="store_true",
         help="start over; the earlier run is kept under another name",
     )
+    parser.add_argument(
+        "--resume",
+        metavar="CHECKPOINT",
+        type=Path,
+        help="go on from this one, not the newest: step_00000500, or a folder of another run",
+    )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     return parser.parse_args()
 
@@ -76,10 +82,10 @@ def main() -> int:
         return 0
     rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
     with Console(rank, user_errors=(training.ConfigError, DataError)) as console:
-        return run(load_config(RunConfig, args.config, args.set), args.fresh, console)
+        return run(load_config(RunConfig, args.config, args.set), args.fresh, args.resume, console)
 
 
-def run(config: RunConfig, fresh: bool, console: Console) -> int:
+def run(config: RunConfig, fresh: bool, resume: Path | None, console: Console) -> int:
     """Everything between a valid config and the exit code, the same on every rank."""
     world = engines.start(tf32=config.precision.tf32)
     folder = RunFolder(Path(config.folder))
@@ -89,7 +95,7 @@ def run(config: RunConfig, fresh: bool, console: Console) -> int:
     model = create_model(config.model, num_classes=num_classes, seed=config.seed)
     model.set_grad_checkpointing(config.train.grad_checkpointing)  # type: ignore[operator]
     started = None
-    if config.model.warm_start and (fresh or not folder.has_checkpoint()):
+    if config.model.warm_start and not resume and (fresh or not folder.has_checkpoint()):
         started = begin_from(model, config.model.warm_start)
     loader, eval_loader, image_format = build_loaders(config, model, world, folder)
     shards = (loader.fingerprint, eval_loader and eval_loader.fingerprint)
@@ -103,10 +109,9 @@ def run(config: RunConfig, fresh: bool, console: Console) -> int:
     console.log_to(folder.logs / f"rank_{world.rank}.log")
     if started:
         console.print(str(started))
-    checkpoints = Checkpoints(
-        folder.checkpoints, engine, keep=config.checkpoint.keep, tell=console.print
-    )
-    state = checkpoints.load_newest() or RunState(
+    checkpoints = build_checkpoints(config, engine, folder.checkpoints, console)
+    state = checkpoints.load_named(resume) if resume else checkpoints.load_newest()
+    state = state or RunState(
         config=record, versions=versions(), warm_start=asdict(started) if started else None
     )
     trainer = build_trainer(

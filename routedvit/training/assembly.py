@@ -9,11 +9,12 @@ from torch import nn
 
 from routedvit.training import capacity
 from routedvit.training.checkpoint import Checkpoints, RunState
-from routedvit.training.config import RunConfig
+from routedvit.training.config import ConfigError, RunConfig
 from routedvit.training.console import Console
 from routedvit.training.engine import Engine
 from routedvit.training.evaluators import build_evaluators
 from routedvit.training.evaluators.held_out_loss import HeldOutLoss
+from routedvit.training.guard import Guard
 from routedvit.training.interfaces import EvalLoader, Evaluator, TrainLoader
 from routedvit.training.interfaces import RoutingMonitor as Monitor
 from routedvit.training.metrics import build_writer
@@ -27,6 +28,7 @@ from routedvit.training.optim import (
 from routedvit.training.progress import build_progress
 from routedvit.training.reconstruction import ReconstructionMonitor
 from routedvit.training.resolution import ResolutionDial
+from routedvit.training.retention import Retention
 from routedvit.training.routing_monitor import RoutingMonitor
 from routedvit.training.schedules import Dial, Schedules
 from routedvit.training.trainer import Trainer, TrainerSettings
@@ -112,6 +114,24 @@ def build_schedules(
     return Schedules(rate, dials)
 
 
+def build_checkpoints(
+    config: RunConfig, engine: Engine, folder: Path, console: Console
+) -> Checkpoints:
+    """Where the run saves, and what of it stays."""
+    section = config.checkpoint
+    metric: str = section.best_metric or engine.objective.best_metric  # type: ignore[assignment]
+    if section.best_metric is None and not _evaluates_raw(config):
+        metric = metric.replace("/", "_ema/")
+    retention = Retention(
+        keep=section.keep,
+        keep_every=section.keep_every,
+        keep_best=section.keep_best,
+        metric=metric,
+        mode=section.best_mode or ("min" if metric.endswith("loss") else "max"),
+    )
+    return Checkpoints(folder, engine, keep=retention, tell=console.print)
+
+
 def build_trainer(
     config: RunConfig,
     engine: Engine,
@@ -149,6 +169,15 @@ def build_trainer(
                 monitor = ReconstructionMonitor(
                     engine.objective, probe, writer, **watched, also=monitor
                 )
+    best = checkpoints.retention.metric
+    names = {evaluator.name for evaluator in evaluators}
+    if config.ema.decay is not None:
+        names |= {f"{name}_ema" for name in names}
+    if config.checkpoint.keep_best and best.split("/")[0] not in names:
+        raise ConfigError(
+            f"checkpoint.best_metric = {best!r}: no evaluator has that name; there are: "
+            f"{', '.join(sorted(names)) or 'none'}"
+        )
     return Trainer(
         engine,
         loader,
@@ -157,6 +186,12 @@ def build_trainer(
         monitor=monitor,
         progress=progress,
         checkpoints=checkpoints,
+        guard=Guard(
+            engine,
+            checkpoints.folder.parent / "logs" / "bad_steps.jsonl",
+            **config.guard.model_dump(),
+            tell=progress.message,
+        ),
         schedules=schedules,
         settings=TrainerSettings(
             total_steps=config.total_steps(samples),
@@ -165,10 +200,12 @@ def build_trainer(
             log_every=config.log.every_steps,
             checkpoint_every=config.checkpoint.every_steps,
             routing_every=config.log.routing_every_steps,
-            best_metric=engine.objective.best_metric,  # type: ignore[arg-type]
-            higher_is_better=engine.objective.higher_is_better,  # type: ignore[arg-type]
-            evaluate_raw=config.ema.decay is None or config.eval.weights != "ema",
+            evaluate_raw=_evaluates_raw(config),
             evaluate_ema=config.ema.decay is not None and config.eval.weights != "raw",
         ),
         state=state,
     )
+
+
+def _evaluates_raw(config: RunConfig) -> bool:
+    return config.ema.decay is None or config.eval.weights != "ema"

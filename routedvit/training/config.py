@@ -23,7 +23,7 @@ from routedvit.training.config_recipe import (
     ScheduleConfig,
     SupervisedConfig,
 )
-from routedvit.training.config_watch import CheckpointConfig, EvalConfig, LogConfig
+from routedvit.training.config_watch import CheckpointConfig, EvalConfig, GuardConfig, LogConfig
 
 __all__ = ["ConfigError", "RunConfig", "Section"]
 
@@ -116,6 +116,7 @@ class RunConfig(Section):
     precision: PrecisionConfig = Field(default_factory=PrecisionConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    guard: GuardConfig = Field(default_factory=GuardConfig)
     log: LogConfig = Field(default_factory=LogConfig)
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """Native DeepSpeed keys, verbatim. What the sections above own (batch sizes, clipping,

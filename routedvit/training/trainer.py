@@ -5,18 +5,18 @@ below `fit` happens on all ranks at the same steps, since most of it communicate
 screen or disk is a null object on ranks other than 0.
 """
 
+import dataclasses
 import random
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from routedvit.training.checkpoint import Checkpoints, RunState, write_json
-from routedvit.training.config import ConfigError
+from routedvit.training.checkpoint import Checkpoints, RunState, SaveError, write_json
 from routedvit.training.engine import Engine, StepResult
+from routedvit.training.guard import Guard
 from routedvit.training.interfaces import (
     Batch,
     Evaluator,
@@ -31,10 +31,8 @@ from routedvit.training.progress import evaluation_line
 from routedvit.training.schedules import Schedules
 from routedvit.training.signals import StopSignals
 
-MAX_SKIPPED_IN_A_ROW = 25  # fp16 needs a dozen to find its loss scale
 
-
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class TrainerSettings:
     """Lengths and cadences of a run, in optimiser steps."""
 
@@ -44,13 +42,11 @@ class TrainerSettings:
     log_every: int
     checkpoint_every: int
     routing_every: int
-    best_metric: str = "val/top1"
-    higher_is_better: bool = True
     evaluate_raw: bool = True
     evaluate_ema: bool = False  # on the averaged weights, under names that end in _ema
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Summary:
     """How a call of `fit` ended."""
 
@@ -73,6 +69,7 @@ class Trainer:
         monitor: routing statistics and pictures, or None for a model that does not route.
         progress: the progress line; the null one on ranks other than 0.
         checkpoints: where to save.
+        guard: watches for bad steps.
         schedules: what changes by step; its rates are those of `engine.optimizer`.
         settings: lengths and cadences.
         state: where to begin: `checkpoints.load_newest()` or a fresh `RunState`.
@@ -88,6 +85,7 @@ class Trainer:
         monitor: RoutingMonitor | None,
         progress: Progress,
         checkpoints: Checkpoints,
+        guard: Guard,
         schedules: Schedules,
         settings: TrainerSettings,
         state: RunState,
@@ -99,24 +97,28 @@ class Trainer:
         self.monitor = monitor
         self.progress = progress
         self.checkpoints = checkpoints
+        self.guard = guard
         self.schedules = schedules
         self.settings = settings
         self.state = state
         self.signals = StopSignals()
         self.meter = Meter(settings.batch_size)
-        self.skipped_in_a_row = 0
 
     def fit(self) -> Summary:
         """Train to the end, or until any rank wants to stop (see signals.py); saves either way."""
-        state, settings = self.state, self.settings
-        first, total, stop = state.step + 1, settings.total_steps, False
-        self.progress.start(state.step, total)
+        settings = self.settings
+        first, total, stop = self.state.step + 1, settings.total_steps, False
+        self.progress.start(self.state.step, total)
         with self.signals:  # before the loader forks its workers, so that they survive them too
-            batches = self.loader.batches(start=state.samples_seen)
-            while state.step < total and not stop:
+            batches = self.loader.batches(start=self.state.samples_seen)
+            while self.state.step < total and not stop:
                 result = self.train_step(batches)
-                step, last = state.step, state.step == total
+                if self.guard.alarm:
+                    batches = self.go_back()
+                    continue
+                step, last = self.state.step, self.state.step == total
                 stop = result.stop and not last
+                save = step % settings.checkpoint_every == 0 and not self.guard.bad_steps
 
                 if step % settings.log_every == 0 or step == first or last:
                     self.log(result)
@@ -124,10 +126,11 @@ class Trainer:
                     for evaluator in self.evaluators:
                         if last or (evaluator.every_steps and step % evaluator.every_steps == 0):
                             self.evaluate(evaluator)
+                            save = save or self.checkpoints.wants(self.state)
                     if step % settings.routing_every == 0 or step == first or last:
                         self.watch_routing()
-                if step % settings.checkpoint_every == 0 or last or stop:
-                    self.checkpoints.save(state)
+                if save or last or stop:
+                    self.save(must=last or stop)
         return self.finish()
 
     def train_step(self, batches: Iterator[Batch]) -> StepResult:
@@ -141,25 +144,33 @@ class Trainer:
             result = self.engine.train_step(micro_batches, stop=self.signals.wanted)
         state.step += 1
         state.samples_seen += self.settings.batch_size
+        state.skipped_steps += result.skipped
+        state.metrics = {}
         self.meter.add(time.perf_counter() - began, waited)
-        if result.skipped:
-            self.count_skipped()
-        else:
-            self.skipped_in_a_row = 0
+        self.guard.watch(result, micro_batches, state.step)
         return result
 
-    def count_skipped(self) -> None:
-        """A step whose loss or gradient was not finite left the weights alone; never silently."""
-        state = self.state
-        state.skipped_steps += 1
-        self.skipped_in_a_row += 1
-        self.progress.message(f"step {state.step} skipped: its loss or gradient is not finite")
-        if self.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
-            raise ConfigError(
-                f"{MAX_SKIPPED_IN_A_ROW} steps in a row up to step {state.step} were not finite; "
-                "lower optim.lr, lengthen schedule.warmup_epochs or lower train.grad_clip, then "
-                "start again: the run goes on from its newest checkpoint"
-            )
+    def go_back(self) -> Iterator[Batch]:
+        """To the last checkpoint before the bad steps, and on with the data after them."""
+        before, done = self.state, len(self.checkpoints.rollbacks())
+        if done >= self.guard.max_rollbacks:
+            raise self.guard.give_up(f"the run has gone back {done} times")
+        state = self.checkpoints.roll_back(self.guard.bad_steps[0], before.samples_seen)
+        if state is None:
+            raise self.guard.give_up("there is no checkpoint from before them")
+        first = self.checkpoints.rollbacks()[-1]["from"]
+        self.guard.went_back(state.step, (first, before.samples_seen))
+        self.state = dataclasses.replace(state, skipped_steps=before.skipped_steps)
+        return self.loader.batches(start=state.samples_seen)
+
+    def save(self, *, must: bool) -> None:
+        """Save a checkpoint; if the disk refuses one that need not be, warn and go on."""
+        try:
+            self.checkpoints.save(self.state)
+        except SaveError as error:
+            if must:
+                raise
+            self.progress.message(f"{error}; the run goes on and tries again at the next one")
 
     def log(self, result: StepResult) -> None:
         """Progress line and scalars since the last call."""
@@ -183,7 +194,7 @@ class Trainer:
             self.writer.scalar(name, value, step)
 
     def evaluate(self, evaluator: Evaluator) -> None:
-        """Run one evaluator, on raw and averaged weights, and keep the best of `best_metric`."""
+        """Run one evaluator, on raw and averaged weights, and keep the best of what decides."""
         state = self.state
         values: dict[str, float] = {}
         if self.settings.evaluate_raw:
@@ -193,11 +204,13 @@ class Trainer:
                 values |= self.measure(evaluator, f"{evaluator.name}_ema")
         for name, value in values.items():
             self.writer.scalar(name, value, state.step)
-        prefix, _, metric = self.settings.best_metric.rpartition("/")
-        better = max if self.settings.higher_is_better else min
+        state.metrics |= values
+        retention = self.checkpoints.retention
+        prefix, _, metric = retention.metric.rpartition("/")
         for best in (f"{prefix}/{metric}", f"{prefix}_ema/{metric}"):
             if best in values:
-                state.best[best] = better(values[best], state.best.get(best, values[best]))
+                before = state.best.get(best, values[best])
+                state.best[best] = retention.better(values[best], before)
         self.progress.message(evaluation_line(state.step, values))
 
     def measure(self, evaluator: Evaluator, prefix: str) -> dict[str, float]:

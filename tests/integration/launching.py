@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -30,6 +31,10 @@ def start(
     if torchrun:
         command = [programs / "torchrun", "--nproc-per-node", ranks, "--master-port", port]
     command += [script, *args]
+    return _start(command)
+
+
+def _start(command: Sequence[object]) -> subprocess.Popen[str]:
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     return subprocess.Popen(
@@ -45,7 +50,15 @@ def start(
 
 def launch(script: Path, *args: object, torchrun: bool = False, timeout: float = 150) -> str:
     """Run to the end and return what it printed; fails the test on a bad exit or a hang."""
-    process = start(script, *args, torchrun=torchrun)
+    return _finish(start(script, *args, torchrun=torchrun), timeout)
+
+
+def run_script(script: Path, *args: object, timeout: float = 300) -> str:
+    """`python script args` likewise, for a script that forks its ranks itself."""
+    return _finish(_start([sys.executable, script, *args]), timeout)
+
+
+def _finish(process: subprocess.Popen[str], timeout: float) -> str:
     try:
         output, _ = process.communicate(timeout=timeout)
     finally:

@@ -23,7 +23,7 @@ CLASSES, SAMPLES = 5, 64
 
 def model(seed: int = 0, **kwargs: Any) -> nn.Module:
     torch.manual_seed(seed)
-    return timm.create_model(MODEL, **KWARGS, **kwargs)
+    return timm.create_model(MODEL, **{**KWARGS, **kwargs})
 
 
 def objective(seed: int = 0, **kwargs: Any) -> SupervisedObjective:
@@ -59,6 +59,8 @@ def batch(positions: range) -> dict[str, Any]:
         "image": torch.stack(images),
         "target": torch.tensor(labels),
         "position": torch.tensor(list(positions)),
+        "key": [f"key{position}" for position in positions],
+        "epoch": torch.tensor([position // SAMPLES for position in positions]),
     }
 
 

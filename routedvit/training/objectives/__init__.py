@@ -6,7 +6,7 @@ inside that module's forward. An objective is any nn.Module with
     model                                   the network: what is evaluated and exported
     forward(image, target, position)        -> (scalar loss, {name: scalar}), which the engine
                                             averages over the world; equal names on every rank
-    best_metric, higher_is_better           which held-out number says how good the network is
+    best_metric                             which held-out number says how good the network is
 
 `position` int64 [B] counts samples over the whole run: what an objective draws at random from it
 does not change with the number of ranks. Every trainable parameter must take part in every step:

@@ -37,7 +37,6 @@ class MaskedObjective(nn.Module):
     """
 
     best_metric = "val/loss"
-    higher_is_better = False
     model: Any  # what `_check_encoder` asks for
 
     def __init__(

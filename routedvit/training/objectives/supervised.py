@@ -23,7 +23,6 @@ class SupervisedObjective(nn.Module):
     """
 
     best_metric = "val/top1"
-    higher_is_better = True
 
     def __init__(self, model: nn.Module, loss: nn.Module, mixup: Mixing | None = None) -> None:
         super().__init__()
