@@ -19,7 +19,7 @@ from torch import nn
 
 from data.config import FREE_ON_RESUME, DataConfig
 from data.errors import DataError
-from data.loaders import EvalLoader, TrainLoader, build_eval_loader, build_train_loader
+from data.loaders import TrainLoader, build_eval_loader, build_train_loader
 from data.mixture import resolve_train
 from routedvit.training import config as training
 from routedvit.training import engine as engines
@@ -29,6 +29,7 @@ from routedvit.training.collective import on_rank_zero
 from routedvit.training.config_file import describe_keys, json_schema, load_config
 from routedvit.training.console import Console
 from routedvit.training.export import export_model
+from routedvit.training.interfaces import EvalLoaders
 from routedvit.training.model import create_model
 from routedvit.training.native_config import split_batch
 from routedvit.training.report import closing, opening
@@ -85,7 +86,7 @@ def run(config: RunConfig, fresh: bool, console: Console) -> int:
     config.model.kwargs.setdefault("num_classes", num_classes)
     model = create_model(config.model, num_classes=num_classes, seed=config.seed)
     model.set_grad_checkpointing(config.train.grad_checkpointing)  # type: ignore[operator]
-    loader, eval_loader, image_format = build_loaders(config, model, world, folder)
+    loader, eval_loaders, image_format = build_loaders(config, model, world, folder)
     engine, schedule = build_engine(config, model, world, loader.samples_per_epoch)
 
     # Only now, since a run that cannot be built must not claim or move a folder.
@@ -98,8 +99,8 @@ def run(config: RunConfig, fresh: bool, console: Console) -> int:
     )
     state = checkpoints.load_newest() or RunState(config=record, versions=versions())
     trainer = build_trainer(
-        config, engine, schedule, loader, eval_loader,
-        checkpoints=checkpoints, state=state, tensorboard=folder.path, console=console,
+        config, engine, schedule, loader, eval_loaders,
+        checkpoints=checkpoints, state=state, folder=folder.path, console=console,
     )  # fmt: skip
     console.print(opening(config, trainer))
     result = trainer.fit()
@@ -113,35 +114,51 @@ def run(config: RunConfig, fresh: bool, console: Console) -> int:
 
 def build_loaders(
     config: RunConfig, model: nn.Module, world: World, folder: RunFolder
-) -> tuple[TrainLoader, EvalLoader | None, dict[str, Any]]:
+) -> tuple[TrainLoader, EvalLoaders | None, dict[str, Any]]:
     """Training and held-out batches in the format of the model, and that format (timm's keys)."""
     format = resolve_input_data_config(model)
     batch_size = config.train.batch_size
     micro_batch_size, _ = split_batch(batch_size, config.train.micro_batch_size, world.size)
-    common: dict[str, Any] = {
-        **{key: format[key] for key in ("input_size", "mean", "std", "interpolation")},
-        "rank": world.rank,
-        "world_size": world.size,
-        "ledger_dir": folder.logs,
-    }
     loader = build_train_loader(
         config.data,
         seed=config.seed,
         global_batch_size=batch_size,
         micro_batch_size=micro_batch_size,
-        **common,
+        **reading(format, world, folder),
     )
     crop_pct = config.data.crop_pct or format["crop_pct"]
+    eval_loaders = build_eval_loaders(config, model, world, folder)
     format |= {"mean": loader.mean, "std": loader.std, "crop_pct": crop_pct}
+    return loader, eval_loaders, format
+
+
+def build_eval_loaders(
+    config: RunConfig, model: nn.Module, world: World, folder: RunFolder
+) -> EvalLoaders | None:
+    """Held-out images, and training images for evaluators that learn; None without data.val."""
     if config.data.val is None:
-        return loader, None, format
-    eval_loader = build_eval_loader(
-        config.data,
-        batch_size=config.eval.batch_size or micro_batch_size,
-        crop_pct=crop_pct,
-        **common,
-    )
-    return loader, eval_loader, format
+        return None
+    format = resolve_input_data_config(model)
+    micro_batch_size = config.train.micro_batch_size or -(-config.train.batch_size // world.size)
+    common: dict[str, Any] = reading(format, world, folder) | {
+        "batch_size": config.eval.batch_size or micro_batch_size,
+        "crop_pct": config.data.crop_pct or format["crop_pct"],
+    }
+    train = None
+    if config.eval.knn or config.eval.linear_probe:
+        limit = config.eval.train_images
+        train = build_eval_loader(config.data, split="train", limit=limit, **common)
+    return EvalLoaders(build_eval_loader(config.data, **common), train)
+
+
+def reading(format: dict[str, Any], world: World, folder: RunFolder) -> dict[str, Any]:
+    """What all loaders take: the model's format, this rank's place, where bad samples are named."""
+    return {
+        **{key: format[key] for key in ("input_size", "mean", "std", "interpolation")},
+        "rank": world.rank,
+        "world_size": world.size,
+        "ledger_dir": folder.logs,
+    }
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """From the sections of a run config to the objects that train: the meaning of each key."""
 
+import json
 from pathlib import Path
 
+from timm.data import resolve_input_data_config
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
@@ -10,11 +12,13 @@ from routedvit.training.config import RunConfig
 from routedvit.training.console import Console
 from routedvit.training.engine import Engine
 from routedvit.training.evaluators import build_evaluators
-from routedvit.training.interfaces import EvalLoader, TrainLoader
-from routedvit.training.metrics import build_writer
+from routedvit.training.gauges import ForwardCounter, forward_flops, known_peak, measured_flops
+from routedvit.training.interfaces import EvalLoaders, MetricWriter, TrainLoader
+from routedvit.training.metrics import build_writer, flat_hparams
 from routedvit.training.native_config import resolve_native_config, split_batch, zero_stage
 from routedvit.training.objectives import SupervisedObjective, build_loss, build_mixup
 from routedvit.training.optim import build_optimizer, build_schedule
+from routedvit.training.profiler import ProfilerWindow
 from routedvit.training.progress import build_progress
 from routedvit.training.routing_monitor import RoutingMonitor
 from routedvit.training.trainer import Trainer, TrainerSettings
@@ -65,35 +69,42 @@ def build_trainer(
     engine: Engine,
     schedule: Scheduler,
     loader: TrainLoader,
-    eval_loader: EvalLoader | None,
+    eval_loaders: EvalLoaders | None,
     *,
     checkpoints: Checkpoints,
     state: RunState,
-    tensorboard: Path,
+    folder: Path,
     console: Console,
 ) -> Trainer:
-    """The loop and everything it calls; `state` says where it begins."""
+    """The loop and everything it calls; `state` says where it begins, `folder` is the run's."""
     samples = loader.samples_per_epoch
     progress = build_progress(engine.rank, console.stream)
     writer = build_writer(
-        tensorboard,
-        rank=engine.rank,
-        tensorboard=config.log.tensorboard,
-        resume_step=state.step,
-        report=progress.message,
+        folder, config.log, rank=engine.rank, resume_step=state.step, report=progress.message
     )
+    describe_run(config, writer, state.step)
     evaluators, monitor = [], None
-    if eval_loader is not None:
-        every_steps = config.epochs_to_steps(config.eval.every_epochs, samples)
-        evaluators = build_evaluators(eval_loader, every_steps=every_steps)
+    if eval_loaders is not None:
+        evaluators = build_evaluators(
+            config.eval,
+            engine.model,
+            eval_loaders,
+            steps=lambda epochs: config.epochs_to_steps(epochs, samples),
+        )
         if config.log.probe_images and hasattr(engine.model, "routing"):
             monitor = RoutingMonitor(
-                eval_loader.probe(config.log.probe_images),
+                eval_loaders.val.probe(config.log.probe_images),
                 writer,
                 mean=loader.mean,
                 std=loader.std,
                 rank=engine.rank,
+                tell=progress.message,
             )
+    profiler = None
+    if config.log.profile_steps and engine.rank == 0:
+        profiler = ProfilerWindow(
+            *config.log.profile_steps, folder / "profile", tell=progress.message
+        )
     return Trainer(
         engine,
         loader,
@@ -110,6 +121,33 @@ def build_trainer(
             log_every=config.log.every_steps,
             checkpoint_every=config.checkpoint.every_steps,
             routing_every=config.log.routing_every_steps,
+            gradients_every=config.log.gradients_every_steps,
         ),
         state=state,
+        forwards=count_forwards(engine, config.log.peak_tflops),
+        profiler=profiler,
     )
+
+
+def count_forwards(engine: Engine, peak_tflops: float | None) -> ForwardCounter:
+    """The counter of the network's arithmetic. Collective."""
+    flops = forward_flops
+    if not hasattr(engine.model, "flops"):  # one of timm's own
+        with engine.evaluating() as model:
+            measured = measured_flops(model, resolve_input_data_config(model)["input_size"])
+        flops = lambda model, size: measured  # noqa: E731
+    return ForwardCounter(
+        engine.model,
+        flops,
+        world_size=engine.world_size,
+        peak_tflops=peak_tflops or known_peak(engine.device),
+    )
+
+
+def describe_run(config: RunConfig, writer: MetricWriter, step: int) -> None:
+    """The resolved config, to be read and to be compared with other runs'."""
+    resolved = config.model_dump(mode="json", exclude_none=True)
+    writer.text("config", f"```json\n{json.dumps(resolved, indent=2)}\n```", step)
+    for key in ("about", "name", "output_dir"):
+        resolved.pop(key, None)
+    writer.hparams(flat_hparams(resolved), ["val/top1", "val/loss", "train/loss"])

@@ -1,7 +1,7 @@
 """The words around a run on the console: what begins, how it ended, what to type next."""
 
 from routedvit.training.config import RunConfig
-from routedvit.training.progress import summary
+from routedvit.training.progress import duration, summary
 from routedvit.training.run_folder import RunFolder
 from routedvit.training.trainer import Summary, Trainer
 
@@ -28,11 +28,11 @@ def opening(config: RunConfig, trainer: Trainer) -> str:
 def closing(result: Summary, folder: RunFolder) -> str:
     """The summary block of a finished run."""
     rows = []
-    if result.best:
-        name, value = next(iter(result.best.items()))
-        rows.append((f"best {name}", f"{value:.2f} %"))
+    rows += [(f"best {name}", f"{value:.2f} %") for name, value in result.best.items()]
     if result.images_per_second:
-        rows.append(("throughput", f"{result.images_per_second:,.0f} images/s"))
+        wait = f"{result.data_wait_share:.1%} of it waiting for data"
+        rows.append(("time", duration(result.seconds)))
+        rows.append(("throughput", f"{result.images_per_second:,.0f} images/s, {wait}"))
     if result.skipped_steps:
         rows.append(("skipped steps", str(result.skipped_steps)))
     rows += [

@@ -18,6 +18,9 @@ from timm.scheduler.scheduler import Scheduler
 from routedvit.training.checkpoint import Checkpoints, RunState, write_json
 from routedvit.training.config import ConfigError
 from routedvit.training.engine import Engine, StepResult
+from routedvit.training.evaluators import record
+from routedvit.training.gauges import ForwardCounter, memory, weight_decay
+from routedvit.training.gradients import gradient_norms
 from routedvit.training.interfaces import (
     Batch,
     Evaluator,
@@ -28,6 +31,7 @@ from routedvit.training.interfaces import (
 )
 from routedvit.training.meter import Meter
 from routedvit.training.optim import learning_rate
+from routedvit.training.profiler import ProfilerWindow
 from routedvit.training.progress import evaluation_line
 from routedvit.training.signals import StopSignals
 
@@ -44,6 +48,7 @@ class TrainerSettings:
     log_every: int
     checkpoint_every: int
     routing_every: int
+    gradients_every: int = 0  # gradient norms and step-time histogram; 0: never
     best_metric: str = "val/top1"  # higher is better
 
 
@@ -57,6 +62,8 @@ class Summary:
     images_per_second: float  # of the whole world while training; 0 if there was nothing to do
     skipped_steps: int
     checkpoint: Path
+    seconds: float = 0.0  # of this call, everything included
+    data_wait_share: float = 0.0  # of the time in steps
 
 
 class Trainer:
@@ -71,6 +78,8 @@ class Trainer:
         progress: the progress line; the null one on ranks other than 0.
         checkpoints: where to save.
         schedule: over `engine.optimizer`.
+        forwards: counts what the network is given, or None.
+        profiler: a window of steps to profile, or None.
         settings: lengths and cadences.
         state: where to begin: `checkpoints.load_newest()` or a fresh `RunState`.
     """
@@ -88,6 +97,8 @@ class Trainer:
         schedule: Scheduler,
         settings: TrainerSettings,
         state: RunState,
+        forwards: ForwardCounter | None = None,
+        profiler: ProfilerWindow | None = None,
     ) -> None:
         self.engine = engine
         self.loader = loader
@@ -99,6 +110,10 @@ class Trainer:
         self.schedule = schedule
         self.settings = settings
         self.state = state
+        self.forwards = forwards
+        self.profiler = profiler
+        self.gradient_norms: dict[str, float] = {}  # of the last step that took them
+        self.began = time.perf_counter()
         self.signals = StopSignals()
         self.meter = Meter(settings.batch_size)
         self.skipped_in_a_row = 0
@@ -111,12 +126,16 @@ class Trainer:
         with self.signals:  # before the loader forks its workers, so that they survive them too
             batches = self.loader.batches(start=state.samples_seen)
             while state.step < total and not stop:
+                if self.profiler is not None:
+                    self.profiler.advance(state.step + 1)
                 result = self.train_step(batches)
                 step, last = state.step, state.step == total
                 stop = result.stop and not last
 
                 if step % settings.log_every == 0 or step == first or last:
                     self.log(result)
+                if settings.gradients_every and step % settings.gradients_every == 0:
+                    self.log_slowly()
                 if not stop:
                     for evaluator in self.evaluators:
                         if last or (evaluator.every_steps and step % evaluator.every_steps == 0):
@@ -135,7 +154,14 @@ class Trainer:
         waited = time.perf_counter() - began
         seed_step(self.settings.seed, state.step, self.engine.rank)
         self.schedule.step_update(state.step)
-        result = self.engine.train_step(micro_batches, stop=self.signals.wanted)
+        every = self.settings.gradients_every
+        result = self.engine.train_step(
+            micro_batches,
+            stop=self.signals.wanted,
+            before_step=self.take_gradient_norms
+            if every and (state.step + 1) % every == 0
+            else None,
+        )
         state.step += 1
         state.samples_seen += self.settings.batch_size
         self.meter.add(time.perf_counter() - began, waited)
@@ -167,28 +193,47 @@ class Trainer:
             "train/loss": result.loss,
             **{f"train/{name}": value for name, value in result.metrics.items()},
             "train/learning_rate": rate,
+            "train/weight_decay": weight_decay(self.engine.optimizer),
             "train/gradient_norm": float(result.grad_norm),
             "train/skipped_steps": float(self.state.skipped_steps),
             "train/epoch": self.state.samples_seen / self.loader.samples_per_epoch,
             "speed/images_per_second": speed,
             "speed/data_wait_share": waiting,
         }
-        if self.engine.device.type == "cuda":
-            scalars["speed/peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        scalars |= memory(self.engine.device)
+        if self.forwards is not None:
+            scalars |= self.forwards.read(speed)
         for name, value in scalars.items():
             self.writer.scalar(name, value, step)
+
+    def take_gradient_norms(self) -> None:
+        """Between backward and the optimiser's step, which is the only time they exist."""
+        self.gradient_norms = gradient_norms(self.engine.full_gradients())
+
+    def log_slowly(self) -> None:
+        """What is too much for every logged step: norms per block and path, step times."""
+        for place, norm in self.gradient_norms.items():
+            self.writer.scalar(f"gradients/{place}", norm, self.state.step)
+        if seconds := self.meter.step_seconds():
+            self.writer.histogram("speed/step_seconds", seconds, self.state.step)
 
     def evaluate(self, evaluator: Evaluator) -> None:
         """Run one evaluator and keep the best value of `best_metric`."""
         state = self.state
-        with self.engine.evaluating() as model:
-            values = {f"{evaluator.name}/{name}": v for name, v in evaluator.run(model)}
+        values = self.measure(evaluator, evaluator.name)
         for name, value in values.items():
             self.writer.scalar(name, value, state.step)
         best = self.settings.best_metric
         if best in values:
             state.best[best] = max(values[best], state.best.get(best, values[best]))
         self.progress.message(evaluation_line(state.step, values))
+
+    def measure(self, evaluator: Evaluator, prefix: str) -> dict[str, float]:
+        """What an evaluator says about the present weights, by 'prefix/metric'."""
+        folder = self.checkpoints.folder.parent / "evaluation" if self.engine.rank == 0 else None
+        with self.engine.evaluating() as model:
+            findings = evaluator.run(model)
+            return record(findings, prefix, self.state.step, writer=self.writer, folder=folder)
 
     def watch_routing(self) -> None:
         """Statistics and pictures of the routers on the probe images."""
@@ -202,6 +247,8 @@ class Trainer:
         The launcher's exit code cannot tell a run that was stopped and saved from a crash
         (DeepSpeed's is 1 for both), so `status.json` in the run folder does.
         """
+        if self.profiler is not None:
+            self.profiler.close()
         self.progress.close()
         self.writer.flush()
         state = self.state
@@ -217,6 +264,8 @@ class Trainer:
             images_per_second=self.meter.average(),
             skipped_steps=state.skipped_steps,
             checkpoint=self.checkpoints.path_of(state.step),
+            seconds=time.perf_counter() - self.began,
+            data_wait_share=self.meter.average_wait(),
         )
 
 

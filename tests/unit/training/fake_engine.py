@@ -26,7 +26,9 @@ class FakeEngine:
         self.skip_from: int | None = None
         self.seen: list[list[int]] = []
 
-    def train_step(self, batches: list[dict[str, Any]], *, stop: bool = False) -> StepResult:
+    def train_step(
+        self, batches: list[dict[str, Any]], *, stop: bool = False, before_step: Any = None
+    ) -> StepResult:
         self.value += 1
         self.seen += [batch["position"] for batch in batches]
         skipped = self.skip_from is not None and self.value >= self.skip_from
