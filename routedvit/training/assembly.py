@@ -24,6 +24,9 @@ from routedvit.training.routing_monitor import RoutingMonitor
 from routedvit.training.trainer import Trainer, TrainerSettings
 from routedvit.training.world import World
 
+# Sections that change nothing about how good a run gets.
+NO_HPARAMS = ("about", "name", "output_dir", "eval", "checkpoint", "log", "deepspeed")
+
 
 def build_engine(
     config: RunConfig, model: nn.Module, world: World, samples_per_epoch: int
@@ -145,9 +148,9 @@ def count_forwards(engine: Engine, peak_tflops: float | None) -> ForwardCounter:
 
 
 def describe_run(config: RunConfig, writer: MetricWriter, step: int) -> None:
-    """The resolved config, to be read and to be compared with other runs'."""
+    """The resolved config to be read, and what was chosen in it to be compared with other runs'."""
     resolved = config.model_dump(mode="json", exclude_none=True)
     writer.text("config", f"```json\n{json.dumps(resolved, indent=2)}\n```", step)
-    for key in ("about", "name", "output_dir"):
-        resolved.pop(key, None)
-    writer.hparams(flat_hparams(resolved), ["val/top1", "val/loss", "train/loss"])
+    chosen = config.model_dump(mode="json", exclude_defaults=True, exclude=set(NO_HPARAMS))
+    augment = chosen.pop("data", {}).get("augment", {})
+    writer.hparams(flat_hparams(chosen | {"augment": augment}), ["val/top1", "val/loss"])

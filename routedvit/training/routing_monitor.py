@@ -29,6 +29,7 @@ from routedvit.training.interfaces import MetricWriter
 from routedvit.training.routing_health import RoutingHealth, condition
 
 SATURATED = 0.999
+GROUP = "watch_routing"  # TensorBoard sorts its groups: train and val are to come first
 
 
 class Routing(drawing.Routing, Protocol):
@@ -40,7 +41,7 @@ class Routing(drawing.Routing, Protocol):
 
 
 class RoutingMonitor:
-    """Writes `routing/<block>/<router>/<statistic>` and a picture per router.
+    """Writes `watch_routing/<block>/<router>/<statistic>` and a picture per router.
 
     Args:
         probe: float32 [B, C, H, W], normalised images, the same on every rank
@@ -99,7 +100,7 @@ class RoutingMonitor:
                 _add_overlap(values, "overlap_blocks", last_of_kind[router], selected[name])
             last_of_kind[router] = selected[name]
             for statistic, value in values.items():
-                self._writer.scalar(f"routing/{_label(block)}/{router}/{statistic}", value, step)
+                self._writer.scalar(f"{GROUP}/{_label(block)}/{router}/{statistic}", value, step)
             if module is None or hasattr(module, "eps"):  # the controls are meant to be as they are
                 conditions[name] = condition(values)
         self._previous = selected
@@ -108,8 +109,8 @@ class RoutingMonitor:
     def _report(self, conditions: Mapping[str, str], step: int) -> None:
         for change in self._health.changes(conditions):
             self._tell(f"step {step}: {change}")
-            self._writer.text("routing/warnings", change, step)
-        self._writer.scalar("routing/collapsed_routers", self._health.collapsed, step)
+            self._writer.text("warnings/routing", change, step)
+        self._writer.scalar(f"{GROUP}/collapsed_routers", self._health.collapsed, step)
 
     def _write_pictures(self, routing: Mapping[str, Routing], step: int) -> None:
         for router in dict.fromkeys(name.rpartition(".")[2] for name in routing):

@@ -213,7 +213,7 @@ class Trainer:
     def log_slowly(self) -> None:
         """What is too much for every logged step: norms per block and path, step times."""
         for place, norm in self.gradient_norms.items():
-            self.writer.scalar(f"gradients/{place}", norm, self.state.step)
+            self.writer.scalar(f"watch_gradients/{place}", norm, self.state.step)
         if seconds := self.meter.step_seconds():
             self.writer.histogram("speed/step_seconds", seconds, self.state.step)
 

@@ -125,16 +125,16 @@ def test_overlaps_compare_with_the_previous_call_and_the_previous_block() -> Non
     writer, model = Recorder(), Model()
     watch = monitor(writer)
     watch.run(model, 10)
-    assert ("routing/block_00/ffn/overlap_steps", 10) not in writer.scalars
-    assert ("routing/block_00/ffn/overlap_blocks", 10) not in writer.scalars
-    assert writer.scalars["routing/block_01/ffn/overlap_blocks", 10] == 1.0
-    assert writer.scalars["routing/block_01/q/overlap_blocks", 10] == 0.0
+    assert ("watch_routing/block_00/ffn/overlap_steps", 10) not in writer.scalars
+    assert ("watch_routing/block_00/ffn/overlap_blocks", 10) not in writer.scalars
+    assert writer.scalars["watch_routing/block_01/ffn/overlap_blocks", 10] == 1.0
+    assert writer.scalars["watch_routing/block_01/q/overlap_blocks", 10] == 0.0
     watch.run(model, 20)
-    assert writer.scalars["routing/block_00/ffn/overlap_steps", 20] == 1.0
+    assert writer.scalars["watch_routing/block_00/ffn/overlap_steps", 20] == 1.0
     with torch.no_grad():
         model.weight.neg_()  # now the patches that were last come first
     watch.run(model, 30)
-    assert writer.scalars["routing/block_00/q/overlap_steps", 30] == 0.0
+    assert writer.scalars["watch_routing/block_00/q/overlap_steps", 30] == 0.0
 
 
 def test_there_is_one_picture_per_router() -> None:
@@ -201,7 +201,7 @@ def test_a_collapse_is_told_once_on_the_console_and_in_the_logs() -> None:
     writer, told, model = Recorder(), [], Collapsing()
     watch = RoutingMonitor(probe(), writer, mean=[0.0], std=[1.0], tell=told.append)
     watch.run(model, 10)
-    healthy = writer.scalars["routing/block_00/q/std_over_eps", 10]
+    healthy = writer.scalars["watch_routing/block_00/q/std_over_eps", 10]
     with torch.no_grad():
         model.weight.zero_()
     for step in (20, 30):
@@ -209,11 +209,11 @@ def test_a_collapse_is_told_once_on_the_console_and_in_the_logs() -> None:
     assert len(told) == 1
     assert told[0].startswith("step 20: warning: dead routers")
     assert "blocks.0.q, blocks.0.ffn, blocks.1.q, blocks.1.ffn" in told[0]
-    assert told[0].endswith(writer.texts["routing/warnings", 20])
-    assert writer.scalars["routing/collapsed_routers", 10] == 0
-    assert writer.scalars["routing/collapsed_routers", 30] == 4
+    assert told[0].endswith(writer.texts["warnings/routing", 20])
+    assert writer.scalars["watch_routing/collapsed_routers", 10] == 0
+    assert writer.scalars["watch_routing/collapsed_routers", 30] == 4
     monitor(writer).run(Model(), 40)  # without routers to ask, eps is 1
-    assert healthy == pytest.approx(writer.scalars["routing/block_00/q/std_over_eps", 40] / 2)
+    assert healthy == pytest.approx(writer.scalars["watch_routing/block_00/q/std_over_eps", 40] / 2)
 
 
 def test_the_controls_are_meant_to_be_as_they_are() -> None:
