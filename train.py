@@ -32,6 +32,7 @@ from routedvit.training.export import export_model
 from routedvit.training.interfaces import EvalLoaders
 from routedvit.training.model import create_model
 from routedvit.training.native_config import split_batch
+from routedvit.training.offline import evaluate_offline
 from routedvit.training.report import closing, opening
 from routedvit.training.run_folder import RunFolder, open_folder, versions
 from routedvit.training.signals import REQUEUE_EXIT_CODE
@@ -60,6 +61,11 @@ def parse_arguments() -> argparse.Namespace:
         action="store_true",
         help="start over; the earlier run is kept under another name",
     )
+    parser.add_argument(
+        "--evaluate",
+        metavar="CHECKPOINT",
+        help="only evaluate: a folder checkpoints/step_..., exported weights, or 'latest'",
+    )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     return parser.parse_args()
 
@@ -75,10 +81,11 @@ def main() -> int:
         return 0
     rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
     with Console(rank, user_errors=(training.ConfigError, DataError)) as console:
-        return run(load_config(RunConfig, args.config, args.set), args.fresh, console)
+        config = load_config(RunConfig, args.config, args.set)
+        return run(config, console, fresh=args.fresh, evaluate=args.evaluate)
 
 
-def run(config: RunConfig, fresh: bool, console: Console) -> int:
+def run(config: RunConfig, console: Console, *, fresh: bool, evaluate: str | None) -> int:
     """Everything between a valid config and the exit code, the same on every rank."""
     world = engines.start(tf32=config.precision.tf32)
     folder = RunFolder(Path(config.folder))
@@ -86,6 +93,11 @@ def run(config: RunConfig, fresh: bool, console: Console) -> int:
     config.model.kwargs.setdefault("num_classes", num_classes)
     model = create_model(config.model, num_classes=num_classes, seed=config.seed)
     model.set_grad_checkpointing(config.train.grad_checkpointing)  # type: ignore[operator]
+    if evaluate is not None:
+        eval_loaders = build_eval_loaders(config, model, world, folder)
+        return evaluate_offline(
+            config, model, world, eval_loaders, checkpoint=evaluate, folder=folder, console=console
+        )
     loader, eval_loaders, image_format = build_loaders(config, model, world, folder)
     engine, schedule = build_engine(config, model, world, loader.samples_per_epoch)
 

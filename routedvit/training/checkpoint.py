@@ -44,7 +44,7 @@ class Fingerprint(pydantic.BaseModel):
 class Manifest(pydantic.BaseModel):
     """manifest.json of a checkpoint."""
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     step: int
     files: dict[str, Fingerprint]  # by name relative to the checkpoint
 
@@ -147,24 +147,10 @@ class Checkpoints:
 
     def _load(self, folder: Path) -> RunState:
         state = RunState(**json.loads((folder / RUN_STATE).read_text(encoding="utf-8")))
-        self._check_layout(folder, state)
         self.engine.load_state(folder)
         if self.engine.rank == 0:
             self._point_latest_at(folder)
         return state
-
-    def _check_layout(self, folder: Path, state: RunState) -> None:
-        """The place where a conversion between world sizes and stages will hook in."""
-        engine = self.engine
-        for what, saved, now, mend in (
-            ("ranks", state.world_size, engine.world_size, "start as many"),
-            ("ZeRO stage", state.zero_stage, engine.zero_stage, "set that stage again"),
-        ):
-            if saved != now:
-                raise ConfigError(
-                    f"{folder} was saved with {what} = {saved} and this run has {what} = {now}; "
-                    f"{mend}, or --fresh starts over"
-                )
 
     def _first_fault(self, folder: Path) -> str | None:
         """What is wrong with a checkpoint, in words; each rank checks its share of the files."""
@@ -213,7 +199,7 @@ def read_manifest(folder: Path) -> dict[str, Fingerprint]:
     try:
         manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
     except pydantic.ValidationError as error:
-        raise ValueError(f"no manifest of format 1: {error.errors()[0]['msg']}") from None
+        raise ValueError(f"no manifest of format 2: {error.errors()[0]['msg']}") from None
     if folder.name != step_name(manifest.step):
         raise ValueError(f"it is of step {manifest.step}")
     present = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
@@ -261,7 +247,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def _writer_of(path: Path) -> int:
     """The rank that wrote a file of a checkpoint: its name says so, or else it was rank 0."""
-    match = re.search(r"pp_rank_(\d+)_", path.name)
+    match = re.match(r"rank_(\d+)", path.name)
     return int(match.group(1)) if match else 0
 
 

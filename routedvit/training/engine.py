@@ -14,6 +14,7 @@ Reference: DeepSpeed 0.19.8, deepspeed/__init__.py and deepspeed/runtime/engine.
 """
 
 import atexit
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,13 +24,17 @@ from typing import Any, NamedTuple, TypeVar
 import pydantic
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from routedvit.training.config import ConfigError
 from routedvit.training.config_file import nearest
 from routedvit.training.interfaces import Batch
 from routedvit.training.native_config import zero_stage
+from routedvit.training.shards import load_shards, save_shards, state_bytes
 from routedvit.training.world import World, join_environment
+from routedvit.training.zero_layout import ZeroLayout
 
 # Both are read while deepspeed is imported. The NVML check keeps CUDA uninitialised for forks.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
@@ -46,9 +51,7 @@ from deepspeed.runtime.zero.parameter_offload import ensure_zero_ordered_dict
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
 T = TypeVar("T")
-STATE_FOLDER = "deepspeed"  # DeepSpeed's tag: its files lie in this folder of a checkpoint
-
-HYPERPARAMETERS = {"lr", "initial_lr", "lr_scale", "weight_decay", "betas", "eps"}
+SHARDS, REPLICATED, COUNTERS = "shards", "replicated.safetensors", "counters.json"
 
 
 class StepResult(NamedTuple):
@@ -127,6 +130,9 @@ class Engine:
             model=objective, optimizer=optimizer, config=native, dist_init_required=False
         )
         self.objective: nn.Module = self._engine.module
+        self._layout = ZeroLayout(
+            self._engine.optimizer, self.zero_stage, self.objective, self.rank, self.world_size
+        )
         self.model.register_forward_pre_hook(_cast_to_parameters)
 
     def train_step(
@@ -238,24 +244,51 @@ class Engine:
             if gradient is not None:
                 yield name.removeprefix("model."), gradient / scale
 
+    def state_bytes(self) -> int:
+        """About how many bytes `save_state` writes on all ranks together. Collective."""
+        return sum(self.gather(state_bytes(self._layout)))
+
     def save_state(self, folder: Path) -> None:
-        """Write the sharded weights and optimiser state below `folder`. Collective."""
-        self._engine.save_checkpoint(str(folder), tag=STATE_FOLDER, save_latest=False)
-        if self.rank == 0:  # DeepSpeed drops copies of its conversion scripts beside the data
-            for script in folder.glob("zero_to_*.py"):
-                script.unlink()
+        """Write weights and optimiser state below `folder`. Collective.
+
+        Raises:
+            OSError: on this rank alone; what it does with others is done by then.
+        """
+        whole = {name: v.detach().cpu().clone() for name, v in self._replicated() if self.rank == 0}
+        folder = folder / SHARDS
+        folder.mkdir(exist_ok=True)
+        save_shards(folder, self._layout)
+        if self.rank == 0:
+            save_file(whole, folder / REPLICATED)
+            counters = json.dumps(self._layout.counters())
+            (folder / COUNTERS).write_text(counters, encoding="utf-8")
 
     def load_state(self, folder: Path) -> None:
-        """Read what `save_state` wrote. It unpickles: verify the files first. Collective.
+        """Read what `save_state` wrote, on any number of ranks under any stage. Collective.
 
         Rates and decays stay as they are: the config decides them, not the checkpoint.
+
+        Raises:
+            ConfigError: it is of another model, or cannot be right under this stage.
         """
-        groups = self.optimizer.param_groups
-        kept = [{key: group[key] for key in HYPERPARAMETERS & group.keys()} for group in groups]
-        path, _ = self._engine.load_checkpoint(str(folder), tag=STATE_FOLDER)
-        assert path is not None, f"{folder} holds no DeepSpeed state"
-        for group, values in zip(self.optimizer.param_groups, kept, strict=True):
-            group.update(values)
+        folder = folder / SHARDS
+        load_shards(folder, self._layout)
+        with safe_open(folder / REPLICATED, framework="pt") as file:
+            for name, value in self._replicated(change=True):
+                value.detach().copy_(file.get_tensor(name))
+        self._layout.set_counters(json.loads((folder / COUNTERS).read_text(encoding="utf-8")))
+        self._layout.share_weights()
+
+    def _replicated(self, *, change: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+        """Frozen parameters and saved buffers, whole, one after the other. Collective."""
+        for name, parameter in self.objective.named_parameters():
+            if not parameter.requires_grad:
+                with deepspeed.zero.GatheredParameters(
+                    [parameter], modifier_rank=0 if change else None, enabled=self.zero_stage == 3
+                ):
+                    yield name, parameter
+        saved = self.objective.state_dict().keys()
+        yield from ((n, buffer) for n, buffer in self.objective.named_buffers() if n in saved)
 
     def gather(self, value: T) -> list[T]:
         """`value` of every rank, in the order of ranks, on every rank. Collective."""

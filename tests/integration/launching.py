@@ -24,12 +24,22 @@ def start(
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     programs = Path(sys.executable).parent
-    command = [programs / "deepspeed", "--num_accelerators", ranks, "--master_port", port]
+    command: list[object] = [
+        programs / "deepspeed",
+        "--num_accelerators",
+        ranks,
+        "--master_port",
+        port,
+    ]
     if quiet:
         command += ["--log_level", "critical"]
     if torchrun:
         command = [programs / "torchrun", "--nproc-per-node", ranks, "--master-port", port]
     command += [script, *args]
+    return _start(command)
+
+
+def _start(command: list[object]) -> subprocess.Popen[str]:
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     return subprocess.Popen(
@@ -45,7 +55,15 @@ def start(
 
 def launch(script: Path, *args: object, torchrun: bool = False, timeout: float = 150) -> str:
     """Run to the end and return what it printed; fails the test on a bad exit or a hang."""
-    process = start(script, *args, torchrun=torchrun)
+    return _finish(start(script, *args, torchrun=torchrun), timeout)
+
+
+def run_script(script: Path, *args: object, timeout: float = 300) -> str:
+    """`python script args` likewise, for a script that forks its ranks itself."""
+    return _finish(_start([sys.executable, script, *args]), timeout)
+
+
+def _finish(process: subprocess.Popen[str], timeout: float) -> str:
     try:
         output, _ = process.communicate(timeout=timeout)
     finally:

@@ -22,7 +22,7 @@ CLASSES, SAMPLES = 5, 64
 
 def model(seed: int = 0, **kwargs: Any) -> nn.Module:
     torch.manual_seed(seed)
-    return timm.create_model(MODEL, **KWARGS, **kwargs)
+    return timm.create_model(MODEL, **{**KWARGS, **kwargs})
 
 
 def objective(seed: int = 0, **kwargs: Any) -> SupervisedObjective:

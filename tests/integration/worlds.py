@@ -1,0 +1,48 @@
+"""Worlds of several sizes, one after the other, forked from one process that has imported all.
+
+Importing torch, timm and deepspeed takes most of the time of a small launched test.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+
+from routedvit.training import engine
+from routedvit.training.world import World
+
+
+def in_world(size: int, action: Callable[[World], None]) -> None:
+    """Run `action` on `size` ranks and wait for them; raises if one of them failed."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
+    children = []
+    for rank in range(size):
+        pid = os.fork()
+        if pid == 0:
+            os.environ.update(place | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+            _end(action)
+        children.append(pid)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+    if any(codes):
+        raise RuntimeError(f"ranks ended with {codes}")
+
+
+def _end(action: Callable[[World], None]) -> None:
+    """The life of one rank."""
+    code = 1
+    try:
+        action(engine.start())
+        engine.stop()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
