@@ -104,7 +104,7 @@ def build_eval_loader(
     shards = train
     if split == "val":
         if config.val is None:
-            raise DataError("data.val is not set; name the shards to evaluate on there")
+            raise DataError("data.val is not set; name shards to evaluate on in data.val.shards")
         shards = resolve(config.val.shards, "data.val.shards", config.remote)
         _check_same_classes(train, shards)
     mean, std = normalization(config, train, mean, std, channels=input_size[0])
