@@ -113,7 +113,7 @@ class Trainer:
         self.forwards = forwards
         self.profiler = profiler
         self.gradient_norms: dict[str, float] = {}  # of the last step that took them
-        self.began = time.perf_counter()
+        self.began = 0.0
         self.signals = StopSignals()
         self.meter = Meter(settings.batch_size)
         self.skipped_in_a_row = 0
@@ -122,6 +122,7 @@ class Trainer:
         """Train to the end, or until any rank wants to stop (see signals.py); saves either way."""
         state, settings = self.state, self.settings
         first, total, stop = state.step + 1, settings.total_steps, False
+        self.began = time.perf_counter()
         self.progress.start(state.step, total)
         with self.signals:  # before the loader forks its workers, so that they survive them too
             batches = self.loader.batches(start=state.samples_seen)
