@@ -227,7 +227,7 @@ def report(
         print(f"  {name:20s} {cost * 1e3:8.2f} ms, every {DEFAULTS[key]} steps: {shares[-1]:.2%}")
     print(f"  logging and pictures together {sum(shares):.2%}")
     append_result(
-        "trainer", f"{case} logging and pictures", [100 * share for share in shares], unit="%",
+        "trainer", f"{case} logging and pictures", [100 * sum(shares)], unit="%",
         baseline="bare", ratio=sum(shares),
     )  # fmt: skip
 
