@@ -23,8 +23,8 @@ from data.loaders import TrainLoader, build_eval_loader, build_train_loader
 from data.mixture import resolve_train
 from routedvit.training import config as training
 from routedvit.training import engine as engines
-from routedvit.training.assembly import build_engine, build_trainer
-from routedvit.training.checkpoint import Checkpoints, RunState
+from routedvit.training.assembly import build_checkpoints, build_engine, build_trainer
+from routedvit.training.checkpoint import RunState
 from routedvit.training.collective import on_rank_zero
 from routedvit.training.config_file import describe_keys, json_schema, load_config
 from routedvit.training.console import Console
@@ -66,6 +66,12 @@ def parse_arguments() -> argparse.Namespace:
         metavar="CHECKPOINT",
         help="only evaluate: a folder checkpoints/step_..., exported weights, or 'latest'",
     )
+    parser.add_argument(
+        "--resume",
+        metavar="CHECKPOINT",
+        type=Path,
+        help="go on from this one, not the newest: step_00000500, or a folder of another run",
+    )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     return parser.parse_args()
 
@@ -81,11 +87,10 @@ def main() -> int:
         return 0
     rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
     with Console(rank, user_errors=(training.ConfigError, DataError)) as console:
-        config = load_config(RunConfig, args.config, args.set)
-        return run(config, console, fresh=args.fresh, evaluate=args.evaluate)
+        return run(load_config(RunConfig, args.config, args.set), args, console)
 
 
-def run(config: RunConfig, console: Console, *, fresh: bool, evaluate: str | None) -> int:
+def run(config: RunConfig, args: argparse.Namespace, console: Console) -> int:
     """Everything between a valid config and the exit code, the same on every rank."""
     world = engines.start(tf32=config.precision.tf32)
     folder = RunFolder(Path(config.folder))
@@ -93,10 +98,10 @@ def run(config: RunConfig, console: Console, *, fresh: bool, evaluate: str | Non
     config.model.kwargs.setdefault("num_classes", num_classes)
     model = create_model(config.model, num_classes=num_classes, seed=config.seed)
     model.set_grad_checkpointing(config.train.grad_checkpointing)  # type: ignore[operator]
-    if evaluate is not None:
-        eval_loaders = build_eval_loaders(config, model, world, folder)
+    if args.evaluate:
+        held_out = build_eval_loaders(config, model, world, folder)
         return evaluate_offline(
-            config, model, world, eval_loaders, checkpoint=evaluate, folder=folder, console=console
+            config, model, world, held_out, checkpoint=args.evaluate, folder=folder, console=console
         )
     loader, eval_loaders, image_format = build_loaders(config, model, world, folder)
     engine, schedule = build_engine(config, model, world, loader.samples_per_epoch)
@@ -104,12 +109,11 @@ def run(config: RunConfig, console: Console, *, fresh: bool, evaluate: str | Non
     # Only now, since a run that cannot be built must not claim or move a folder.
     record = config.model_dump(mode="json")
     free = tuple(f"data.{key}" for key in FREE_ON_RESUME)
-    console.print(on_rank_zero(lambda: open_folder(folder, record, fresh=fresh, free=free)))
+    console.print(on_rank_zero(lambda: open_folder(folder, record, fresh=args.fresh, free=free)))
     console.log_to(folder.logs / f"rank_{world.rank}.log")
-    checkpoints = Checkpoints(
-        folder.checkpoints, engine, keep=config.checkpoint.keep, tell=console.print
-    )
-    state = checkpoints.load_newest() or RunState(config=record, versions=versions())
+    checkpoints = build_checkpoints(config, engine, folder.checkpoints, console)
+    state = checkpoints.load_named(args.resume) if args.resume else checkpoints.load_newest()
+    state = state or RunState(config=record, versions=versions())
     trainer = build_trainer(
         config, engine, schedule, loader, eval_loaders,
         checkpoints=checkpoints, state=state, folder=folder.path, console=console,

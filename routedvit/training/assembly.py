@@ -8,11 +8,12 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from routedvit.training.checkpoint import Checkpoints, RunState
-from routedvit.training.config import RunConfig
+from routedvit.training.config import ConfigError, RunConfig
 from routedvit.training.console import Console
 from routedvit.training.engine import Engine
 from routedvit.training.evaluators import build_evaluators
 from routedvit.training.gauges import ForwardCounter, forward_flops, known_peak, measured_flops
+from routedvit.training.guard import Guard
 from routedvit.training.interfaces import EvalLoaders, MetricWriter, TrainLoader
 from routedvit.training.metrics import build_writer, flat_hparams
 from routedvit.training.native_config import resolve_native_config, split_batch, zero_stage
@@ -20,6 +21,7 @@ from routedvit.training.objectives import SupervisedObjective, build_loss, build
 from routedvit.training.optim import build_optimizer, build_schedule
 from routedvit.training.profiler import ProfilerWindow
 from routedvit.training.progress import build_progress
+from routedvit.training.retention import Retention
 from routedvit.training.routing_monitor import RoutingMonitor
 from routedvit.training.trainer import Trainer, TrainerSettings
 from routedvit.training.world import World
@@ -67,6 +69,21 @@ def build_engine(
     return Engine(world, objective, optimizer, native), schedule
 
 
+def build_checkpoints(
+    config: RunConfig, engine: Engine, folder: Path, console: Console
+) -> Checkpoints:
+    """Where the run saves, and what of it stays."""
+    section = config.checkpoint
+    retention = Retention(
+        keep=section.keep,
+        keep_every=section.keep_every,
+        keep_best=section.keep_best,
+        metric=section.best_metric,
+        mode=section.best_mode,
+    )
+    return Checkpoints(folder, engine, keep=retention, tell=console.print)
+
+
 def build_trainer(
     config: RunConfig,
     engine: Engine,
@@ -108,6 +125,12 @@ def build_trainer(
         profiler = ProfilerWindow(
             *config.log.profile_steps, folder / "profile", tell=progress.message
         )
+    best = config.checkpoint.best_metric
+    if config.checkpoint.keep_best and best.split("/")[0] not in {e.name for e in evaluators}:
+        names = ", ".join(evaluator.name for evaluator in evaluators) or "none"
+        raise ConfigError(
+            f"checkpoint.best_metric = {best!r}: no evaluator has that name; there are: {names}"
+        )
     return Trainer(
         engine,
         loader,
@@ -116,6 +139,12 @@ def build_trainer(
         monitor=monitor,
         progress=progress,
         checkpoints=checkpoints,
+        guard=Guard(
+            engine,
+            checkpoints.folder.parent / "logs" / "bad_steps.jsonl",
+            **config.guard.model_dump(),
+            tell=progress.message,
+        ),
         schedule=schedule,
         settings=TrainerSettings(
             total_steps=config.total_steps(samples),

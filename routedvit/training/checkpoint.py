@@ -1,52 +1,51 @@
 """Checkpoints that are complete or invisible.
 
     checkpoints/step_00000100/manifest.json    size and SHA-256 of every other file
-                              run_state.json   step, samples seen, best metrics, config, versions
-                              deepspeed/...    sharded weights and optimiser state
+                              run_state.json   step, samples seen, metrics, config, versions
+                              shards/...       weights and optimiser state, see shards.py
                 latest                         the name of the newest one
+                rollbacks.json                 where the run went back to, and what it passed over
 
 A checkpoint is written into a hidden sibling folder; every rank syncs and hashes its own files,
 rank 0 writes the manifest, and ONE rename makes the folder visible. `latest` is replaced after
-that, so at every instant it names a complete checkpoint. DeepSpeed's own `latest` gives none of
-this: it is written in place before the other ranks have finished.
+that, so at every instant it names a complete checkpoint. When the disk fails one rank, all of them
+give up the save together and the half-written folder goes.
 
-A load checks every hash before the first byte is unpickled. A damaged checkpoint is named and moved
-aside, and the one before it is used. All ranks must see one file system.
+A load checks every hash before anything is read, and nothing in a checkpoint is a pickle. A damaged
+checkpoint is named and moved aside, and the one before it is used. All ranks must see one file
+system.
 """
 
 import dataclasses
-import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
-
-import pydantic
+from typing import Any, TypeVar
 
 from routedvit.training.config import ConfigError
 from routedvit.training.engine import Engine
+from routedvit.training.manifest import (
+    MANIFEST,
+    Fingerprint,
+    Manifest,
+    fingerprint,
+    first_fault,
+    read_manifest,
+    replace_text,
+    step_name,
+    sync,
+    write_json,
+)
+from routedvit.training.retention import Retention
 
-MANIFEST = "manifest.json"
-RUN_STATE = "run_state.json"
-LATEST = "latest"
+T = TypeVar("T")
+RUN_STATE, LATEST, ROLLBACKS = "run_state.json", "latest", "rollbacks.json"
 
 
-class Fingerprint(pydantic.BaseModel):
-    """What a file must be."""
-
-    size: int  # bytes
-    sha256: str
-
-
-class Manifest(pydantic.BaseModel):
-    """manifest.json of a checkpoint."""
-
-    format: Literal[2] = 2
-    step: int
-    files: dict[str, Fingerprint]  # by name relative to the checkpoint
+class SaveError(ConfigError):
+    """The disk did not take a checkpoint; its text says which disk, and the mend."""
 
 
 @dataclasses.dataclass
@@ -59,7 +58,8 @@ class RunState:
 
     step: int = 0  # finished optimiser steps
     samples_seen: int = 0  # over the whole world: the position in the data
-    best: dict[str, float] = dataclasses.field(default_factory=dict)  # highest value per metric
+    best: dict[str, float] = dataclasses.field(default_factory=dict)  # best value per metric
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)  # evaluated at this step
     skipped_steps: int = 0  # steps whose loss or gradient was not finite
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -73,64 +73,119 @@ class Checkpoints:
     Args:
         folder: `runs/NAME/checkpoints`; made when the first one is saved.
         engine: whose state is saved.
-        keep: how many of the newest to keep.
+        retention: which ones to keep; a number is that many of the newest.
         tell: called on rank 0 with one line about a damaged checkpoint.
     """
 
     def __init__(
-        self, folder: Path, engine: Engine, *, keep: int, tell: Callable[[str], None] = print
+        self,
+        folder: Path,
+        engine: Engine,
+        *,
+        keep: Retention | int,
+        tell: Callable[[str], None] = print,
     ) -> None:
         self.folder = folder
         self.engine = engine
-        self.keep = keep
+        self.retention = Retention(keep) if isinstance(keep, int) else keep
         self.tell = tell
 
     def save(self, state: RunState) -> Path:
-        """Write the checkpoint of `state.step`; a step that is already saved is left alone."""
+        """Write the checkpoint of `state.step`; a step that is already saved is left alone.
+
+        Raises:
+            SaveError: the disk is full or fails; nothing is left of it and the others are whole.
+        """
         engine = self.engine
         final = self.path_of(state.step)
         if engine.broadcast(final.exists()):
             return final
         temporary = self.folder / f".{final.name}.tmp"
-        if engine.rank == 0:
-            for leftover in self.folder.glob(".step_*.tmp"):  # of a save that was interrupted
-                shutil.rmtree(leftover)
-            temporary.mkdir(parents=True)
-        engine.barrier()
-        engine.save_state(temporary)
-        if engine.rank == 0:
-            state = dataclasses.replace(
-                state, world_size=engine.world_size, zero_stage=engine.zero_stage
-            )
-            write_json(temporary / RUN_STATE, dataclasses.asdict(state))
-        engine.barrier()
-        parts = engine.gather(self._seal_own_files(temporary))
-        if engine.rank == 0:
-            files = {name: entry for part in parts for name, entry in sorted(part.items())}
-            manifest = Manifest(step=state.step, files=files)
-            write_json(temporary / MANIFEST, manifest.model_dump())
-            for folder in (path for path in temporary.rglob("*") if path.is_dir()):
-                _sync(folder)
-            _sync(temporary)
-            temporary.rename(final)
-            _sync(self.folder)
-            self._point_latest_at(final)
-            self._delete_old()
-        engine.barrier()
+        size = engine.state_bytes()
+        self._on_all_ranks(lambda: self._make(temporary, size), temporary, size)
+        parts = self._on_all_ranks(lambda: self._write(temporary, state), temporary, size)
+        files = {name: entry for part in parts for name, entry in sorted(part.items())}
+        self._on_all_ranks(lambda: self._publish(temporary, state.step, files), temporary, size)
         return final
 
     def path_of(self, step: int) -> Path:
         """Folder of the checkpoint of `step`, whether it exists or not."""
         return self.folder / step_name(step)
 
+    def wants(self, state: RunState) -> bool:
+        """Whether the metric just evaluated makes this step one of the best to keep."""
+        value = state.metrics.get(self.retention.metric)
+        if value is None or not self.retention.keep_best:
+            return False
+        return self.engine.broadcast(self.retention.is_among_best(value, self._values()))
+
     def load_newest(self) -> RunState | None:
-        """Restore the newest checkpoint that is whole; None if there is none.
+        """Restore the newest checkpoint that is whole, whatever ranks and ZeRO stage wrote it.
+
+        None if there is none.
 
         Raises:
-            ConfigError: it was written by another number of ranks or another ZeRO stage, or all
-                checkpoints are damaged.
+            ConfigError: all checkpoints are damaged, or it cannot be right under this stage.
         """
         names = self.engine.broadcast([path.name for path in self._visible()])
+        state = self._load_newest_of(names)
+        if state is None and names:
+            raise ConfigError(
+                f"all {len(names)} checkpoints in {self.folder} are damaged; --fresh starts over"
+            )
+        return state
+
+    def load_named(self, path: Path) -> RunState:
+        """Restore this checkpoint, of this run or another's folder.
+
+        Later ones of this run, which the steps to come would contradict, are set aside.
+
+        Raises:
+            ConfigError: it is not there or not whole, or it is another run's and this one has some.
+        """
+        folder = self.folder / path if (self.folder / path).is_dir() else path
+        fault = self._first_fault(folder)
+        if fault is not None:
+            raise ConfigError(f"--resume {path}: {folder} is no whole checkpoint ({fault})")
+        names = self.engine.broadcast([path.name for path in self._visible()])
+        if folder.parent.resolve() != self.folder.resolve() and names:
+            raise ConfigError(
+                f"--resume {path}: this run has checkpoints of its own in {self.folder}; give it "
+                "another name (--set name=...) or start over with --fresh"
+            )
+        if self.engine.rank == 0:
+            for name in (name for name in names if name > folder.name):
+                aside = (self.folder / name).rename(self._free_name(f"abandoned_{name}"))
+                self.tell(f"checkpoint {name} is later and was moved to {aside}")
+        return self._load(folder)
+
+    def roll_back(self, before: int, resume_at: int) -> RunState | None:
+        """Restore the newest whole checkpoint from before step `before`; None if there is none.
+
+        The data goes on at position `resume_at`, in every later load of that checkpoint too; later
+        checkpoints are deleted.
+        """
+        names = self.engine.broadcast([path.name for path in self._visible()])
+        state = self._load_newest_of([name for name in names if name < step_name(before)])
+        if state is None:
+            return None
+        jumps = self.rollbacks()
+        if self.engine.rank == 0:
+            for later in (path for path in self._visible() if path.name >= step_name(before)):
+                self._delete(later)
+            start = read_run_state(self.path_of(state.step)).samples_seen
+            jumps.append({"step": state.step, "from": start, "to": resume_at})
+            replace_text(self.folder / ROLLBACKS, json.dumps(jumps))
+        state.samples_seen = resume_at
+        return state
+
+    def rollbacks(self) -> list[dict[str, int]]:
+        """Each time the run went back: to which `step`, and the positions it passed over."""
+        path = self.folder / ROLLBACKS
+        text = path.read_text(encoding="utf-8") if path.exists() else "[]"
+        return json.loads(self.engine.broadcast(text))
+
+    def _load_newest_of(self, names: list[str]) -> RunState | None:
         for name in reversed(names):
             folder = self.folder / name
             fault = self._first_fault(folder)
@@ -139,17 +194,18 @@ class Checkpoints:
             if self.engine.rank == 0:
                 aside = folder.rename(self._free_name(f"damaged_{name}"))
                 self.tell(f"checkpoint {name} is damaged ({fault}); moved to {aside}")
-        if names:
-            raise ConfigError(
-                f"all {len(names)} checkpoints in {self.folder} are damaged; --fresh starts over"
-            )
         return None
 
     def _load(self, folder: Path) -> RunState:
-        state = RunState(**json.loads((folder / RUN_STATE).read_text(encoding="utf-8")))
+        state = read_run_state(folder)
         self.engine.load_state(folder)
-        if self.engine.rank == 0:
-            self._point_latest_at(folder)
+        if folder.parent == self.folder:
+            here = state.step, state.samples_seen
+            for jump in self.rollbacks():
+                if (jump["step"], jump["from"]) == here:
+                    state.samples_seen = jump["to"]
+            if self.engine.rank == 0:
+                replace_text(self.folder / LATEST, folder.name + "\n")
         return state
 
     def _first_fault(self, folder: Path) -> str | None:
@@ -163,21 +219,78 @@ class Checkpoints:
             fault = first_fault(folder, {name: files[name] for name in share})
         return next(filter(None, self.engine.gather(fault)), None)
 
-    def _seal_own_files(self, temporary: Path) -> dict[str, Fingerprint]:
-        """Sync this rank's files to disk and fingerprint them, by relative name."""
+    def _on_all_ranks(self, action: Callable[[], T], temporary: Path, size: int) -> list[T]:
+        """What `action` returns on each rank; if the disk fails one, all of them give up."""
+        result: Any = None
+        fault: str | None = None
+        try:
+            result = action()
+        except OSError as error:
+            fault = f"rank {self.engine.rank}: {error}"
+        outcomes = self.engine.gather((result, fault))
+        fault = next((fault for _, fault in outcomes if fault), None)
+        if fault is None:
+            return [result for result, _ in outcomes]
+        if self.engine.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        self.engine.barrier()
+        raise SaveError(
+            f"{temporary.name[1:-4]} was not saved ({fault}): it takes {_gib(size)} and "
+            f"{_gib(_free_bytes(self.folder))} are free on the disk of {self.folder}; make room "
+            "there, set output_dir to another disk or lower checkpoint.keep"
+        )
+
+    def _make(self, temporary: Path, size: int) -> None:
+        """The hidden folder, without what an interrupted save left; rank 0."""
+        if self.engine.rank == 0:
+            for leftover in self.folder.glob(".step_*.tmp"):
+                shutil.rmtree(leftover)
+            temporary.mkdir(parents=True)
+            if _free_bytes(self.folder) < size:  # logs and ledgers want the rest of the disk
+                raise OSError("no space left")
+
+    def _write(self, temporary: Path, state: RunState) -> dict[str, Fingerprint]:
+        """This rank's files, on disk, and their fingerprints by relative name."""
+        engine = self.engine
+        engine.save_state(temporary)
+        if engine.rank == 0:
+            state = dataclasses.replace(
+                state, world_size=engine.world_size, zero_stage=engine.zero_stage
+            )
+            write_json(temporary / RUN_STATE, dataclasses.asdict(state))
         files = sorted(path for path in temporary.rglob("*") if path.is_file())
-        own = [path for path in files if _writer_of(path) == self.engine.rank]
+        own = [path for path in files if _writer_of(path) == engine.rank]
         for path in own:
-            _sync(path)
+            sync(path)
         return {str(path.relative_to(temporary)): fingerprint(path) for path in own}
 
-    def _point_latest_at(self, folder: Path) -> None:
-        _replace(self.folder / LATEST, folder.name + "\n")
+    def _publish(self, temporary: Path, step: int, files: dict[str, Fingerprint]) -> None:
+        """Manifest, rename, `latest`; then the old ones go. Rank 0."""
+        if self.engine.rank != 0:
+            return
+        write_json(temporary / MANIFEST, Manifest(step=step, files=files).model_dump())
+        for folder in (path for path in temporary.rglob("*") if path.is_dir()):
+            sync(folder)
+        sync(temporary)
+        temporary.rename(self.path_of(step))
+        sync(self.folder)
+        replace_text(self.folder / LATEST, step_name(step) + "\n")
+        for old in self.retention.surplus(self._values()):
+            self._delete(self.path_of(old))
 
-    def _delete_old(self) -> None:
-        for folder in self._visible()[: -self.keep]:
-            # Renamed first: half a deletion must not look like a checkpoint.
-            shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}.tmp")))
+    def _delete(self, folder: Path) -> None:
+        # Renamed first: half a deletion must not look like a checkpoint.
+        shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}.tmp")))
+
+    def _values(self) -> dict[int, float | None]:
+        """The kept metric of every checkpoint by its step, None where it was not evaluated."""
+        metric = self.retention.metric if self.retention.keep_best else None
+        return {
+            int(path.name.removeprefix("step_")): read_run_state(path).metrics.get(metric)
+            if metric
+            else None
+            for path in self._visible()
+        }
 
     def _visible(self) -> list[Path]:
         return sorted(path for path in self.folder.glob("step_*") if path.is_dir())
@@ -189,60 +302,9 @@ class Checkpoints:
         return next(path for path in numbered if not path.exists())
 
 
-def read_manifest(folder: Path) -> dict[str, Fingerprint]:
-    """The files of a checkpoint, by relative name.
-
-    Raises:
-        ValueError: it is not a manifest of this format and step, or it does not list every file
-            that lies there (DeepSpeed would unpickle any that carries the right name).
-    """
-    try:
-        manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
-    except pydantic.ValidationError as error:
-        raise ValueError(f"no manifest of format 2: {error.errors()[0]['msg']}") from None
-    if folder.name != step_name(manifest.step):
-        raise ValueError(f"it is of step {manifest.step}")
-    present = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    if unlisted := present - manifest.files.keys() - {MANIFEST}:
-        raise ValueError(f"{min(unlisted)} is not listed")
-    return manifest.files
-
-
-def step_name(step: int) -> str:
-    """'step_00000100': sorts by step."""
-    return f"step_{step:08d}"
-
-
-def first_fault(folder: Path, files: dict[str, Fingerprint]) -> str | None:
-    """The first of `files` that is missing or differs from its manifest entry, in words."""
-    for name, expected in files.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        size = path.stat().st_size
-        if size != expected.size:
-            return f"{name} has {size} bytes instead of {expected.size}"
-        if fingerprint(path) != expected:
-            return f"{name} does not match its SHA-256"
-    return None
-
-
-def fingerprint(path: Path) -> Fingerprint:
-    """Size and SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-        return Fingerprint(size=file.tell(), sha256=digest.hexdigest())
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write and sync a JSON file."""
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
+def read_run_state(folder: Path) -> RunState:
+    """The run state of a checkpoint."""
+    return RunState(**json.loads((folder / RUN_STATE).read_text(encoding="utf-8")))
 
 
 def _writer_of(path: Path) -> int:
@@ -251,21 +313,10 @@ def _writer_of(path: Path) -> int:
     return int(match.group(1)) if match else 0
 
 
-def _replace(path: Path, text: str) -> None:
-    """Write a small file so that a reader finds the old text or the new one, never a part."""
-    part = path.with_name(f".{path.name}.part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-    _sync(path.parent)
+def _free_bytes(folder: Path) -> int:
+    """On the disk where `folder` is or would be."""
+    return shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
 
 
-def _sync(path: Path) -> None:
-    """fsync a file or a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**29 else f"{size / 2**20:.1f} MiB"

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from routedvit.training.config_base import ConfigError, Section
 from routedvit.training.config_recipe import LossConfig, OptimConfig, ScheduleConfig
-from routedvit.training.config_watch import CheckpointConfig, EvalConfig, LogConfig
+from routedvit.training.config_watch import CheckpointConfig, EvalConfig, GuardConfig, LogConfig
 
 __all__ = ["ConfigError", "RunConfig", "Section"]
 
@@ -93,6 +93,7 @@ class RunConfig(Section):
     precision: PrecisionConfig = Field(default_factory=PrecisionConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    guard: GuardConfig = Field(default_factory=GuardConfig)
     log: LogConfig = Field(default_factory=LogConfig)
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """Native DeepSpeed keys, verbatim. What the sections above own (batch sizes, clipping,

@@ -1,8 +1,8 @@
-"""Config sections around the training: evaluation, checkpoints, what is logged."""
+"""Config sections around the training: evaluation, checkpoints, guards, what is logged."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from routedvit.training.config_base import Section
 
@@ -74,6 +74,45 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; the last step always saves."""
     keep: int = Field(2, gt=0)
     """How many of the newest checkpoints to keep."""
+    keep_every: int | None = Field(None, gt=0)
+    """Keep every checkpoint whose step is a multiple of this for good."""
+    keep_best: int = Field(0, ge=0)
+    """How many checkpoints to keep for their best_metric; an evaluation that belongs among them
+    saves one at once."""
+    best_metric: str = Field("val/top1", pattern=r"^\w[^/]*/.+$")
+    """Which evaluated value counts as best, as 'evaluator/metric'."""
+    best_mode: Literal["max", "min"] = "max"
+    """Whether a higher or a lower best_metric is better."""
+
+    @field_validator("keep_every")
+    @classmethod
+    def _is_saved(cls, value: int | None, info: ValidationInfo) -> int | None:
+        every = info.data.get("every_steps")
+        if value and every and value % every:
+            raise ValueError(
+                f"{value} is no multiple of checkpoint.every_steps = {every}, so those steps are "
+                f"not saved; use {-(-value // every) * every}"
+            )
+        return value
+
+
+class GuardConfig(Section):
+    """What happens when training goes wrong.
+
+    A step whose loss or gradient is not finite is skipped on all ranks and its samples are named in
+    logs/bad_steps.jsonl. Too many bad steps in a row (PaLM, 2204.02311, section 5.1): the run goes
+    back to its last checkpoint before them and on with the data after them.
+    """
+
+    max_bad_steps: int = Field(10, gt=0)
+    """Bad steps in a row after which the run goes back."""
+    max_rollbacks: int = Field(3, ge=0)
+    """How often a run may go back; then it ends with an error."""
+    spike_sigmas: float | None = Field(None, gt=0)
+    """A loss so many standard deviations above the running median makes a step bad too, though it
+    is applied; 6 is conservative. null: no watch for spikes."""
+    spike_window: int = Field(128, ge=16)
+    """Good steps over which median and deviation run."""
 
 
 class WandbConfig(Section):

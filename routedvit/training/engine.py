@@ -25,14 +25,13 @@ import pydantic
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from routedvit.training.config import ConfigError
 from routedvit.training.config_file import nearest
 from routedvit.training.interfaces import Batch
 from routedvit.training.native_config import zero_stage
-from routedvit.training.shards import load_shards, save_shards, state_bytes
+from routedvit.training.shards import load_shards, save_shards, state_bytes, write_tensors
 from routedvit.training.world import World, join_environment
 from routedvit.training.zero_layout import ZeroLayout
 
@@ -62,6 +61,7 @@ class StepResult(NamedTuple):
     grad_norm: torch.Tensor | float  # global 2-norm before clipping; float() waits for the step
     skipped: bool  # a loss or gradient was not finite on some rank: weights are unchanged
     stop: bool  # some rank asked to stop
+    own_loss: torch.Tensor | float = 0.0  # mean over this rank's images; float() may wait
 
 
 def start(*, tf32: bool = True) -> World:
@@ -120,6 +120,7 @@ class Engine:
         self.device = world.device
         self.zero_stage = zero_stage(native)
         self.accumulation: int = native["gradient_accumulation_steps"]
+        self.scales_loss = bool(native.get("fp16", {}).get("enabled"))  # and so overflows at times
         self.optimizer = optimizer
         self._grad_clip: float = native["gradient_clipping"]
         if self.zero_stage == 0:
@@ -175,6 +176,7 @@ class Engine:
             grad_norm=grad_norm,
             skipped=not applied,
             stop=stops > 0,
+            own_loss=totals[0] / self.accumulation,
         )
 
     def _finish_step(self) -> tuple[torch.Tensor | float, bool]:
@@ -259,7 +261,7 @@ class Engine:
         folder.mkdir(exist_ok=True)
         save_shards(folder, self._layout)
         if self.rank == 0:
-            save_file(whole, folder / REPLICATED)
+            write_tensors(folder / REPLICATED, whole)
             counters = json.dumps(self._layout.counters())
             (folder / COUNTERS).write_text(counters, encoding="utf-8")
 

@@ -101,6 +101,11 @@ def resolve_native_config(
         ConfigError: an unknown, removed or refused key, "auto", or a contradiction.
     """
     check_keys(user)
+    if user.get("zero_optimization", {}).get("round_robin_gradients"):
+        raise ConfigError(
+            "deepspeed.zero_optimization.round_robin_gradients = true: DeepSpeed 0.19 then takes "
+            "one parameter's master weights for another's when they are exported; delete it"
+        )
     native = copy.deepcopy(user)
     accumulation = batch_size // (micro_batch_size * world_size)
     _own(native, "train_batch_size", batch_size, "train.batch_size")

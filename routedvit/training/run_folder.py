@@ -24,7 +24,7 @@ from routedvit.training.config import ConfigError
 # Keys a resumed run may change: they alter what is seen, kept or how the work is split over
 # machines, never which numbers the run computes (up to rounding).
 FREE_ON_RESUME = (
-    "about", "output_dir", "eval", "checkpoint", "log", "deepspeed",
+    "about", "output_dir", "eval", "checkpoint", "guard", "log", "deepspeed",
     "train.micro_batch_size", "train.grad_checkpointing",
 )  # fmt: skip
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from routedvit.training.config import ConfigError
@@ -76,11 +76,19 @@ def save_shards(folder: Path, layout: ZeroLayout) -> None:
             tensors[f"{number}/{key}"] = flat.cpu().contiguous()
             size += flat.nbytes
         if size >= PART_BYTES or number == len(holders) - 1:
-            save_file(tensors, folder / _part_name(rank, part))
+            write_tensors(folder / _part_name(rank, part), tensors)
             tensors, part, size = {}, part + 1, 0
     places = [(*piece[:4], number_of[id(piece.holder)], piece.offset) for piece in pieces]
     written = {"holders": table, "pieces": places}
     (folder / f"rank_{rank:05d}.json").write_text(json.dumps(written), encoding="utf-8")
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """A safetensors file; OSError where the disk does not take it."""
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        raise OSError(f"{path.name}: {error}") from None
 
 
 def state_bytes(layout: ZeroLayout) -> int:

@@ -5,22 +5,22 @@ below `fit` happens on all ranks at the same steps, since most of it communicate
 screen or disk is a null object on ranks other than 0.
 """
 
+import dataclasses
 import random
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from timm.scheduler.scheduler import Scheduler
 
-from routedvit.training.checkpoint import Checkpoints, RunState, write_json
-from routedvit.training.config import ConfigError
+from routedvit.training.checkpoint import Checkpoints, RunState, SaveError, write_json
 from routedvit.training.engine import Engine, StepResult
 from routedvit.training.evaluators import record
 from routedvit.training.gauges import ForwardCounter, memory, weight_decay
 from routedvit.training.gradients import gradient_norms
+from routedvit.training.guard import Guard
 from routedvit.training.interfaces import (
     Batch,
     Evaluator,
@@ -35,10 +35,8 @@ from routedvit.training.profiler import ProfilerWindow
 from routedvit.training.progress import evaluation_line
 from routedvit.training.signals import StopSignals
 
-MAX_SKIPPED_IN_A_ROW = 25  # fp16 needs a dozen to find its loss scale
 
-
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class TrainerSettings:
     """Lengths and cadences of a run, in optimiser steps."""
 
@@ -49,10 +47,9 @@ class TrainerSettings:
     checkpoint_every: int
     routing_every: int
     gradients_every: int = 0  # gradient norms and step-time histogram; 0: never
-    best_metric: str = "val/top1"  # higher is better
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Summary:
     """How a call of `fit` ended."""
 
@@ -77,6 +74,7 @@ class Trainer:
         monitor: routing statistics and pictures, or None for a model that does not route.
         progress: the progress line; the null one on ranks other than 0.
         checkpoints: where to save.
+        guard: watches for bad steps.
         schedule: over `engine.optimizer`.
         forwards: counts what the network is given, or None.
         profiler: a window of steps to profile, or None.
@@ -94,6 +92,7 @@ class Trainer:
         monitor: RoutingMonitor | None,
         progress: Progress,
         checkpoints: Checkpoints,
+        guard: Guard,
         schedule: Scheduler,
         settings: TrainerSettings,
         state: RunState,
@@ -107,6 +106,7 @@ class Trainer:
         self.monitor = monitor
         self.progress = progress
         self.checkpoints = checkpoints
+        self.guard = guard
         self.schedule = schedule
         self.settings = settings
         self.state = state
@@ -116,22 +116,25 @@ class Trainer:
         self.began = 0.0
         self.signals = StopSignals()
         self.meter = Meter(settings.batch_size)
-        self.skipped_in_a_row = 0
 
     def fit(self) -> Summary:
         """Train to the end, or until any rank wants to stop (see signals.py); saves either way."""
-        state, settings = self.state, self.settings
-        first, total, stop = state.step + 1, settings.total_steps, False
+        settings = self.settings
+        first, total, stop = self.state.step + 1, settings.total_steps, False
         self.began = time.perf_counter()
-        self.progress.start(state.step, total)
+        self.progress.start(self.state.step, total)
         with self.signals:  # before the loader forks its workers, so that they survive them too
-            batches = self.loader.batches(start=state.samples_seen)
-            while state.step < total and not stop:
+            batches = self.loader.batches(start=self.state.samples_seen)
+            while self.state.step < total and not stop:
                 if self.profiler is not None:
-                    self.profiler.advance(state.step + 1)
+                    self.profiler.advance(self.state.step + 1)
                 result = self.train_step(batches)
-                step, last = state.step, state.step == total
+                if self.guard.alarm:
+                    batches = self.go_back()
+                    continue
+                step, last = self.state.step, self.state.step == total
                 stop = result.stop and not last
+                save = step % settings.checkpoint_every == 0 and not self.guard.bad_steps
 
                 if step % settings.log_every == 0 or step == first or last:
                     self.log(result)
@@ -141,10 +144,11 @@ class Trainer:
                     for evaluator in self.evaluators:
                         if last or (evaluator.every_steps and step % evaluator.every_steps == 0):
                             self.evaluate(evaluator)
+                            save = save or self.checkpoints.wants(self.state)
                     if step % settings.routing_every == 0 or step == first or last:
                         self.watch_routing()
-                if step % settings.checkpoint_every == 0 or last or stop:
-                    self.checkpoints.save(state)
+                if save or last or stop:
+                    self.save(must=last or stop)
         return self.finish()
 
     def train_step(self, batches: Iterator[Batch]) -> StepResult:
@@ -156,34 +160,41 @@ class Trainer:
         seed_step(self.settings.seed, state.step, self.engine.rank)
         self.schedule.step_update(state.step)
         every = self.settings.gradients_every
+        norms_wanted = every > 0 and (state.step + 1) % every == 0
         result = self.engine.train_step(
             micro_batches,
             stop=self.signals.wanted,
-            before_step=self.take_gradient_norms
-            if every and (state.step + 1) % every == 0
-            else None,
+            before_step=self.take_gradient_norms if norms_wanted else None,
         )
         state.step += 1
         state.samples_seen += self.settings.batch_size
+        state.skipped_steps += result.skipped
+        state.metrics = {}
         self.meter.add(time.perf_counter() - began, waited)
-        if result.skipped:
-            self.count_skipped()
-        else:
-            self.skipped_in_a_row = 0
+        self.guard.watch(result, micro_batches, state.step)
         return result
 
-    def count_skipped(self) -> None:
-        """A step whose loss or gradient was not finite left the weights alone; never silently."""
-        state = self.state
-        state.skipped_steps += 1
-        self.skipped_in_a_row += 1
-        self.progress.message(f"step {state.step} skipped: its loss or gradient is not finite")
-        if self.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
-            raise ConfigError(
-                f"{MAX_SKIPPED_IN_A_ROW} steps in a row up to step {state.step} were not finite; "
-                "lower optim.lr, lengthen schedule.warmup_epochs or lower train.grad_clip, then "
-                "start again: the run goes on from its newest checkpoint"
-            )
+    def go_back(self) -> Iterator[Batch]:
+        """To the last checkpoint before the bad steps, and on with the data after them."""
+        before, done = self.state, len(self.checkpoints.rollbacks())
+        if done >= self.guard.max_rollbacks:
+            raise self.guard.give_up(f"the run has gone back {done} times")
+        state = self.checkpoints.roll_back(self.guard.bad_steps[0], before.samples_seen)
+        if state is None:
+            raise self.guard.give_up("there is no checkpoint from before them")
+        first = self.checkpoints.rollbacks()[-1]["from"]
+        self.guard.went_back(state.step, (first, before.samples_seen))
+        self.state = dataclasses.replace(state, skipped_steps=before.skipped_steps)
+        return self.loader.batches(start=state.samples_seen)
+
+    def save(self, *, must: bool) -> None:
+        """Save a checkpoint; if the disk refuses one that need not be, warn and go on."""
+        try:
+            self.checkpoints.save(self.state)
+        except SaveError as error:
+            if must:
+                raise
+            self.progress.message(f"{error}; the run goes on and tries again at the next one")
 
     def log(self, result: StepResult) -> None:
         """Progress line and scalars since the last call."""
@@ -219,14 +230,16 @@ class Trainer:
             self.writer.histogram("speed/step_seconds", seconds, self.state.step)
 
     def evaluate(self, evaluator: Evaluator) -> None:
-        """Run one evaluator and keep the best value of `best_metric`."""
+        """Run one evaluator and keep the best value of the metric that decides."""
         state = self.state
         values = self.measure(evaluator, evaluator.name)
         for name, value in values.items():
             self.writer.scalar(name, value, state.step)
-        best = self.settings.best_metric
+        state.metrics |= values
+        retention = self.checkpoints.retention
+        best = retention.metric
         if best in values:
-            state.best[best] = max(values[best], state.best.get(best, values[best]))
+            state.best[best] = retention.better(values[best], state.best.get(best, values[best]))
         self.progress.message(evaluation_line(state.step, values))
 
     def measure(self, evaluator: Evaluator, prefix: str) -> dict[str, float]:

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -24,13 +25,7 @@ def start(
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     programs = Path(sys.executable).parent
-    command: list[object] = [
-        programs / "deepspeed",
-        "--num_accelerators",
-        ranks,
-        "--master_port",
-        port,
-    ]
+    command = [programs / "deepspeed", "--num_accelerators", ranks, "--master_port", port]
     if quiet:
         command += ["--log_level", "critical"]
     if torchrun:
@@ -39,7 +34,7 @@ def start(
     return _start(command)
 
 
-def _start(command: list[object]) -> subprocess.Popen[str]:
+def _start(command: Sequence[object]) -> subprocess.Popen[str]:
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     return subprocess.Popen(

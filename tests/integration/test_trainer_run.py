@@ -63,3 +63,32 @@ def test_a_finished_run_does_nothing_more(report: dict[str, Any]) -> None:
     assert run["summary"]["best"] == report["straight"]["summary"]["best"]
     assert run["updates"] == [10]
     assert run["scalars"] == []
+
+
+def test_bad_steps_in_a_row_lead_back_to_a_checkpoint_and_past_their_data(report: Any) -> None:
+    run = report["damaged"]
+    assert run["summary"]["finished"]
+    assert run["summary"]["skipped_steps"] == 3
+    given = [int(key.removeprefix("key")) // 8 for key in run["given"]]
+    batches = [given[index] for index in range(0, len(given), 4)]  # 4 of 8 images are rank 0's
+    assert batches[:14] == [*range(8), *range(8, 14)]  # steps 1 to 8, then 5 to 10
+    *bad_steps, back = report["ledger"]
+    assert [line["step"] for line in bad_steps] == [6, 7, 8]
+    assert bad_steps[0]["keys"] == [
+        ["key40", "key41", "key42", "key43"], ["key44", "key45", "key46", "key47"],
+    ]  # fmt: skip
+    assert [loss != loss for loss in bad_steps[0]["loss"]] == [True, False]  # rank 0 had the NaN
+    assert back == {"back_to_step": 4, "never_trained_on": [4 * 8, 8 * 8]}
+
+
+def test_sigusr1_on_one_rank_saves_on_all_within_the_step(report: dict[str, Any]) -> None:
+    run = report["damaged_and_stopped"]
+    assert run["summary"]["step"] == 6
+    assert run["status"] == {"status": "stopped", "step": 6}
+
+
+def test_a_resume_agrees_on_what_was_passed_over(report: dict[str, Any]) -> None:
+    first, then = report["damaged_and_stopped"]["given"], report["damaged_and_resumed"]["given"]
+    assert then[0] == f"key{10 * 8}"
+    assert not set(then) & set(first[: 10 * 4])
+    assert report["resume_after_going_back_is_bit_identical"]

@@ -57,6 +57,8 @@ def batch(positions: range) -> dict[str, Any]:
         "image": torch.stack(images),
         "target": torch.tensor(labels),
         "position": torch.tensor(list(positions)),
+        "key": [f"key{position}" for position in positions],
+        "epoch": torch.tensor([position // SAMPLES for position in positions]),
     }
 
 

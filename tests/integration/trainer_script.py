@@ -1,6 +1,7 @@
-"""Launched by test_trainer_run.py: three runs of the Trainer in one start of two ranks.
+"""Launched by test_trainer_run.py: runs of the Trainer in one start of two ranks.
 
-One goes straight to the end; one gets SIGTERM on rank 1 in the middle; one goes on from there.
+One goes straight to the end; one gets SIGTERM on rank 1 in the middle; one goes on from there. One
+meets images that are not finite and goes back; one does too and is stopped after that, by SIGUSR1.
 Usage: trainer_script.py OUT. Writes OUT/report.json.
 """
 
@@ -22,6 +23,7 @@ from routedvit.training import engine as deepspeed_engine
 from routedvit.training.checkpoint import Checkpoints, RunState
 from routedvit.training.engine import Engine
 from routedvit.training.evaluators import Classification
+from routedvit.training.guard import Guard
 from routedvit.training.native_config import resolve_native_config
 from routedvit.training.trainer import Summary, Trainer, TrainerSettings
 from routedvit.training.world import World
@@ -59,21 +61,37 @@ class Recorder:
     def close(self) -> None: ...
 
 
-class SignallingLoader(toy.Loader):
-    """Sends this process SIGTERM while it is asked for the data of step `SIGNAL_AT`."""
+class Loader(toy.Loader):
+    """Remembers what it gave, damages some images of rank 0 and sends its process a signal.
+
+    Args:
+        damaged: global batches, counted from 0, in which an image is not finite.
+        signal_at: the signal, its rank, and the global batch whose data it comes with.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        damaged: range = range(0),
+        signal_at: tuple[signal.Signals, int, int] | None = None,
+    ) -> None:
+        super().__init__(world.rank, world.size)
+        self.damaged, self.signal_at = damaged, signal_at
+        self.given: list[str] = []
 
     def batches(self, start: int) -> Iterator[dict[str, Any]]:
-        steps = BATCHES_PER_STEP * (SIGNAL_AT - 1 - start // toy.BATCH)
-        for number, rows in enumerate(super().batches(start)):
-            if number == steps and self.rank == 1:
-                os.kill(os.getpid(), signal.SIGTERM)
+        for rows in super().batches(start):
+            number = int(rows["position"][0]) // toy.BATCH
+            if self.signal_at and self.signal_at[1:] == (self.rank, number):
+                os.kill(os.getpid(), self.signal_at[0])
+                self.signal_at = None
+            if number in self.damaged and self.rank == 0:
+                rows["image"][0, 0, 0, 0] = torch.nan
+            self.given += rows["key"]
             yield rows
 
 
-BATCHES_PER_STEP = toy.BATCH // (2 * toy.MICRO)
-
-
-def fit(world: World, folder: Path, seed: int, loader: toy.Loader) -> tuple[Summary, Any, Recorder]:
+def fit(world: World, folder: Path, seed: int, loader: Loader) -> tuple[Summary, Any, Recorder]:
     """One run of the Trainer in `folder`; dropout makes the random state matter."""
     objective = toy.objective(seed, proj_drop_rate=0.2)
     native = resolve_native_config(
@@ -97,6 +115,7 @@ def fit(world: World, folder: Path, seed: int, loader: toy.Loader) -> tuple[Summ
         monitor=recorder,
         progress=recorder,
         checkpoints=checkpoints,
+        guard=Guard(engine, folder / "bad_steps.jsonl", max_bad_steps=3, tell=recorder.message),
         schedule=toy.schedule(engine.optimizer, STEPS),  # after the load, as in train.py
         settings=TrainerSettings(
             total_steps=STEPS,
@@ -116,12 +135,15 @@ def fit(world: World, folder: Path, seed: int, loader: toy.Loader) -> tuple[Summ
 def main(out: Path) -> None:
     world = deepspeed_engine.start()
     report: dict[str, Any] = {}
-    plain = toy.Loader(world.rank, world.size)
+    bad = range(5, 8)  # the data of steps 6, 7 and 8
     runs = {
-        "straight": ("a", 0, plain),
-        "stopped": ("b", 0, SignallingLoader(world.rank, world.size)),
-        "resumed": ("b", 77, plain),
-        "again": ("b", 78, plain),
+        "straight": ("a", 0, Loader(world)),
+        "stopped": ("b", 0, Loader(world, signal_at=(signal.SIGTERM, 1, SIGNAL_AT - 1))),
+        "resumed": ("b", 77, Loader(world)),
+        "again": ("b", 78, Loader(world)),
+        "damaged": ("c", 0, Loader(world, bad)),
+        "damaged_and_stopped": ("d", 0, Loader(world, bad, (signal.SIGUSR1, 0, 9))),
+        "damaged_and_resumed": ("d", 79, Loader(world, bad)),
     }
     weights = {}
     for name, (folder, seed, loader) in runs.items():
@@ -132,6 +154,7 @@ def main(out: Path) -> None:
             "messages": recorder.messages,
             "updates": recorder.updates,
             "watched": recorder.watched,
+            "given": loader.given,
             "status": json.loads((out / folder / "status.json").read_text())
             if world.rank == 0
             else {},
@@ -140,6 +163,12 @@ def main(out: Path) -> None:
         torch.equal(weights["straight"][name], weights["resumed"][name])
         for name in weights["straight"]
     )
+    report["resume_after_going_back_is_bit_identical"] = all(
+        torch.equal(weights["damaged"][name], weights["damaged_and_resumed"][name])
+        for name in weights["damaged"]
+    )
+    ledger = (out / "c" / "bad_steps.jsonl").read_text().splitlines()
+    report["ledger"] = [json.loads(line) for line in ledger]
     if world.rank == 0:
         (out / "report.json").write_text(json.dumps(report))
     deepspeed_engine.stop()

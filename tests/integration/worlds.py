@@ -15,8 +15,8 @@ from routedvit.training import engine
 from routedvit.training.world import World
 
 
-def in_world(size: int, action: Callable[[World], None]) -> None:
-    """Run `action` on `size` ranks and wait for them; raises if one of them failed."""
+def fork_world(size: int, main: Callable[[int], int]) -> list[int]:
+    """Exit codes of main(rank) on `size` ranks, placed as by a launcher."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -26,20 +26,30 @@ def in_world(size: int, action: Callable[[World], None]) -> None:
         pid = os.fork()
         if pid == 0:
             os.environ.update(place | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-            _end(action)
+            _end(main, rank)
         children.append(pid)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+
+
+def in_world(size: int, action: Callable[[World], None]) -> None:
+    """Run `action` on `size` connected ranks; raises if one of them failed."""
+
+    def main(rank: int) -> int:
+        action(engine.start())
+        engine.stop()
+        return 0
+
+    codes = fork_world(size, main)
     if any(codes):
         raise RuntimeError(f"ranks ended with {codes}")
 
 
-def _end(action: Callable[[World], None]) -> None:
+def _end(main: Callable[[int], int], rank: int) -> None:
     """The life of one rank."""
     code = 1
     try:
-        action(engine.start())
+        code = main(rank)
         engine.stop()
-        code = 0
     except BaseException:
         traceback.print_exc()
     finally:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +18,7 @@ from routedvit.training.engine import StepResult
 class FakeEngine:
     """Holds one number as its state; `results` scripts what train_step returns."""
 
-    rank, world_size, zero_stage, accumulation = 0, 1, 2, 1
+    rank, world_size, zero_stage, accumulation, scales_loss = 0, 1, 2, 1, False
     device = torch.device("cpu")
 
     def __init__(self, model: nn.Module | None = None) -> None:
@@ -24,6 +26,8 @@ class FakeEngine:
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
         self.value = 0
         self.skip_from: int | None = None
+        self.losses: dict[int, float] = {}  # by data position, where not 1
+        self.full_disks = 0  # saves that fail
         self.seen: list[list[int]] = []
 
     def train_step(
@@ -31,18 +35,26 @@ class FakeEngine:
     ) -> StepResult:
         self.value += 1
         self.seen += [batch["position"] for batch in batches]
+        loss = self.losses.get(batches[0]["position"], 1.0)
         skipped = self.skip_from is not None and self.value >= self.skip_from
+        skipped = skipped or not math.isfinite(loss)
         norm = float("inf") if skipped else 1.0
-        return StepResult(1.0, {"top1": 50.0}, norm, skipped, stop)
+        return StepResult(loss, {"top1": 50.0}, norm, skipped, stop, own_loss=loss)
+
+    def state_bytes(self) -> int:
+        return 1000
 
     def save_state(self, folder: Path) -> None:
-        (folder / "deepspeed").mkdir()
+        (folder / "shards").mkdir()
         for rank in range(2):
-            path = folder / "deepspeed" / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+            if self.full_disks:
+                self.full_disks -= 1
+                raise OSError(errno.ENOSPC, "No space left on device")
+            path = folder / "shards" / f"rank_{rank:05d}_00.safetensors"
             path.write_text(f"{self.value} of {rank}" * 50)
 
     def load_state(self, folder: Path) -> None:
-        path = folder / "deepspeed" / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+        path = folder / "shards" / "rank_00000_00.safetensors"
         self.value = int(path.read_text().split()[0])
 
     @contextmanager

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from routedvit.training import checkpoint as module
-from routedvit.training.checkpoint import Checkpoints, RunState, read_manifest
+from routedvit.training.checkpoint import Checkpoints, RunState, SaveError
 from routedvit.training.config import ConfigError
+from routedvit.training.manifest import read_manifest
+from routedvit.training.retention import Retention
 from tests.unit.training.fake_engine import FakeEngine
 
 
@@ -73,7 +75,7 @@ def test_a_step_saved_twice_is_written_once(engine, tmp_path):
     assert folder.stat().st_mtime_ns == before
 
 
-STATE = "deepspeed/zero_pp_rank_1_mp_rank_00_optim_states.pt"
+STATE = "shards/rank_00001_00.safetensors"
 
 
 def flip_a_bit(folder: Path) -> None:
@@ -91,7 +93,7 @@ def lose_a_file(folder: Path) -> None:
 
 
 def add_a_file(folder: Path) -> None:
-    (folder / "deepspeed" / "mp_rank_00_model_states.pt").write_text("a pickle")
+    (folder / "shards" / "rank_00002.json").write_text("{}")
 
 
 def lose_the_manifest(folder: Path) -> None:
@@ -152,14 +154,92 @@ def test_all_damaged_is_an_error_and_not_a_silent_fresh_start(engine, tmp_path):
         load(tmp_path)
 
 
-@pytest.mark.parametrize(("attribute", "word"), [("world_size", "ranks"), ("zero_stage", "ZeRO")])
-def test_another_layout_is_refused_naming_both_numbers(engine, tmp_path, attribute, word):
-    setattr(engine, attribute, 7)
-    Checkpoints(tmp_path, engine, keep=1).save(RunState(step=1))
-    with pytest.raises(ConfigError, match=word) as caught:
-        load(tmp_path)
-    assert "= 7" in str(caught.value)
-    assert f"= {getattr(FakeEngine, attribute)}" in str(caught.value)
+def test_a_full_disk_is_named_with_the_need_and_the_mend_and_nothing_is_left(engine, tmp_path):
+    save(engine, tmp_path, 1)
+    engine.full_disks = 1
+    with pytest.raises(SaveError) as caught:
+        save(engine, tmp_path, 2)
+    text = str(caught.value)
+    assert "step_00000002" in text
+    assert "No space left on device" in text
+    assert "MiB are free" in text or "GiB are free" in text
+    assert str(tmp_path) in text
+    assert "checkpoint.keep" in text
+    assert sorted(os.listdir(tmp_path)) == ["latest", "step_00000001"]
+    save(engine, tmp_path, 2)
+    assert load(tmp_path)[0].step == 2
+
+
+def test_a_save_that_cannot_fit_is_not_begun(engine, tmp_path, monkeypatch):
+    monkeypatch.setattr(FakeEngine, "state_bytes", lambda self: 1 << 60)
+    with pytest.raises(SaveError, match="GiB"):
+        save(engine, tmp_path, 1)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_named_checkpoint_sets_later_ones_aside(engine, tmp_path):
+    for step in (1, 2, 3):
+        save(engine, tmp_path, step)
+    engine, told = FakeEngine(), []
+    state = Checkpoints(tmp_path, engine, keep=3, tell=told.append).load_named(
+        Path("step_00000001")
+    )
+    assert (state.step, engine.value) == (1, 1)
+    assert (tmp_path / "latest").read_text() == "step_00000001\n"
+    assert sorted(path.name for path in tmp_path.glob("*step*")) == [
+        "abandoned_step_00000002", "abandoned_step_00000003", "step_00000001",
+    ]  # fmt: skip
+    assert len(told) == 2
+
+
+def test_a_checkpoint_of_another_run_begins_a_new_one_only(engine, tmp_path):
+    other = save(engine, tmp_path / "other", 5)
+    state = Checkpoints(tmp_path / "own", engine, keep=3).load_named(other)
+    assert state.step == 5
+    assert not (tmp_path / "own").exists()
+    save(engine, tmp_path / "own", 6)
+    with pytest.raises(ConfigError, match="--fresh"):
+        Checkpoints(tmp_path / "own", engine, keep=3).load_named(other)
+
+
+def test_a_named_checkpoint_that_is_damaged_is_refused(engine, tmp_path):
+    flip_a_bit(save(engine, tmp_path, 1))
+    with pytest.raises(ConfigError, match="SHA-256"):
+        Checkpoints(tmp_path, engine, keep=3).load_named(Path("step_00000001"))
+
+
+def test_going_back_moves_the_data_for_good_and_deletes_what_came_later(engine, tmp_path):
+    for step in (1, 2, 3):
+        save(engine, tmp_path, step)
+    checkpoints = Checkpoints(tmp_path, engine, keep=3)
+    state = checkpoints.roll_back(before=3, resume_at=40)
+    assert (state.step, state.samples_seen, engine.value) == (2, 40, 2)
+    assert load(tmp_path)[0].samples_seen == 40
+    assert checkpoints.rollbacks() == [{"step": 2, "from": 16, "to": 40}]
+    assert (tmp_path / "latest").read_text() == "step_00000002\n"
+    assert not (tmp_path / "step_00000003").exists()
+    checkpoints.roll_back(before=3, resume_at=80)
+    assert load(tmp_path)[0].samples_seen == 80
+    save(engine, tmp_path, 4)
+    assert load(tmp_path)[0].samples_seen == 32  # what its own run state says
+
+
+def test_there_may_be_nothing_to_go_back_to(engine, tmp_path):
+    save(engine, tmp_path, 5)
+    assert Checkpoints(tmp_path, engine, keep=3).roll_back(before=5, resume_at=40) is None
+    assert load(tmp_path)[0].samples_seen == 40
+
+
+def test_the_best_by_a_metric_stay(engine, tmp_path):
+    retention = Retention(keep=1, keep_best=2, metric="val/loss", mode="min")
+    checkpoints = Checkpoints(tmp_path, engine, keep=retention)
+    wanted = []
+    for step, loss in enumerate([3.0, 1.0, 2.0, 5.0, 4.0], start=1):
+        state = RunState(step=step, metrics={"val/loss": loss})
+        wanted.append(checkpoints.wants(state))
+        checkpoints.save(state)
+    assert wanted == [True, True, True, False, False]
+    assert [path.name[-1] for path in sorted(tmp_path.glob("step_*"))] == ["2", "3", "5"]
 
 
 class Killed(BaseException):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,15 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from routedvit.training.checkpoint import Checkpoints, RunState
+from routedvit.training.checkpoint import Checkpoints, RunState, SaveError
 from routedvit.training.config import ConfigError
+from routedvit.training.guard import Guard
 from routedvit.training.optim import build_schedule
-from routedvit.training.trainer import (
-    MAX_SKIPPED_IN_A_ROW,
-    Trainer,
-    TrainerSettings,
-    seed_step,
-)
+from routedvit.training.retention import Retention
+from routedvit.training.trainer import Trainer, TrainerSettings, seed_step
 from tests.unit.training.fake_engine import FakeEngine
 
 
@@ -28,7 +26,8 @@ class Loader:
 
     def batches(self, start: int) -> Iterator[dict[str, Any]]:
         while True:
-            yield {"position": start}
+            keys = [f"key{position}" for position in range(start, start + 4)]
+            yield {"position": start, "key": keys, "epoch": torch.tensor([start // 40])}
             start += 4
 
 
@@ -66,6 +65,8 @@ def trainer(folder: Path, engine: FakeEngine, sink: Sink, state: RunState, **cha
         "total_steps": 6, "batch_size": 4, "seed": 0,
         "log_every": 2, "checkpoint_every": 4, "routing_every": 4,
     }  # fmt: skip
+    keep = changes.pop("keep", 2)
+    guard = {"max_bad_steps": 3, "max_rollbacks": 2} | changes.pop("guard", {})
     return Trainer(
         engine,
         Loader(),
@@ -73,7 +74,8 @@ def trainer(folder: Path, engine: FakeEngine, sink: Sink, state: RunState, **cha
         writer=sink,
         monitor=None,
         progress=sink,
-        checkpoints=Checkpoints(folder / "checkpoints", engine, keep=2),
+        checkpoints=Checkpoints(folder / "checkpoints", engine, keep=keep),
+        guard=Guard(engine, folder / "bad_steps.jsonl", **guard, tell=sink.message),
         schedule=build_schedule(
             engine.optimizer, name="cosine", total_steps=6, warmup_steps=2, warmup_lr=0, min_lr=0
         ),
@@ -126,17 +128,94 @@ def test_a_skipped_step_is_counted_and_told(tmp_path):
     summary = trainer(tmp_path, engine, sink, RunState()).fit()
     assert summary.skipped_steps == 2
     assert len(sink.messages) == 2
-    assert "step 5" in sink.messages[0]
+    assert "step 5 skipped" in sink.messages[0]
     assert sink.scalars["train/skipped_steps", 6] == 2
 
 
-def test_too_many_skipped_steps_in_a_row_end_the_run_in_words(tmp_path):
+def ledger(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "bad_steps.jsonl").read_text().splitlines()]
+
+
+def test_the_run_goes_back_and_on_past_the_bad_data(tmp_path):
+    engine, sink = FakeEngine(), Sink()
+    engine.losses = dict.fromkeys((20, 24, 28), float("nan"))  # steps 6, 7 and 8
+    run = trainer(tmp_path, engine, sink, RunState(), total_steps=9)
+    summary = run.fit()
+    assert summary.finished
+    assert summary.skipped_steps == 3
+    # Steps 1 to 8, then from the checkpoint of step 4 on steps 5 to 9 on the data after the bad.
+    assert engine.seen == [*range(0, 32, 4), *range(32, 52, 4)]
+    assert run.state.samples_seen == 52
+    lines = ledger(tmp_path)
+    assert [line.get("step") for line in lines] == [6, 7, 8, None]
+    assert lines[0]["keys"] == [["key20", "key21", "key22", "key23"]]
+    assert lines[-1] == {"back_to_step": 4, "never_trained_on": [16, 32]}
+    assert any("back to step 4" in message for message in sink.messages)
+
+
+def test_a_resume_right_after_going_back_does_not_meet_the_bad_data_again(tmp_path):
     engine = FakeEngine()
-    engine.skip_from = 10
-    run = trainer(tmp_path, engine, Sink(), RunState(), total_steps=100, checkpoint_every=200)
-    with pytest.raises(ConfigError, match=r"optim\.lr"):
+    engine.losses = dict.fromkeys((20, 24, 28), float("nan"))
+    run = trainer(tmp_path, engine, Sink(), RunState(), total_steps=9)
+    run.signals.__enter__()
+    batches = run.loader.batches(0)
+    while not run.guard.alarm:
+        run.train_step(batches)
+        if run.state.step == 4:
+            run.save(must=True)
+    run.go_back()  # and the machine dies
+    run.signals.__exit__(None, None, None)
+    state = Checkpoints(tmp_path / "checkpoints", engine, keep=2).load_newest()
+    assert (state.step, state.samples_seen) == (4, 32)
+    engine.seen.clear()
+    assert trainer(tmp_path, engine, Sink(), state, total_steps=9).fit().finished
+    assert engine.seen == [*range(32, 52, 4)]
+
+
+def test_a_run_that_goes_back_too_often_ends_in_words(tmp_path):
+    engine = FakeEngine()
+    engine.losses = dict.fromkeys(range(20, 400), float("nan"))
+    run = trainer(tmp_path, engine, Sink(), RunState(), total_steps=99)
+    with pytest.raises(ConfigError, match=r"steps 5 to 7 .* gone back 2 times.*optim\.lr"):
         run.fit()
-    assert run.state.step == 9 + MAX_SKIPPED_IN_A_ROW
+
+
+def test_without_a_checkpoint_to_go_back_to_the_run_ends_in_words(tmp_path):
+    engine = FakeEngine()
+    engine.skip_from = 1
+    run = trainer(tmp_path, engine, Sink(), RunState(), total_steps=99)
+    with pytest.raises(ConfigError, match="no checkpoint from before"):
+        run.fit()
+    assert run.state.step == 3
+
+
+def test_a_checkpoint_is_not_taken_amid_bad_steps(tmp_path):
+    engine = FakeEngine()
+    engine.losses = {12: float("nan")}  # step 4, which would save
+    trainer(tmp_path, engine, Sink(), RunState(), total_steps=9, keep=9).fit()
+    assert sorted(path.name[-1] for path in tmp_path.glob("checkpoints/step_*")) == ["8", "9"]
+
+
+def test_a_full_disk_does_not_stop_the_run_but_the_last_save_must_succeed(tmp_path):
+    engine, sink = FakeEngine(), Sink()
+    engine.full_disks = 1
+    summary = trainer(tmp_path, engine, sink, RunState(), total_steps=9).fit()
+    assert summary.finished
+    assert any("No space left" in text and "goes on" in text for text in sink.messages)
+    assert sorted(path.name[-1] for path in tmp_path.glob("checkpoints/step_*")) == ["8", "9"]
+    engine.full_disks = 9
+    with pytest.raises(SaveError, match="No space left"):
+        trainer(tmp_path / "other", engine, sink, RunState(), total_steps=2).fit()
+
+
+def test_a_new_best_is_saved_at_once_and_kept(tmp_path):
+    evaluators = [Evaluator([10.0, 30.0, 20.0, 15.0], every_steps=2)]
+    keep = Retention(keep=1, keep_best=1)
+    summary = trainer(
+        tmp_path, FakeEngine(), Sink(), RunState(), evaluators=evaluators, keep=keep, total_steps=8
+    ).fit()
+    assert summary.best == {"val/top1": 30.0}
+    assert sorted(path.name[-1] for path in tmp_path.glob("checkpoints/step_*")) == ["4", "8"]
 
 
 def draws() -> tuple[float, float, float]:

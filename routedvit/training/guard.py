@@ -1,0 +1,130 @@
+"""Watches for steps that harm a run, names their samples, and says when to go back.
+
+A step is bad if its loss or gradient was not finite (the engine has skipped it on all ranks then),
+or, where asked for, if its loss stands out of those before it. `max_bad_steps` in a row are an
+alarm: the trainer goes back to the last checkpoint before them and on with the data after them, as
+PaLM did by hand (2204.02311, section 5.1: back about 100 steps, past 200 to 500 batches; spikes
+came from that data meeting those weights, so other data helped). The data between are lost to the
+run; the ledger names them.
+
+In fp16 an overflow with a finite loss is how the loss scale is found, and no bad step.
+
+Costs nothing while all is well: it looks at numbers that are on the host already. Only a bad step
+gathers keys and losses of the ranks.
+"""
+
+import json
+import math
+import statistics
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from routedvit.training.config import ConfigError
+from routedvit.training.engine import Engine, StepResult
+from routedvit.training.interfaces import Batch
+
+
+class Guard:
+    """The watch over one run; the same decisions on all ranks. `watch` is collective.
+
+    Args:
+        engine: gathers what the ranks know.
+        ledger: JSON lines, one per bad step and one per return to a checkpoint.
+        max_bad_steps, max_rollbacks, spike_sigmas, spike_window: see `config_watch.GuardConfig`.
+        tell: called with one line about each bad step.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        ledger: Path,
+        *,
+        max_bad_steps: int = 10,
+        max_rollbacks: int = 3,
+        spike_sigmas: float | None = None,
+        spike_window: int = 128,
+        tell: Callable[[str], None] = print,
+    ) -> None:
+        self.engine = engine
+        self.ledger = ledger
+        self.max_bad_steps = max_bad_steps
+        self.max_rollbacks = max_rollbacks
+        self.spike_sigmas = spike_sigmas
+        self.tell = tell
+        self.bad_steps: list[int] = []  # the present ones in a row, counted as finished
+        self._losses: deque[float] = deque(maxlen=spike_window)  # of good steps
+
+    @property
+    def alarm(self) -> bool:
+        """Whether the run should go back now."""
+        return len(self.bad_steps) >= self.max_bad_steps
+
+    def watch(self, result: StepResult, batches: Sequence[Batch], step: int) -> None:
+        """Judge the step that made `step` finished ones out of these micro-batches."""
+        if result.skipped and self.engine.scales_loss and math.isfinite(result.loss):
+            self.tell(f"step {step} skipped: a gradient overflowed fp16, the loss scale is lowered")
+            return
+        reason = self._reason(result)
+        if reason is None:
+            self.bad_steps.clear()
+            if self.spike_sigmas:
+                self._losses.append(result.loss)
+            return
+        self.bad_steps.append(step)
+        keys = [key for batch in batches for key in batch["key"]]
+        epoch = min(int(batch["epoch"].min()) for batch in batches)
+        ranks = self.engine.gather((float(result.own_loss), epoch, keys))
+        self._record(
+            {
+                "step": step,
+                "epoch": min(epoch for _, epoch, _ in ranks),
+                "reason": reason,
+                "applied": not result.skipped,
+                "loss": [loss for loss, _, _ in ranks],  # by rank, as are the keys
+                "keys": [keys for _, _, keys in ranks],
+            }
+        )
+        done = "skipped" if result.skipped else "suspicious"
+        self.tell(f"step {step} {done}: its {reason}; its samples are in {self.ledger}")
+
+    def give_up(self, why: str) -> ConfigError:
+        """The words that end a run which going back cannot help."""
+        first, last = self.bad_steps[0], self.bad_steps[-1]
+        return ConfigError(
+            f"steps {first} to {last} were bad and {why}; look at the samples in {self.ledger}, "
+            "lower optim.lr, lengthen schedule.warmup_epochs or lower train.grad_clip, then start "
+            "over with --fresh, or from a checkpoint with --set name=NEW --resume CHECKPOINT"
+        )
+
+    def went_back(self, step: int, passed_over: tuple[int, int]) -> None:
+        """Note a return to `step`, past the data of these sample positions (first, end)."""
+        self._record({"back_to_step": step, "never_trained_on": list(passed_over)})
+        self.tell(
+            f"back to step {step} after {len(self.bad_steps)} bad steps, and on without the "
+            f"{passed_over[1] - passed_over[0]} samples from position {passed_over[0]} on"
+        )
+        self.bad_steps.clear()
+        self._losses.clear()
+
+    def _reason(self, result: StepResult) -> str | None:
+        if result.skipped:
+            return "loss or gradient is not finite"
+        if not self.spike_sigmas or len(self._losses) < (self._losses.maxlen or 0):
+            return None
+        median = statistics.median(self._losses)
+        # The median deviation is not moved by the outliers it must find; 1.48 of it is a sigma.
+        deviation = 1.48 * statistics.median(abs(loss - median) for loss in self._losses)
+        bound = median + self.spike_sigmas * max(deviation, 0.01 * abs(median))
+        return f"loss {result.loss:.4g} is above {bound:.4g}" if result.loss > bound else None
+
+    def _record(self, line: dict[str, Any]) -> None:
+        """Append to the ledger; a disk that fails must not end the run."""
+        if self.engine.rank == 0:
+            try:
+                self.ledger.parent.mkdir(parents=True, exist_ok=True)
+                with self.ledger.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+            except OSError as error:
+                self.tell(f"{self.ledger} cannot be written: {error}")

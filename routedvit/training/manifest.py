@@ -1,0 +1,105 @@
+"""What makes a checkpoint whole: a manifest with the size and SHA-256 of every file in it.
+
+Also the small ways of writing that survive a crash: synced, and replaced rather than changed.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+
+MANIFEST = "manifest.json"
+
+
+class Fingerprint(pydantic.BaseModel):
+    """What a file must be."""
+
+    size: int  # bytes
+    sha256: str
+
+
+class Manifest(pydantic.BaseModel):
+    """manifest.json of a checkpoint."""
+
+    format: Literal[2] = 2
+    step: int
+    files: dict[str, Fingerprint]  # by name relative to the checkpoint
+
+
+def read_manifest(folder: Path) -> dict[str, Fingerprint]:
+    """The files of a checkpoint, by relative name.
+
+    Raises:
+        ValueError: it is not a manifest of this format and step, or it does not list every file
+            that lies there (a load would read any that carries the right name).
+    """
+    try:
+        manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
+    except pydantic.ValidationError as error:
+        raise ValueError(f"no manifest of format 2: {error.errors()[0]['msg']}") from None
+    if folder.name != step_name(manifest.step):
+        raise ValueError(f"it is of step {manifest.step}")
+    present = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    if unlisted := present - manifest.files.keys() - {MANIFEST}:
+        raise ValueError(f"{min(unlisted)} is not listed")
+    return manifest.files
+
+
+def step_name(step: int) -> str:
+    """'step_00000100': sorts by step."""
+    return f"step_{step:08d}"
+
+
+def first_fault(folder: Path, files: dict[str, Fingerprint]) -> str | None:
+    """The first of `files` that is missing or differs from its manifest entry, in words."""
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        size = path.stat().st_size
+        if size != expected.size:
+            return f"{name} has {size} bytes instead of {expected.size}"
+        if fingerprint(path) != expected:
+            return f"{name} does not match its SHA-256"
+    return None
+
+
+def fingerprint(path: Path) -> Fingerprint:
+    """Size and SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+        return Fingerprint(size=file.tell(), sha256=digest.hexdigest())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write and sync a JSON file."""
+    with path.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a small file so that a reader finds the old text or the new one, never a part."""
+    part = path.with_name(f".{path.name}.part")
+    with part.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """fsync a file or a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

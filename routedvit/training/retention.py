@@ -1,0 +1,46 @@
+"""Which checkpoints stay: the newest ones, every k-th for good, the best by a metric."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Retention:
+    """The rule, over step numbers.
+
+    Args:
+        keep: so many of the newest stay, at least one.
+        keep_every: those whose step is a multiple stay for good; None: none of them.
+        keep_best: so many of the best stay, by the value of `metric` at their step.
+        metric: name of an evaluation's value, such as 'val/top1'.
+        mode: 'max' if a higher value is better, else 'min'.
+    """
+
+    keep: int = 2
+    keep_every: int | None = None
+    keep_best: int = 0
+    metric: str = "val/top1"
+    mode: Literal["max", "min"] = "max"
+
+    def surplus(self, values: Mapping[int, float | None]) -> list[int]:
+        """Steps that may go, given the metric of every step that has a checkpoint (or None)."""
+        stay = set(sorted(values)[-self.keep :])
+        stay |= {step for step in values if self.keep_every and step % self.keep_every == 0}
+        stay |= set(self._best(values))
+        return sorted(values.keys() - stay)
+
+    def is_among_best(self, value: float, values: Mapping[int, float | None]) -> bool:
+        """Whether a checkpoint with this value would be one of the best."""
+        newest = max(values, default=0) + 1
+        return newest in self._best({**values, newest: value})
+
+    def better(self, one: float, other: float) -> float:
+        """The better of two values."""
+        return max(one, other) if self.mode == "max" else min(one, other)
+
+    def _best(self, values: Mapping[int, float | None]) -> list[int]:
+        """Best first; of equal ones the older."""
+        sign = -1 if self.mode == "max" else 1
+        known = [(sign * value, step) for step, value in values.items() if value is not None]
+        return [step for _, step in sorted(known)[: self.keep_best]]

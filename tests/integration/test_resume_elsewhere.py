@@ -1,0 +1,78 @@
+"""`train.py`, preempted on two ranks, goes on on one or four: the same data, the same model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.integration.launching import HERE, ROOT, run_script
+
+STEPS, STOP_AT = 6, 3
+# fp32 sums in another order, divided by Adam's root of small second moments in the first steps.
+WEIGHT_TOLERANCE = 1e-5
+
+CASES = [
+    ("2", ["1"]),
+    pytest.param(("2", ["1", "4"]), marks=pytest.mark.slow),
+    pytest.param(("3", ["1", "4"]), marks=pytest.mark.slow),
+]
+
+
+@pytest.fixture(scope="module", params=CASES, ids=str)
+def runs(request: pytest.FixtureRequest, tmp_path_factory: Any) -> tuple[Path, list[str]]:
+    """The folder with all runs, and the numbers of ranks that went on."""
+    out = tmp_path_factory.mktemp("resume")
+    command = [sys.executable, "-m", "data.write", "--source", "mnist", "--out", str(out / "data")]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    config = json.loads((ROOT / "configs" / "quickstart.json").read_text())
+    config["data"]["train"]["shards"] = str(out / "data" / "train")
+    config["data"] |= {"val": None, "num_workers": 0}
+    config["train"] = {"batch_size": 16, "steps": STEPS}
+    config["model"]["kwargs"]["depth"] = 1
+    config["schedule"]["warmup_epochs"] = 0
+    config["optim"]["eps"] = 1e-4
+    (out / "config.json").write_text(json.dumps(config))
+    stage, ranks = request.param
+    run_script(HERE / "resume_script.py", out / "config.json", out, stage, *ranks)
+    return out, ranks
+
+
+def seen(out: Path, name: str) -> list[set[str]]:
+    """The keys of each step, of all ranks together."""
+    ranks = [path.read_text().splitlines() for path in sorted(out.glob(f"{name}.seen_*.jsonl"))]
+    return [set().union(*map(json.loads, lines)) for lines in zip(*ranks, strict=True)]
+
+
+def test_a_signal_to_one_rank_stops_all_with_the_code_that_requeues(runs: Any) -> None:
+    out, ranks = runs
+    codes = json.loads((out / "codes.json").read_text())
+    assert codes["stopped"] == [75, 75]
+    assert codes["straight"] == [0, 0]
+    for number in ranks:
+        assert codes[f"on_{number}"] == [0] * int(number)
+    # It came amid that step, and the ranks tell each other with the next.
+    assert json.loads((out / "stopped" / "status.json").read_text())["step"] == STOP_AT + 1
+
+
+def test_every_step_sees_the_samples_of_the_uninterrupted_run(runs: Any) -> None:
+    out, ranks = runs
+    straight, stopped = seen(out, "straight"), seen(out, "stopped")
+    assert [len(keys) for keys in straight] == [16] * STEPS
+    for number in ranks:
+        assert stopped + seen(out, f"on_{number}") == straight
+
+
+def test_the_model_is_that_of_the_uninterrupted_run(runs: Any) -> None:
+    out, ranks = runs
+    expected = load_file(out / "straight" / "weights" / "model.safetensors")
+    for number in ranks:
+        weights = load_file(out / f"on_{number}" / "weights" / "model.safetensors")
+        for name, value in expected.items():
+            torch.testing.assert_close(weights[name], value, rtol=0, atol=WEIGHT_TOLERANCE)

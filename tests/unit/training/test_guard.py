@@ -1,0 +1,135 @@
+"""Bad steps are told apart, named and counted; good ones cost nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from routedvit.training.engine import StepResult
+from routedvit.training.guard import Guard
+from tests.unit.training.fake_engine import FakeEngine
+
+
+class TwoRanks(FakeEngine):
+    """A second rank that saw other samples; counts how often it is asked."""
+
+    gathered = 0
+
+    def gather(self, value: Any) -> list[Any]:
+        self.gathered += 1
+        loss, epoch, keys = value
+        return [value, (loss + 1, epoch, [f"other/{key}" for key in keys])]
+
+
+def batch(*keys: str) -> dict[str, Any]:
+    return {"key": list(keys), "epoch": torch.tensor([3, 4])}
+
+
+def good(loss: float = 1.0) -> StepResult:
+    return StepResult(loss, {}, 1.0, False, False, own_loss=loss)
+
+
+def bad(loss: float = math.nan) -> StepResult:
+    return StepResult(loss, {}, math.inf, True, False, own_loss=torch.tensor(2.5))
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "logs" / "bad.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def told() -> list[str]:
+    return []
+
+
+def guard(folder: Path, told: list[str], engine: Any = None, **settings: Any) -> Guard:
+    path = folder / "logs" / "bad.jsonl"
+    return Guard(engine or TwoRanks(), path, tell=told.append, **settings)
+
+
+def test_the_ledger_names_the_samples_and_losses_of_every_rank(tmp_path, told):
+    guard(tmp_path, told).watch(bad(), [batch("a", "b"), batch("c", "d")], 7)
+    (line,) = lines(tmp_path)
+    assert (line["step"], line["epoch"], line["applied"]) == (7, 3, False)
+    assert line["keys"] == [["a", "b", "c", "d"], ["other/a", "other/b", "other/c", "other/d"]]
+    assert line["loss"] == [2.5, 3.5]
+    assert "not finite" in line["reason"]
+    assert "step 7 skipped" in told[0]
+
+
+def test_good_steps_ask_nobody(tmp_path, told):
+    engine = TwoRanks()
+    watch = guard(tmp_path, told, engine, spike_sigmas=6.0)
+    for step in range(300):
+        watch.watch(good(), [batch("a")], step)
+    assert engine.gathered == 0
+    assert told == []
+    assert not (tmp_path / "logs").exists()
+
+
+def test_only_bad_steps_in_a_row_are_an_alarm(tmp_path, told):
+    watch = guard(tmp_path, told, max_bad_steps=2)
+    for step, result in enumerate([bad(), good(), bad(), bad()]):
+        assert not watch.alarm
+        watch.watch(result, [batch("a")], step)
+    assert watch.alarm
+    assert watch.bad_steps == [2, 3]
+
+
+def test_the_search_for_the_loss_scale_of_fp16_is_no_bad_step(tmp_path, told):
+    engine = TwoRanks()
+    engine.scales_loss = True
+    watch = guard(tmp_path, told, engine, max_bad_steps=2)
+    for step in range(20):
+        watch.watch(bad(loss=3.0), [batch("a")], step)
+    assert not watch.bad_steps
+    assert "loss scale" in told[0]
+    watch.watch(bad(loss=math.nan), [batch("a")], 21)
+    assert watch.bad_steps == [21]
+
+
+def noisy(step: int) -> float:
+    """A loss that falls from 6 with noise of deviation 0.1."""
+    noise = torch.randn((), generator=torch.Generator().manual_seed(step))
+    return 6.0 / (1 + step / 500) + 0.1 * float(noise)
+
+
+def test_a_spike_is_found_and_noise_is_not(tmp_path, told):
+    watch = guard(tmp_path, told, spike_sigmas=6.0, spike_window=64)
+    for step in range(1000):
+        watch.watch(good(noisy(step)), [batch("a")], step)
+    assert told == []
+    watch.watch(good(noisy(1000) + 2.0), [batch("spiky")], 1000)
+    (line,) = lines(tmp_path)
+    assert line["keys"][0] == ["spiky"]
+    assert line["applied"]
+    assert watch.bad_steps == [1000]
+
+
+def test_a_spike_that_stays_remains_a_spike(tmp_path, told):
+    """What is bad does not move the median that it is measured by."""
+    watch = guard(tmp_path, told, spike_sigmas=6.0, spike_window=16, max_bad_steps=40)
+    for step in range(16):
+        watch.watch(good(noisy(step)), [batch("a")], step)
+    for step in range(16, 56):
+        watch.watch(good(20.0), [batch("a")], step)
+    assert watch.alarm
+
+
+def test_spikes_are_ignored_unless_asked_for(tmp_path, told):
+    watch = guard(tmp_path, told)
+    for step in range(200):
+        watch.watch(good(1.0), [batch("a")], step)
+    watch.watch(good(1e6), [batch("a")], 200)
+    assert not watch.bad_steps
+
+
+def test_a_ledger_that_cannot_be_written_does_not_end_the_run(tmp_path, told):
+    (tmp_path / "logs").write_text("in the way")
+    guard(tmp_path, told).watch(bad(), [batch("a")], 1)
+    assert any("cannot be written" in text for text in told)
