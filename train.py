@@ -20,7 +20,7 @@ from torch import nn
 
 from data.config import FREE_ON_RESUME, DataConfig
 from data.errors import DataError
-from data.loaders import EvalLoader, TrainLoader, build_eval_loader, build_train_loader
+from data.loaders import TrainLoader, build_eval_loader, build_train_loader
 from data.mixture import resolve_train
 from routedvit.models.warm_start import WarmStart, warm_start
 from routedvit.training import config as training
@@ -31,8 +31,10 @@ from routedvit.training.collective import must_agree, on_rank_zero
 from routedvit.training.config_file import describe_keys, json_schema, load_config
 from routedvit.training.console import Console
 from routedvit.training.export import export_model
+from routedvit.training.interfaces import EvalLoaders
 from routedvit.training.model import create_model
 from routedvit.training.native_config import split_batch
+from routedvit.training.offline import evaluate_offline
 from routedvit.training.report import closing, opening
 from routedvit.training.run_folder import RunFolder, open_folder, versions
 from routedvit.training.signals import REQUEUE_EXIT_CODE
@@ -62,6 +64,11 @@ def parse_arguments() -> argparse.Namespace:
         help="start over; the earlier run is kept under another name",
     )
     parser.add_argument(
+        "--evaluate",
+        metavar="CHECKPOINT",
+        help="only evaluate: a folder checkpoints/step_..., exported weights, or 'latest'",
+    )
+    parser.add_argument(
         "--resume",
         metavar="CHECKPOINT",
         type=Path,
@@ -82,10 +89,10 @@ def main() -> int:
         return 0
     rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
     with Console(rank, user_errors=(training.ConfigError, DataError)) as console:
-        return run(load_config(RunConfig, args.config, args.set), args.fresh, args.resume, console)
+        return run(load_config(RunConfig, args.config, args.set), args, console)
 
 
-def run(config: RunConfig, fresh: bool, resume: Path | None, console: Console) -> int:
+def run(config: RunConfig, args: argparse.Namespace, console: Console) -> int:
     """Everything between a valid config and the exit code, the same on every rank."""
     world = engines.start(tf32=config.precision.tf32)
     folder = RunFolder(Path(config.folder))
@@ -94,29 +101,34 @@ def run(config: RunConfig, fresh: bool, resume: Path | None, console: Console) -
     config.model.kwargs.setdefault("num_classes", num_classes)
     model = create_model(config.model, num_classes=num_classes, seed=config.seed)
     model.set_grad_checkpointing(config.train.grad_checkpointing)  # type: ignore[operator]
+    if args.evaluate:
+        held_out = build_eval_loaders(config, model, world, folder)
+        return evaluate_offline(
+            config, model, world, held_out, checkpoint=args.evaluate, folder=folder, console=console
+        )
     started = None
-    if config.model.warm_start and not resume and (fresh or not folder.has_checkpoint()):
+    if config.model.warm_start and not args.resume and (args.fresh or not folder.has_checkpoint()):
         started = begin_from(model, config.model.warm_start)
-    loader, eval_loader, image_format = build_loaders(config, model, world, folder)
-    shards = (loader.fingerprint, eval_loader and eval_loader.fingerprint)
+    loader, eval_loaders, image_format = build_loaders(config, model, world, folder)
+    shards = (loader.fingerprint, eval_loaders and eval_loaders.val.fingerprint)
     must_agree("shards", shards, "copy the same sets with their manifests to every machine")
     engine, schedules = build_engine(config, model, world, loader)
 
     # Only now, since a run that cannot be built must not claim or move a folder.
     record = config.model_dump(mode="json")
     free = tuple(f"data.{key}" for key in FREE_ON_RESUME)
-    console.print(on_rank_zero(lambda: open_folder(folder, record, fresh=fresh, free=free)))
+    console.print(on_rank_zero(lambda: open_folder(folder, record, fresh=args.fresh, free=free)))
     console.log_to(folder.logs / f"rank_{world.rank}.log")
     if started:
         console.print(str(started))
     checkpoints = build_checkpoints(config, engine, folder.checkpoints, console)
-    state = checkpoints.load_named(resume) if resume else checkpoints.load_newest()
+    state = checkpoints.load_named(args.resume) if args.resume else checkpoints.load_newest()
     state = state or RunState(
         config=record, versions=versions(), warm_start=asdict(started) if started else None
     )
     trainer = build_trainer(
-        config, engine, schedules, loader, eval_loader,
-        checkpoints=checkpoints, state=state, tensorboard=folder.path, console=console,
+        config, engine, schedules, loader, eval_loaders,
+        checkpoints=checkpoints, state=state, folder=folder.path, console=console,
     )  # fmt: skip
     console.print(opening(config, trainer))
     result = trainer.fit()
@@ -142,37 +154,53 @@ def begin_from(model: nn.Module, source: str) -> WarmStart:
 
 def build_loaders(
     config: RunConfig, model: nn.Module, world: World, folder: RunFolder
-) -> tuple[TrainLoader, EvalLoader | None, dict[str, Any]]:
+) -> tuple[TrainLoader, EvalLoaders | None, dict[str, Any]]:
     """Training and held-out batches in the format of the model, and that format (timm's keys)."""
     # With dynamic_img_size timm falls back on a size of its own unless it is told the model's.
     format = resolve_input_data_config(model, {"model_kwargs": config.model.kwargs})
     batch_size = config.train.batch_size
     micro_batch_size, _ = split_batch(batch_size, config.train.micro_batch_size, world.size)
-    common: dict[str, Any] = {
-        **{key: format[key] for key in ("input_size", "mean", "std", "interpolation")},
-        "rank": world.rank,
-        "world_size": world.size,
-        "ledger_dir": folder.logs,
-    }
     loader = build_train_loader(
         config.data,
         seed=config.seed,
         global_batch_size=batch_size,
         micro_batch_size=micro_batch_size,
         pairs=bool(config.loss.mixup or config.loss.cutmix),
-        **common,
+        **reading(format, world, folder),
     )
     crop_pct = config.data.crop_pct or format["crop_pct"]
+    eval_loaders = build_eval_loaders(config, model, world, folder)
     format |= {"mean": loader.mean, "std": loader.std, "crop_pct": crop_pct}
+    return loader, eval_loaders, format
+
+
+def build_eval_loaders(
+    config: RunConfig, model: nn.Module, world: World, folder: RunFolder
+) -> EvalLoaders | None:
+    """Held-out images, and training images for evaluators that learn; None without data.val."""
     if config.data.val is None:
-        return loader, None, format
-    eval_loader = build_eval_loader(
-        config.data,
-        batch_size=config.eval.batch_size or micro_batch_size,
-        crop_pct=crop_pct,
-        **common,
-    )
-    return loader, eval_loader, format
+        return None
+    format = resolve_input_data_config(model, {"model_kwargs": config.model.kwargs})
+    micro_batch_size = config.train.micro_batch_size or -(-config.train.batch_size // world.size)
+    common: dict[str, Any] = reading(format, world, folder) | {
+        "batch_size": config.eval.batch_size or micro_batch_size,
+        "crop_pct": config.data.crop_pct or format["crop_pct"],
+    }
+    train = None
+    if config.eval.knn or config.eval.linear_probe:
+        limit = config.eval.train_images
+        train = build_eval_loader(config.data, split="train", limit=limit, **common)
+    return EvalLoaders(build_eval_loader(config.data, **common), train)
+
+
+def reading(format: dict[str, Any], world: World, folder: RunFolder) -> dict[str, Any]:
+    """What all loaders take: the model's format, this rank's place, where bad samples are named."""
+    return {
+        **{key: format[key] for key in ("input_size", "mean", "std", "interpolation")},
+        "rank": world.rank,
+        "world_size": world.size,
+        "ledger_dir": folder.logs,
+    }
 
 
 if __name__ == "__main__":

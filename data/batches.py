@@ -155,19 +155,33 @@ class TrainBatches(_Batches):
 
 
 class EvalBatches(_Batches):
-    """Item: the number of a batch -> the batch. Rank r of R holds samples r, r + R, ..."""
+    """Item: the number of a batch -> the batch. Rank r of R holds samples r, r + R, ...
 
-    def __init__(self, reader: ShardReader, transform: FromEncoded, *, rank: int, **common: Any):
+    With a `limit` below the size of the set, as many samples at even distances stand for it.
+    """
+
+    def __init__(
+        self,
+        reader: ShardReader,
+        transform: FromEncoded,
+        *,
+        rank: int,
+        limit: int | None = None,
+        **common: Any,
+    ):
         super().__init__(reader, transform, **common)
         self.rank = rank
         self.begins = np.concatenate([[0], np.cumsum(reader.shards.sizes)])
+        whole = reader.shards.num_samples
+        self.num_samples = whole if limit is None else min(limit, whole)
 
     def __len__(self) -> int:
-        per_rank = -(-self.reader.shards.num_samples // self.world_size)
+        per_rank = -(-self.num_samples // self.world_size)
         return -(-per_rank // self.batch_size)
 
     def place(self, number: int) -> tuple[int, int]:
-        """Number in the set -> (shard, sample)."""
+        """Number among the samples that are used -> (shard, sample)."""
+        number = number * self.reader.shards.num_samples // self.num_samples
         shard = int(np.searchsorted(self.begins, number, side="right")) - 1
         return shard, number - int(self.begins[shard])
 
@@ -178,7 +192,7 @@ class EvalBatches(_Batches):
         keys, bad = [""] * self.batch_size, []
         for row in range(self.batch_size):
             index = self.rank + self.world_size * (number * self.batch_size + row)
-            if index >= self.reader.shards.num_samples:
+            if index >= self.num_samples:
                 break
             shard, sample = self.place(index)
             try:
@@ -187,4 +201,11 @@ class EvalBatches(_Batches):
                 bad.append(self.bad(shard, sample, error, index=index))
                 continue
             targets[row], keys[row], valid[row] = found.label, found.key, True
-        return {"image": images, "target": targets, "key": keys, "valid": valid, "bad": bad}
+        return {
+            "image": images,
+            "target": targets,
+            "key": keys,
+            "valid": valid,
+            "unusable": len(bad),
+            "bad": bad,
+        }

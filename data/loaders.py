@@ -11,6 +11,7 @@ import hashlib
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -103,13 +104,21 @@ def build_eval_loader(
     world_size: int,
     crop_pct: float,
     ledger_dir: Path | None = None,
+    split: Literal["val", "train"] = "val",
+    limit: int | None = None,
 ) -> EvalLoader:
-    """The evaluation batches of one rank, normalised as in training. DataError without data.val."""
-    if config.val is None:
-        raise DataError("data.val is not set; name the shards to evaluate on in data.val.shards")
+    """The evaluation batches of one rank, normalised as in training. DataError without data.val.
+
+    `split` 'train' reads the training images the way held-out ones are read, not augmented; with a
+    `limit` only so many samples, at even distances, come.
+    """
     train = resolve_train(config).shards
-    shards = resolve(config.val.shards, "data.val.shards", config.remote)
-    _check_same_classes(train, shards)
+    shards = train
+    if split == "val":
+        if config.val is None:
+            raise DataError("data.val is not set; name shards to evaluate on in data.val.shards")
+        shards = resolve(config.val.shards, "data.val.shards", config.remote)
+        _check_same_classes(train, shards)
     mean, std = normalization(config, train, mean, std, channels=input_size[0])
     dataset = EvalBatches(
         ShardReader(shards, config.verify, config.remote),
@@ -129,8 +138,10 @@ def build_eval_loader(
         batch_size=batch_size,
         rank=rank,
         world_size=world_size,
+        limit=limit,
     )
-    ledger = Ledger(ledger_dir, "val", rank, config.max_bad_samples, config.max_bad_shards)
+    name = "val" if split == "val" else "train_features"  # training keeps a ledger of its own
+    ledger = Ledger(ledger_dir, name, rank, config.max_bad_samples, config.max_bad_shards)
     return EvalLoader(config, dataset, ledger)
 
 
@@ -231,9 +242,10 @@ class EvalLoader:
         self.config = config
         self.dataset = dataset
         self.ledger = ledger
-        self.num_samples = dataset.reader.shards.num_samples
+        self.num_samples = dataset.num_samples
         self.num_classes = dataset.reader.shards.num_classes
         self.fingerprint = fingerprint(dataset.reader.shards)
+        self.label_names = dataset.reader.shards.label_names
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -241,7 +253,8 @@ class EvalLoader:
     def __iter__(self) -> Iterator[Batch]:
         """Dicts: image float32 [b, C, H, W], target int64 [b], key list[str], valid bool [b].
 
-        Rows with valid=False are padding (or unusable samples): zeros, to be left out of metrics.
+        Rows with valid=False are padding or unusable samples (`unusable` of them): zeros, to be
+        left out of metrics.
         """
         return batches_of(self.dataset, range(len(self)), self.config, self.ledger)
 

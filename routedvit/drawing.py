@@ -13,6 +13,7 @@ Shapes: images [B, C, H, W]; indices, gates [B, k]; grid (H', W') patches; pictu
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import Protocol
@@ -160,11 +161,12 @@ def routing_sheet(
     tint = TINTS.get(router_kind(router), TINTS["ffn"])
     rows = []
     for i, image in enumerate(images):
-        fitted = fit(image, blocks[names[0]].grid, size)
+        fits = {grid: fit(image, grid, size) for grid in {blocks[name].grid for name in names}}
+        fitted = fits[blocks[names[0]].grid]
         row = [fitted]
         for name in names:
             block = blocks[name]
-            picture = highlight(fit(image, block.grid, size), gate_map(block, i), tint)
+            picture = highlight(fits[block.grid], gate_map(block, i), tint)
             row.append(_resize_like(picture, fitted))
         rows.append(row)
     counts = sorted({blocks[name].indices.shape[1] for name in names})
@@ -271,6 +273,13 @@ def _draw_legend(card: Image.Image, position: tuple[int, int], text: int, tint: 
     strip = torch.lerp(torch.full(size, 110.0), _color(tint).expand(size), strength)
     card.paste(to_pil(strip.byte()), (x, y + text // 6))
     draw.text((x + 6 * text + text // 2, y), "1", CAPTION, font)
+
+
+def to_png(picture: Tensor) -> bytes:
+    """A PNG file of uint8 [3, H, W], written for speed rather than for size."""
+    file = io.BytesIO()
+    to_pil(picture).save(file, "PNG", compress_level=1)
+    return file.getvalue()
 
 
 def to_pil(picture: Tensor) -> Image.Image:

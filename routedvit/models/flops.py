@@ -59,7 +59,7 @@ def count_flops(model: Any, img_size: int | tuple[int, int] | None = None) -> Fl
     grid = model.patch_embed.dynamic_feat_size(size)
     num_patches = grid[0] * grid[1]
     num_tokens = num_patches + model.num_prefix_tokens
-    stem = 2 * num_patches * model.patch_embed.proj.weight.numel()
+    stem = 2 * num_patches * _weight_size(model.patch_embed.proj)
     head = _linear(model.head, 1) if isinstance(model.head, nn.Linear) else 0
     pool = 0
     if model.attn_pool is not None:
@@ -117,7 +117,7 @@ def _mlp(layer: Any, rows: int) -> int:
 
 
 def _scores(router: nn.Module, tokens: int) -> int:
-    return 2 * tokens * sum(p.numel() for p in router.parameters())
+    return 2 * tokens * sum(_size(p) for p in router.parameters())
 
 
 def _pool(pool: Any, rows: int) -> int:
@@ -130,4 +130,14 @@ def _pool(pool: Any, rows: int) -> int:
 
 
 def _linear(layer: Any, rows: int) -> int:
-    return 2 * rows * layer.weight.numel()
+    return 2 * rows * _weight_size(layer)
+
+
+def _weight_size(layer: nn.Module) -> int:
+    """Elements of a layer's weight, found in a way that does not gather it under ZeRO-3."""
+    return _size(dict(layer.named_parameters(recurse=False))["weight"])
+
+
+def _size(parameter: Any) -> int:
+    """Elements of the whole parameter; where it is sharded (ZeRO-3) its own shape is empty."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))

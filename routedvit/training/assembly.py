@@ -8,28 +8,31 @@ from timm.data import resolve_input_data_config
 from torch import nn
 
 from routedvit.training import capacity
+from routedvit.training.assembly_watch import (
+    build_monitor,
+    build_run_evaluators,
+    count_forwards,
+    describe_run,
+)
 from routedvit.training.checkpoint import Checkpoints, RunState
 from routedvit.training.config import ConfigError, RunConfig
 from routedvit.training.console import Console
 from routedvit.training.engine import Engine
-from routedvit.training.evaluators import build_evaluators
-from routedvit.training.evaluators.held_out_loss import HeldOutLoss
 from routedvit.training.guard import Guard
-from routedvit.training.interfaces import EvalLoader, Evaluator, TrainLoader
+from routedvit.training.interfaces import EvalLoaders, Evaluator, TrainLoader
 from routedvit.training.interfaces import RoutingMonitor as Monitor
 from routedvit.training.metrics import build_writer
 from routedvit.training.native_config import resolve_native_config, split_batch, zero_stage
-from routedvit.training.objectives import MaskedObjective, build_objective
+from routedvit.training.objectives import build_objective
 from routedvit.training.optim import (
     add_parameters_beside_the_model,
     build_optimizer,
     build_schedule,
 )
+from routedvit.training.profiler import ProfilerWindow
 from routedvit.training.progress import build_progress
-from routedvit.training.reconstruction import ReconstructionMonitor
 from routedvit.training.resolution import ResolutionDial
 from routedvit.training.retention import Retention
-from routedvit.training.routing_monitor import RoutingMonitor
 from routedvit.training.schedules import Dial, Schedules
 from routedvit.training.trainer import Trainer, TrainerSettings
 from routedvit.training.weight_average import WeightAverage, check_offload
@@ -137,38 +140,30 @@ def build_trainer(
     engine: Engine,
     schedules: Schedules,
     loader: TrainLoader,
-    eval_loader: EvalLoader | None,
+    eval_loaders: EvalLoaders | None,
     *,
     checkpoints: Checkpoints,
     state: RunState,
-    tensorboard: Path,
+    folder: Path,
     console: Console,
 ) -> Trainer:
-    """The loop and everything it calls; `state` says where it begins."""
+    """The loop and everything it calls; `state` says where it begins, `folder` is the run's."""
     samples = loader.samples_per_epoch
     progress = build_progress(engine.rank, console.stream)
     writer = build_writer(
-        tensorboard,
-        rank=engine.rank,
-        tensorboard=config.log.tensorboard,
-        resume_step=state.step,
-        report=progress.message,
+        folder, config.log, rank=engine.rank, resume_step=state.step, report=progress.message
     )
+    describe_run(config, writer, state.step)
     evaluators: list[Evaluator] = []
     monitor: Monitor | None = None
-    if eval_loader is not None:
-        every_steps = config.epochs_to_steps(config.eval.every_epochs, samples)
-        evaluators = build_evaluators(eval_loader, every_steps=every_steps)
-        if not config.objective.classifies:
-            evaluators = [HeldOutLoss(engine.objective, eval_loader, every_steps=every_steps)]
-        if config.log.probe_images and hasattr(engine.model, "routing"):
-            probe = eval_loader.probe(config.log.probe_images)
-            watched: dict[str, Any] = {"mean": loader.mean, "std": loader.std, "rank": engine.rank}
-            monitor = RoutingMonitor(probe, writer, **watched)
-            if isinstance(engine.objective, MaskedObjective):
-                monitor = ReconstructionMonitor(
-                    engine.objective, probe, writer, **watched, also=monitor
-                )
+    if eval_loaders is not None:
+        evaluators = build_run_evaluators(config, engine, eval_loaders, samples)
+        monitor = build_monitor(config, engine, eval_loaders, loader, writer, progress.message)
+    profiler = None
+    if config.log.profile_steps and engine.rank == 0:
+        profiler = ProfilerWindow(
+            *config.log.profile_steps, folder / "profile", tell=progress.message
+        )
     best = checkpoints.retention.metric
     names = {evaluator.name for evaluator in evaluators}
     if config.ema.decay is not None:
@@ -202,8 +197,11 @@ def build_trainer(
             routing_every=config.log.routing_every_steps,
             evaluate_raw=_evaluates_raw(config),
             evaluate_ema=config.ema.decay is not None and config.eval.weights != "raw",
+            gradients_every=config.log.gradients_every_steps,
         ),
         state=state,
+        forwards=count_forwards(engine, config),
+        profiler=profiler,
     )
 
 

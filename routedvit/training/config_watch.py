@@ -1,14 +1,54 @@
 """Config sections around the training: evaluation, checkpoints, guards, what is logged."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from routedvit.training.config_base import Section
 
 
+class KnnConfig(Section):
+    """Weighted nearest neighbours on frozen features (DINO, 2104.14294)."""
+
+    every_epochs: float = Field(0.0, ge=0)
+    """Cadence; 0: after the last step only."""
+    neighbours: int = Field(20, gt=0)
+    """How many training images vote."""
+    temperature: float = Field(0.07, gt=0)
+    """A vote weighs exp(cosine similarity / temperature)."""
+
+
+class LinearProbeConfig(Section):
+    """Logistic regression on frozen, standardised features."""
+
+    every_epochs: float = Field(0.0, ge=0)
+    """Cadence; 0: after the last step only."""
+    l2: float = Field(1e-4, ge=0)
+    """Half of this times the squared weights is added to the mean loss."""
+    iterations: int = Field(100, gt=0)
+    """Most iterations of L-BFGS."""
+
+
+class CapacitiesConfig(Section):
+    """Accuracy of one model at several capacities."""
+
+    every_epochs: float = Field(0.0, ge=0)
+    """Cadence; 0: after the last step only."""
+    shares: list[Annotated[float, Field(gt=0, le=1)]] = Field([0.125, 0.25, 0.5, 1.0], min_length=1)
+    """Shares of the patches that go heavy, of every router."""
+
+
+class ThroughputConfig(Section):
+    """Speed of inference."""
+
+    every_epochs: float = Field(0.0, ge=0)
+    """Cadence; 0: after the last step only."""
+    forwards: int = Field(20, gt=0)
+    """Timed forward passes; the median counts."""
+
+
 class EvalConfig(Section):
-    """Evaluation on data.val."""
+    """Evaluation on data.val: top-1, top-5 and accuracy per class, and what else is switched on."""
 
     every_epochs: float = Field(1.0, gt=0)
     """Cadence; the last step always evaluates."""
@@ -16,6 +56,17 @@ class EvalConfig(Section):
     """Images per rank and forward pass. Default: the micro-batch."""
     weights: Literal["both", "raw", "ema"] = "both"
     """Which weights are evaluated where ema.decay keeps an average; its metrics end in _ema."""
+    knn: KnnConfig | None = None
+    """Nearest neighbours on frozen features; {} switches it on with the defaults below."""
+    linear_probe: LinearProbeConfig | None = None
+    """Linear probe on frozen features; {} switches it on with the defaults below."""
+    capacities: CapacitiesConfig | None = None
+    """Accuracy against capacity; {} switches it on with the defaults below."""
+    throughput: ThroughputConfig | None = None
+    """Images per second of inference; {} switches it on with the defaults below."""
+    train_images: int | None = Field(50_000, gt=0)
+    """Training images that knn and linear_probe learn from, evenly spaced over the set; null: all.
+    Their features are held in memory, those of knn whole on every rank."""
 
 
 class CheckpointConfig(Section):
@@ -67,6 +118,15 @@ class GuardConfig(Section):
     """Good steps over which median and deviation run."""
 
 
+class WandbConfig(Section):
+    """Weights & Biases; needs `pip install routedvit[wandb]` and `wandb login`."""
+
+    project: str
+    """Name of the project."""
+    entity: str | None = None
+    """User or team. Default: wandb's own."""
+
+
 class LogConfig(Section):
     """What is written while the run goes on."""
 
@@ -74,7 +134,25 @@ class LogConfig(Section):
     """Steps between progress lines and scalars."""
     tensorboard: bool = True
     """Write TensorBoard logs into the run folder."""
+    csv: bool = False
+    """Write scalars to metrics.csv in the run folder."""
+    wandb: WandbConfig | None = None
+    """Write to Weights & Biases too."""
+    gradients_every_steps: int = Field(200, ge=0)
+    """Steps between gradient norms per block and path, and step-time histograms; 0: none."""
     routing_every_steps: int = Field(200, gt=0)
     """Steps between routing statistics and pictures on the probe images."""
     probe_images: int = Field(8, ge=0)
     """How many fixed validation images show the routing; 0: none."""
+    peak_tflops: float | None = Field(None, gt=0)
+    """Peak of one device in TFLOP/s, for the FLOP utilisation. Default: dense bf16, where known."""
+    profile_steps: tuple[int, int] | None = None
+    """First and last step of a profile of rank 0, written into the folder `profile` of the run."""
+
+    @model_validator(mode="after")
+    def _a_window(self) -> "LogConfig":
+        if self.profile_steps and not 0 < self.profile_steps[0] <= self.profile_steps[1]:
+            raise ValueError(
+                f"profile_steps = {list(self.profile_steps)}: give [first, last] with 0 < first"
+            )
+        return self

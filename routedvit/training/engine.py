@@ -17,7 +17,7 @@ import atexit
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -49,7 +49,7 @@ from deepspeed.runtime import compiler as deepspeed_compiler
 from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 from deepspeed.runtime.zero.parameter_offload import ensure_zero_ordered_dict
-from deepspeed.utils import safe_get_full_fp32_param
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
 T = TypeVar("T")
 SHARDS, REPLICATED, COUNTERS = "shards", "replicated.safetensors", "counters.json"
@@ -143,12 +143,19 @@ class Engine:
         )
         self.model.register_forward_pre_hook(_cast_to_parameters)
 
-    def train_step(self, batches: Sequence[Batch], *, stop: bool = False) -> StepResult:
+    def train_step(
+        self,
+        batches: Sequence[Batch],
+        *,
+        stop: bool = False,
+        before_step: Callable[[], None] | None = None,
+    ) -> StepResult:
         """Forward and backward of `accumulation` micro-batches and one optimiser step. Collective.
 
         A loss that is not finite poisons its gradients, so the check of the gradient norm that
         DeepSpeed makes anyway skips the step on every rank alike. `stop` rides on the all-reduce
-        of the loss: True on any rank comes back as True on all.
+        of the loss: True on any rank comes back as True on all. `before_step` is called on all
+        ranks when the gradients are complete; `full_gradients` is there for it.
         """
         assert len(batches) == self.accumulation
         totals: torch.Tensor | None = None
@@ -166,6 +173,8 @@ class Engine:
                 self._engine.step()  # counts the micro-batch
         assert totals is not None
         mean = _Read(torch.cat([totals / self.accumulation, totals.new_tensor([float(stop)])]))
+        if before_step is not None:
+            before_step()
         grad_norm, applied = self._finish_step()
         loss_mean, *metric_means, stops = mean.get()
         return StepResult(
@@ -258,6 +267,19 @@ class Engine:
             else:
                 with deepspeed.zero.GatheredParameters([parameter], enabled=self.zero_stage == 3):
                     yield name, parameter.detach().float()
+
+    def full_gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, full gradient of the global batch) of everything trained, one after the other.
+
+        Only inside `before_step`; not clipped yet, without the loss scale. Names are those of the
+        network; other parameters of the objective have its own. Collective, and slow: a
+        communication per parameter.
+        """
+        scale = float(getattr(self._engine.optimizer, "loss_scale", 1.0))
+        for name, parameter in self.objective.named_parameters():
+            gradient = safe_get_full_grad(parameter) if parameter.requires_grad else None
+            if gradient is not None:
+                yield name.removeprefix("model."), gradient / scale
 
     def state_bytes(self) -> int:
         """About how many bytes `save_state` writes on all ranks together. Collective."""

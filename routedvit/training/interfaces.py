@@ -9,8 +9,8 @@ communicate. Everything else is local, and what writes to disk or screen does so
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Protocol
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -46,23 +46,56 @@ class TrainLoader(Protocol):
 
 
 class EvalLoader(Protocol):
-    """Every held-out sample exactly once over the world, in the same number of batches per rank."""
+    """Every sample of a set exactly once over the world, in equally many rows on every rank.
+
+    Rank r of R holds the samples r, r + R, ... An attribute `label_names`, if there is one, names
+    the classes.
+    """
 
     @property
     def num_samples(self) -> int:
         """Samples in the set, over the whole world, padding excluded."""
 
+    @property
+    def fingerprint(self) -> str:
+        """Equal on ranks that read the same shards."""
+
     def __iter__(self) -> Iterator[Batch]:
-        """Dicts of `image`, `target`, `key`, and `valid` bool [b], False on padding rows."""
+        """Dicts of `image`, `target`, `key`, and `valid` bool [b], False on padding rows.
+
+        `unusable` counts rows that are not valid because the sample cannot be read; absent: none.
+        """
 
     def probe(self, n: int) -> torch.Tensor:
         """float32 [n, C, H, W]: the first n images of the set, the same on every rank."""
 
 
+class EvalLoaders(NamedTuple):
+    """What evaluators read."""
+
+    val: EvalLoader
+    train: EvalLoader | None  # training images, not augmented; None if nothing learns from them
+
+
+class Table(NamedTuple):
+    """Rows under column names; the first `shown` of them are worth a look.
+
+    Cells are str, int or float.
+    """
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[object]]
+    shown: int = 20
+
+
+Finding = float | torch.Tensor | Table
+"""A number, a picture uint8 [3, H, W], or a table."""
+
+
 class Evaluator(Protocol):
     """Something measured on the model at its own cadence.
 
-    `name` prefixes its metrics (`name/metric`); `every_steps` is its cadence in optimiser steps,
+    `name` prefixes its findings (`name/metric`); `every_steps` is its cadence in optimiser steps,
     0 for the last step only.
     """
 
@@ -72,8 +105,8 @@ class Evaluator(Protocol):
     @property
     def every_steps(self) -> int: ...
 
-    def run(self, model: nn.Module) -> Iterator[tuple[str, float]]:
-        """Yields (metric, value), equal on all ranks. Collective.
+    def run(self, model: nn.Module) -> Iterator[tuple[str, Finding]]:
+        """Yields (name, finding), numbers equal on all ranks. Collective.
 
         `model` comes in eval mode with gradients off. Under ZeRO-3 its parameters exist only
         inside its forward, so an evaluator calls the model and never reads the weights.
@@ -95,7 +128,13 @@ class MetricWriter(Protocol):
     def image(self, name: str, image: torch.Tensor, step: int) -> None:
         """`image`: uint8 [3, H, W]."""
 
-    def text(self, name: str, text: str, step: int) -> None: ...
+    def text(self, name: str, text: str, step: int) -> None:
+        """`text`: Markdown."""
+
+    def histogram(self, name: str, values: Sequence[float], step: int) -> None: ...
+
+    def hparams(self, values: dict[str, Any], metrics: Sequence[str]) -> None:
+        """What the run was started with, once, and the scalars that tell how good it was."""
 
     def flush(self) -> None: ...
 

@@ -1,4 +1,4 @@
-"""Where numbers, pictures and text go: TensorBoard on rank 0, nowhere on the others.
+"""Where numbers, pictures and text go: TensorBoard, CSV, W&B on rank 0, nowhere on the others.
 
 `build_writer` returns one `MetricWriter` for the trainer. It fans out to any number of sinks, and a
 sink that fails (full disk, lost mount) is reported once and dropped: a run of a week must not end
@@ -8,13 +8,20 @@ writes without asking which rank it is.
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from routedvit.drawing import to_png
+from routedvit.training.config_watch import LogConfig
+from routedvit.training.csv_writer import CsvWriter
 from routedvit.training.interfaces import MetricWriter
+from routedvit.training.wandb_writer import WandbWriter
 
 
 class TensorBoardWriter:
@@ -37,10 +44,28 @@ class TensorBoardWriter:
         self._events.add_scalar(name, value, step)
 
     def image(self, name: str, image: Tensor, step: int) -> None:
-        self._events.add_image(name, image, step)
+        # As add_image, which resamples the picture first and takes three times as long.
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        _, height, width = image.shape
+        picture = Summary.Image(
+            height=height, width=width, colorspace=3, encoded_image_string=to_png(image)
+        )
+        summary = Summary(value=[Summary.Value(tag=name, image=picture)])
+        self._events._get_file_writer().add_summary(summary, step)
 
     def text(self, name: str, text: str, step: int) -> None:
         self._events.add_text(name, text, step)
+
+    def histogram(self, name: str, values: Sequence[float], step: int) -> None:
+        self._events.add_histogram(name, torch.tensor(values), step)
+
+    def hparams(self, values: dict[str, Any], metrics: Sequence[str]) -> None:
+        # Not add_hparams, which opens a run of its own beside this one.
+        from torch.utils.tensorboard.summary import hparams
+
+        for summary in hparams(values, dict.fromkeys(metrics, 0.0))[:2]:
+            self._events._get_file_writer().add_summary(summary)
 
     def flush(self) -> None:
         self._events.flush()
@@ -79,6 +104,12 @@ class FanOutWriter:
     def text(self, name: str, text: str, step: int) -> None:
         self._each(lambda sink: sink.text(name, text, step))
 
+    def histogram(self, name: str, values: Sequence[float], step: int) -> None:
+        self._each(lambda sink: sink.histogram(name, values, step))
+
+    def hparams(self, values: dict[str, Any], metrics: Sequence[str]) -> None:
+        self._each(lambda sink: sink.hparams(values, metrics))
+
     def flush(self) -> None:
         self._each(lambda sink: sink.flush())
 
@@ -102,14 +133,37 @@ class FanOutWriter:
 
 def build_writer(
     folder: Path,
+    config: LogConfig,
     *,
     rank: int,
-    tensorboard: bool = True,
     resume_step: int = 0,
     report: Callable[[str], None] = warnings.warn,
 ) -> FanOutWriter:
-    """The writer of this rank: TensorBoard into `folder` on rank 0, nothing elsewhere."""
+    """The writer of this rank: what `config` switches on, into `folder` on rank 0, else nothing."""
     writer = FanOutWriter(report=report)
-    if rank == 0 and tensorboard:
+    if rank != 0:
+        return writer
+    if config.tensorboard:
         writer.open("TensorBoard", lambda: TensorBoardWriter(folder, resume_step))
+    if config.csv:
+        writer.open("CSV", lambda: CsvWriter(folder / "metrics.csv", resume_step))
+    if (wandb := config.wandb) is not None:
+        writer.open("W&B", lambda: WandbWriter(folder, wandb.project, wandb.entity))
     return writer
+
+
+def flat_hparams(config: dict[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
+    """A nested config as TensorBoard's HPARAMS tab takes it: dotted names, plain values, no null.
+
+    Lists of values become strings; `about` and paths say nothing about how good a run is.
+    """
+    flat: dict[str, bool | int | float | str] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            flat |= flat_hparams(value, f"{name}.")
+        elif isinstance(value, bool | int | float | str):
+            flat[name] = value
+        elif value is not None:
+            flat[name] = json.dumps(value)
+    return flat

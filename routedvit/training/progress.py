@@ -164,10 +164,14 @@ def duration(seconds: float) -> str:
 
 
 def evaluation_line(step: int, metrics: Mapping[str, float]) -> str:
-    """'step 1200: val/top1 95.30  val/top5 99.80  val/loss 0.1432', in the order given."""
+    """'step 1200: val/top1 95.30  val/top5 99.80  val/loss 0.1432', in the order given.
+
+    Of a family such as val/capacity_0.5/... only the top-1 is shown.
+    """
     values = (
         f"{name} {value:.2f}" if abs(value) >= 10 else f"{name} {value:.4f}"
         for name, value in metrics.items()
+        if name.count("/") < 2 or name.endswith("/top1")
     )
     return f"step {step}: {'  '.join(values)}"
 

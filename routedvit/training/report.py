@@ -1,7 +1,7 @@
 """The words around a run on the console: what begins, how it ended, what to type next."""
 
 from routedvit.training.config import RunConfig
-from routedvit.training.progress import summary
+from routedvit.training.progress import duration, summary
 from routedvit.training.run_folder import RunFolder
 from routedvit.training.trainer import Summary, Trainer
 
@@ -31,7 +31,9 @@ def closing(result: Summary, folder: RunFolder) -> str:
     for name, value in result.best.items():
         rows.append((f"best {name}", f"{value:.4f}" if name.endswith("loss") else f"{value:.2f} %"))
     if result.images_per_second:
-        rows.append(("throughput", f"{result.images_per_second:,.0f} images/s"))
+        wait = f"{result.data_wait_share:.1%} of it waiting for data"
+        rows.append(("time", duration(result.seconds)))
+        rows.append(("throughput", f"{result.images_per_second:,.0f} images/s, {wait}"))
     if result.skipped_steps:
         rows.append(("skipped steps", str(result.skipped_steps)))
     rows += [

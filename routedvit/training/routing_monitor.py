@@ -3,8 +3,8 @@
 The same few probe images go through the model every time, so every curve is about the router and
 none about the data. A healthy router has std_over_eps around 1 to 2, few saturated gates, a
 selection that still moves early in training, and no patch position that it never takes. What the
-statistics catch: saturation (gate gradient zero), a static router (overlap_steps 1 and the same
-patches on every image, so never_routed near 1 - k/N), a dead one (std_over_eps near 0).
+statistics catch: saturation (gate gradient zero), a static router (overlap_images near 1, so
+never_routed near 1 - k/N), a dead one (std_over_eps near 0). `routing_health` names those.
 
 Every rank must call `run`: under ZeRO-3 a forward gathers parameters from all of them. Only the
 writer of rank 0 leads anywhere. Cost: one forward on the probe images and some drawing; nothing in
@@ -16,8 +16,9 @@ Shapes: B probe images, N patches, k of them selected; logits [B, N], gates and 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +26,10 @@ from torch import Tensor, nn
 import routedvit.drawing as drawing
 from routedvit.training.evaluators.inference import as_input, inference
 from routedvit.training.interfaces import MetricWriter
+from routedvit.training.routing_health import RoutingHealth, condition
 
 SATURATED = 0.999
+GROUP = "watch_routing"  # TensorBoard sorts its groups: train and val are to come first
 
 
 class Routing(drawing.Routing, Protocol):
@@ -38,7 +41,7 @@ class Routing(drawing.Routing, Protocol):
 
 
 class RoutingMonitor:
-    """Writes `routing/<block>/<router>/<statistic>` and a picture per router.
+    """Writes `watch_routing/<block>/<router>/<statistic>` and a picture per router.
 
     Args:
         probe: float32 [B, C, H, W], normalised images, the same on every rank
@@ -46,7 +49,7 @@ class RoutingMonitor:
         writer: where the numbers and pictures go; on ranks other than 0 the null writer.
         mean, std: what the images were normalised with, per channel.
         rank: only rank 0 computes statistics and draws.
-        eps: temperature of the soft top-k, the unit of logits.
+        tell: told in one line when routers collapse or recover.
     """
 
     def __init__(
@@ -57,12 +60,13 @@ class RoutingMonitor:
         mean: Sequence[float],
         std: Sequence[float],
         rank: int = 0,
-        eps: float = 1.0,
+        tell: Callable[[str], None] = warnings.warn,
     ) -> None:
         self._probe = probe
         self._writer = writer
         self._rank = rank
-        self._eps = eps
+        self._tell = tell
+        self._health = RoutingHealth()
         self._pictures = drawing.denormalize(probe, mean, std)
         self._previous: dict[str, Tensor] = {}
 
@@ -71,24 +75,42 @@ class RoutingMonitor:
         with inference(model):
             routing = model.routing(as_input(self._probe, model))  # type: ignore[operator]
         if self._rank == 0:
-            self._write_statistics(routing, step)
+            self._write_statistics(routing, step, _routers(model))
             self._write_pictures(routing, step)
 
-    def _write_statistics(self, routing: Mapping[str, Routing], step: int) -> None:
+    def _write_statistics(
+        self, routing: Mapping[str, Routing], step: int, routers: Mapping[str, Any]
+    ) -> None:
         selected: dict[str, Tensor] = {}
         last_of_kind: dict[str, Tensor] = {}
+        conditions: dict[str, str] = {}
         for name, one in routing.items():
             block, _, router = name.rpartition(".")
             selected[name] = selection(one)
-            values = statistics(one, self._eps)
+            module = routers.get(name.rstrip("0123456789"))
+            values = statistics(
+                one,
+                getattr(module, "eps", 1.0),
+                straight_through=getattr(module, "straight_through", False),
+                fetch_ratio=getattr(module, "fetch_ratio", 1.0),
+            )
             if name in self._previous:
                 _add_overlap(values, "overlap_steps", self._previous[name], selected[name])
             if router in last_of_kind:
                 _add_overlap(values, "overlap_blocks", last_of_kind[router], selected[name])
             last_of_kind[router] = selected[name]
             for statistic, value in values.items():
-                self._writer.scalar(f"routing/{_label(block)}/{router}/{statistic}", value, step)
+                self._writer.scalar(f"{GROUP}/{_label(block)}/{router}/{statistic}", value, step)
+            if module is None or hasattr(module, "eps"):  # the controls are meant to be as they are
+                conditions[name] = condition(values)
         self._previous = selected
+        self._report(conditions, step)
+
+    def _report(self, conditions: Mapping[str, str], step: int) -> None:
+        for change in self._health.changes(conditions):
+            self._tell(f"step {step}: {change}")
+            self._writer.text("warnings/routing", change, step)
+        self._writer.scalar(f"{GROUP}/collapsed_routers", self._health.collapsed, step)
 
     def _write_pictures(self, routing: Mapping[str, Routing], step: int) -> None:
         for router in dict.fromkeys(name.rpartition(".")[2] for name in routing):
@@ -98,17 +120,25 @@ class RoutingMonitor:
             self._writer.image(f"routed_patches/{router}", sheet, step)
 
 
-def statistics(routing: Routing, eps: float = 1.0) -> dict[str, float]:
+def statistics(
+    routing: Routing,
+    eps: float = 1.0,
+    *,
+    straight_through: bool = False,
+    fetch_ratio: float = 1.0,
+) -> dict[str, float]:
     """Health of one router on a batch of images, each value a mean over the images.
 
     std_over_eps: spread of the logits in units of the temperature.
     entropy: of softmax(logits / eps), which the gates are before the cap at 1, divided by log N:
         1 is uniform, 0 is one patch.
     mean_gate: of the selected.
-    saturated: share of the selected whose gate exceeds 0.999; their gradient is zero.
+    saturated: share of the selected whose gate exceeds 0.999; their gradient is zero. The gates of
+        a straight-through router are all 1, so its soft ones are computed, at `fetch_ratio`.
     margin: last selected minus first unselected logit, in units of eps; near 0 the choice is a
         toss-up.
     never_routed: share of the patch positions that no image selects.
+    overlap_images: mean intersection over union of the selections of neighbouring probe images.
 
     Values that need something selected, or something not selected, are absent without it (the
     all-light and all-heavy controls).
@@ -123,12 +153,30 @@ def statistics(routing: Routing, eps: float = 1.0) -> dict[str, float]:
     }
     if gates.numel():
         values["mean_gate"] = gates.mean().item()
+        if straight_through:
+            gates = soft_gates(scores, fetch_ratio * gates.shape[1]).gather(
+                1, routing.indices.cpu()
+            )
         values["saturated"] = (gates > SATURATED).float().mean().item()
     if chosen.any() and not chosen.all():
         lowest = scores.masked_fill(~chosen, math.inf).amin(1)
         highest = scores.masked_fill(chosen, -math.inf).amax(1)
         values["margin"] = (lowest - highest).mean().item()
+        if len(chosen) > 1:
+            values["overlap_images"] = overlap(chosen[1:], chosen[:-1])
     return values
+
+
+def soft_gates(scores: Tensor, total: float) -> Tensor:
+    """Gates min(1, exp(z + a)) [B, N] of scores z = logits / eps, with the a that makes them sum to
+    `total`, by sorting: with the m largest at 1, a = log(total - m) - logsumexp of the others."""
+    if total >= scores.shape[1]:
+        return torch.ones_like(scores)
+    z = scores.double().sort(1, descending=True).values
+    m = torch.arange(z.shape[1], dtype=z.dtype).expand_as(z)
+    shift = (total - m).clamp_min(0).log() - z.flip(1).logcumsumexp(1).flip(1)
+    first = ((z + shift <= 0) & (m < total)).int().argmax(1, keepdim=True)
+    return (scores + shift.gather(1, first)).clamp_max(0).exp().to(scores.dtype)
 
 
 def selection(routing: Routing) -> Tensor:
@@ -155,6 +203,11 @@ def _add_overlap(values: dict[str, float], name: str, a: Tensor, b: Tensor) -> N
     # blocks of a hierarchical model may have other grids; the all-light control selects nothing
     if a.shape == b.shape and a.any():
         values[name] = overlap(a, b)
+
+
+def _routers(model: Any) -> Mapping[str, Any]:
+    """The model's router modules by name, where it shows them."""
+    return model.routers() if hasattr(model, "routers") else {}
 
 
 def _label(block: str) -> str:

@@ -16,6 +16,9 @@ import torch
 
 from routedvit.training.checkpoint import Checkpoints, RunState, SaveError, write_json
 from routedvit.training.engine import Engine, StepResult
+from routedvit.training.evaluators import record
+from routedvit.training.gauges import ForwardCounter, memory, weight_decay
+from routedvit.training.gradients import gradient_norms
 from routedvit.training.guard import Guard
 from routedvit.training.interfaces import (
     Batch,
@@ -27,6 +30,7 @@ from routedvit.training.interfaces import (
 )
 from routedvit.training.meter import Meter
 from routedvit.training.optim import learning_rate
+from routedvit.training.profiler import ProfilerWindow
 from routedvit.training.progress import evaluation_line
 from routedvit.training.schedules import Schedules
 from routedvit.training.signals import StopSignals
@@ -44,6 +48,7 @@ class TrainerSettings:
     routing_every: int
     evaluate_raw: bool = True
     evaluate_ema: bool = False  # on the averaged weights, under names that end in _ema
+    gradients_every: int = 0  # gradient norms and step-time histogram; 0: never
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +61,8 @@ class Summary:
     images_per_second: float  # of the whole world while training; 0 if there was nothing to do
     skipped_steps: int
     checkpoint: Path
+    seconds: float = 0.0  # of this call, everything included
+    data_wait_share: float = 0.0  # of the time in steps
 
 
 class Trainer:
@@ -71,6 +78,8 @@ class Trainer:
         checkpoints: where to save.
         guard: watches for bad steps.
         schedules: what changes by step; its rates are those of `engine.optimizer`.
+        forwards: counts what the network is given, or None.
+        profiler: a window of steps to profile, or None.
         settings: lengths and cadences.
         state: where to begin: `checkpoints.load_newest()` or a fresh `RunState`.
     """
@@ -89,6 +98,8 @@ class Trainer:
         schedules: Schedules,
         settings: TrainerSettings,
         state: RunState,
+        forwards: ForwardCounter | None = None,
+        profiler: ProfilerWindow | None = None,
     ) -> None:
         self.engine = engine
         self.loader = loader
@@ -101,6 +112,10 @@ class Trainer:
         self.schedules = schedules
         self.settings = settings
         self.state = state
+        self.forwards = forwards
+        self.profiler = profiler
+        self.gradient_norms: dict[str, float] = {}  # of the last step that took them
+        self.began = 0.0
         self.signals = StopSignals()
         self.meter = Meter(settings.batch_size)
 
@@ -108,10 +123,13 @@ class Trainer:
         """Train to the end, or until any rank wants to stop (see signals.py); saves either way."""
         settings = self.settings
         first, total, stop = self.state.step + 1, settings.total_steps, False
+        self.began = time.perf_counter()
         self.progress.start(self.state.step, total)
         with self.signals:  # before the loader forks its workers, so that they survive them too
             batches = self.loader.batches(start=self.state.samples_seen)
             while self.state.step < total and not stop:
+                if self.profiler is not None:
+                    self.profiler.advance(self.state.step + 1)
                 result = self.train_step(batches)
                 if self.guard.alarm:
                     batches = self.go_back()
@@ -122,6 +140,8 @@ class Trainer:
 
                 if step % settings.log_every == 0 or step == first or last:
                     self.log(result)
+                if settings.gradients_every and step % settings.gradients_every == 0:
+                    self.log_slowly()
                 if not stop:
                     for evaluator in self.evaluators:
                         if last or (evaluator.every_steps and step % evaluator.every_steps == 0):
@@ -140,8 +160,14 @@ class Trainer:
         micro_batches = [next(batches) for _ in range(self.engine.accumulation)]
         waited = time.perf_counter() - began
         seed_step(self.settings.seed, state.step, self.engine.rank)
+        every = self.settings.gradients_every
+        norms_wanted = every > 0 and (state.step + 1) % every == 0
         with self.schedules.at(state.step):
-            result = self.engine.train_step(micro_batches, stop=self.signals.wanted)
+            result = self.engine.train_step(
+                micro_batches,
+                stop=self.signals.wanted,
+                before_step=self.take_gradient_norms if norms_wanted else None,
+            )
         state.step += 1
         state.samples_seen += self.settings.batch_size
         state.skipped_steps += result.skipped
@@ -182,16 +208,29 @@ class Trainer:
             **{f"train/{name}": value for name, value in result.metrics.items()},
             "train/learning_rate": rate,
             **self.schedules.scalars(),
+            "train/weight_decay": weight_decay(self.engine.optimizer),
             "train/gradient_norm": float(result.grad_norm),
             "train/skipped_steps": float(self.state.skipped_steps),
             "train/epoch": self.state.samples_seen / self.loader.samples_per_epoch,
             "speed/images_per_second": speed,
             "speed/data_wait_share": waiting,
         }
-        if self.engine.device.type == "cuda":
-            scalars["speed/peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        scalars |= memory(self.engine.device)
+        if self.forwards is not None:
+            scalars |= self.forwards.read(speed)
         for name, value in scalars.items():
             self.writer.scalar(name, value, step)
+
+    def take_gradient_norms(self) -> None:
+        """Between backward and the optimiser's step, which is the only time they exist."""
+        self.gradient_norms = gradient_norms(self.engine.full_gradients())
+
+    def log_slowly(self) -> None:
+        """What is too much for every logged step: norms per block and path, step times."""
+        for place, norm in self.gradient_norms.items():
+            self.writer.scalar(f"watch_gradients/{place}", norm, self.state.step)
+        if seconds := self.meter.step_seconds():
+            self.writer.histogram("speed/step_seconds", seconds, self.state.step)
 
     def evaluate(self, evaluator: Evaluator) -> None:
         """Run one evaluator, on raw and averaged weights, and keep the best of what decides."""
@@ -215,8 +254,10 @@ class Trainer:
 
     def measure(self, evaluator: Evaluator, prefix: str) -> dict[str, float]:
         """What an evaluator says about the present weights, by 'prefix/metric'."""
+        folder = self.checkpoints.folder.parent / "evaluation" if self.engine.rank == 0 else None
         with self.engine.evaluating() as model:
-            return {f"{prefix}/{name}": value for name, value in evaluator.run(model)}
+            findings = evaluator.run(model)
+            return record(findings, prefix, self.state.step, writer=self.writer, folder=folder)
 
     def watch_routing(self) -> None:
         """Statistics and pictures of the routers on the probe images."""
@@ -230,6 +271,8 @@ class Trainer:
         The launcher's exit code cannot tell a run that was stopped and saved from a crash
         (DeepSpeed's is 1 for both), so `status.json` in the run folder does.
         """
+        if self.profiler is not None:
+            self.profiler.close()
         self.progress.close()
         self.writer.flush()
         state = self.state
@@ -245,6 +288,8 @@ class Trainer:
             images_per_second=self.meter.average(),
             skipped_steps=state.skipped_steps,
             checkpoint=self.checkpoints.path_of(state.step),
+            seconds=time.perf_counter() - self.began,
+            data_wait_share=self.meter.average_wait(),
         )
 
 

@@ -18,7 +18,10 @@ from safetensors.torch import save_file
 from routedvit.training import engine as deepspeed_engine
 from routedvit.training.checkpoint import Checkpoints, RunState
 from routedvit.training.engine import Engine, StepResult
+from routedvit.training.evaluators.features import collect, feature_batches, gather
 from routedvit.training.export import export_model
+from routedvit.training.gauges import forward_flops
+from routedvit.training.gradients import gradient_norms
 from routedvit.training.native_config import resolve_native_config, split_batch
 from routedvit.training.trainer import seed_step
 from routedvit.training.world import World
@@ -48,8 +51,22 @@ def make(world: World, stage: int, seed: int = 0) -> tuple[Engine, Any]:
     return engine, toy.schedule(optimizer)
 
 
-def run(engine: Engine, schedule: Any, steps: range, poison_rank: int = -1) -> list[StepResult]:
-    """Steps on the toy data; `poison_rank` gets one image that is not finite."""
+def run(
+    engine: Engine,
+    schedule: Any,
+    steps: range,
+    poison_rank: int = -1,
+    norms: list[dict[str, float]] | None = None,
+) -> list[StepResult]:
+    """Steps on the toy data; `poison_rank` gets one image that is not finite.
+
+    `norms` is given the gradient norms per place of each step.
+    """
+
+    def take() -> None:
+        assert norms is not None
+        norms.append(gradient_norms(engine.full_gradients()))
+
     batches = toy.Loader(engine.rank, engine.world_size).batches(start=steps.start * toy.BATCH)
     results = []
     for step in steps:
@@ -57,8 +74,10 @@ def run(engine: Engine, schedule: Any, steps: range, poison_rank: int = -1) -> l
         if engine.rank == poison_rank:
             micro_batches[0]["image"][0, 0, 0, 0] = torch.nan
         seed_step(0, step, engine.rank)
+        stop = engine.rank == 1 and step == 2
+        before_step = take if norms is not None else None
         with schedule.at(step):
-            results.append(engine.train_step(micro_batches, stop=engine.rank == 1 and step == 2))
+            results.append(engine.train_step(micro_batches, stop=stop, before_step=before_step))
     return results
 
 
@@ -78,7 +97,9 @@ def main(stage: int, out: Path) -> None:
     report["skipped"] = skipped.skipped
     report["skipped_left_weights"] = all(torch.equal(before[name], after[name]) for name in before)
 
-    straight = run(engine, schedule, range(toy.STEPS))
+    norms: list[dict[str, float]] = []
+    straight = run(engine, schedule, range(toy.STEPS), norms=norms)
+    report["norms"] = norms
     report["steps"] = [
         result._replace(
             grad_norm=float(result.grad_norm), own_loss=float(result.own_loss)
@@ -89,6 +110,10 @@ def main(stage: int, out: Path) -> None:
     with engine.evaluating() as model:
         logits = model(toy.batch(range(8))["image"]).float()
         report["routers"] = sorted(model.routing(toy.batch(range(2))["image"]))
+        loader = toy.Validation(world.rank, world.size)
+        # the toy set deals contiguous halves to the ranks, and gathering interleaves them
+        features = gather(collect(feature_batches(model, loader))).features[:16:2]
+        report["flops"] = forward_flops(model, (64, 64))
     export_model(engine, out / "weights", name=toy.MODEL, kwargs=toy.KWARGS)
     straight_checkpoint = Checkpoints(out / "straight", engine, keep=2)
     straight_checkpoint.save(RunState(step=toy.STEPS))
@@ -128,7 +153,8 @@ def main(stage: int, out: Path) -> None:
         save_file(
             {name: value.contiguous() for name, value in final.items()}, out / "final.safetensors"
         )
-        save_file({"logits": logits.contiguous()}, out / "logits.safetensors")
+        outputs = {"logits": logits.contiguous(), "features": features.contiguous()}
+        save_file(outputs, out / "logits.safetensors")
         (out / "report.json").write_text(json.dumps(report))
     deepspeed_engine.stop()
 

@@ -11,12 +11,15 @@ import timm
 import torch
 from safetensors.torch import load_file
 
+from routedvit.training.full_weights import full_weights
+from routedvit.training.offline import of_network
 from tests.integration import toy
 from tests.integration.launching import HERE, launch
 
 # fp32 sums in another order: a few units in the last place, amplified by AdamW's division.
 LOSS_TOLERANCE = 1e-6
 WEIGHT_TOLERANCE = 1e-5
+PATHS = ("light", "heavy", "router")
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +39,15 @@ def test_losses_and_norms_equal_plain_pytorch(launched: Any, plain: Any) -> None
     losses, norms, _ = plain
     assert [step["loss"] for step in report["steps"]] == pytest.approx(losses, abs=LOSS_TOLERANCE)
     assert [step["grad_norm"] for step in report["steps"]] == pytest.approx(norms, rel=1e-3)
+
+
+def test_gradient_norms_per_place_add_up_to_the_global_norm(launched: Any) -> None:
+    _, _, report = launched
+    for step, norms in zip(report["steps"], report["norms"], strict=True):
+        for places in ("all/", "/all"):
+            squares = [norm**2 for place, norm in norms.items() if places in f"{place}"]
+            assert sum(squares) ** 0.5 == pytest.approx(step["grad_norm"], rel=1e-4)
+        assert min(norms[f"block_0{block}/{path}"] for block in (0, 1) for path in PATHS) > 0
 
 
 def test_every_weight_equals_plain_pytorch(launched: Any, plain: Any) -> None:
@@ -92,6 +104,27 @@ def test_exported_weights_give_equal_logits(launched: Any) -> None:
     torch.testing.assert_close(model(images), expected, rtol=0, atol=1e-6)
     by_config = timm.create_model(f"local-dir:{out / 'weights'}", pretrained=True).eval()
     assert torch.equal(by_config(images), model(images))
+
+
+def test_whole_weights_are_read_without_an_engine(launched: Any) -> None:
+    _, out, _ = launched
+    found = of_network(full_weights(out / "straight" / f"step_{toy.STEPS:08d}"))
+    expected = load_file(out / "final.safetensors")
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_frozen_features_are_those_of_the_exported_model(launched: Any) -> None:
+    _, out, _ = launched
+    model = timm.create_model(f"local-dir:{out / 'weights'}", pretrained=True).eval()
+    with torch.no_grad():
+        tokens = model.forward_features(toy.batch(range(8))["image"])
+        expected = model.forward_head(tokens, pre_logits=True)
+    found = load_file(out / "logits.safetensors")["features"]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_flops_are_those_of_the_whole_model(launched: Any) -> None:
+    assert launched[2]["flops"] == toy.model().flops().total  # type: ignore[operator]
 
 
 def test_routing_can_be_read_under_any_stage(launched: Any) -> None:

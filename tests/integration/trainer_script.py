@@ -43,6 +43,9 @@ class Recorder:
     def scalar(self, name: str, value: float, step: int) -> None:
         self.scalars.append((name, step))
 
+    def text(self, name: str, text: str, step: int) -> None:
+        self.scalars.append((name, step))
+
     def run(self, model: torch.nn.Module, step: int) -> None:
         model.routing(toy.batch(range(2))["image"])  # type: ignore[operator]
         self.watched.append(step)

@@ -32,6 +32,7 @@ EXCEPTIONS = {
     "routedvit/ops/sorted_routing.py": {"numpy"},
     "routedvit/training/engine.py": {"deepspeed"},
     "routedvit/training/metrics.py": {"tensorboard"},
+    "routedvit/training/wandb_writer.py": {"wandb"},
 }
 
 

@@ -1,20 +1,88 @@
-"""What is measured on the model while it trains; each evaluator is a small class with its cadence.
+"""What is measured on the model while it trains and afterwards; each evaluator is a small class.
 
-The interface is `routedvit.training.interfaces.Evaluator`: `run(model)` yields (metric, value).
+The interface is `routedvit.training.interfaces.Evaluator`: `run(model)` yields (name, finding), see
+`findings.py`. Each has its own cadence. `build_evaluators` chooses those that the config switches
+on and that fit the model.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from torch import nn
+
+from routedvit.training.config_base import ConfigError
+from routedvit.training.config_watch import EvalConfig
+from routedvit.training.evaluators.capacity_sweep import CapacitySweep
 from routedvit.training.evaluators.classification import Classification
-from routedvit.training.interfaces import EvalLoader, Evaluator
+from routedvit.training.evaluators.findings import record
+from routedvit.training.evaluators.knn import NearestNeighbours
+from routedvit.training.evaluators.linear_probe import LinearProbe
+from routedvit.training.evaluators.throughput import Throughput
+from routedvit.training.interfaces import EvalLoader, EvalLoaders, Evaluator
 
-__all__ = ["Classification", "build_evaluators"]
+__all__ = ["Classification", "build_evaluators", "record"]
 
 
-def build_evaluators(loader: EvalLoader, *, every_steps: int) -> list[Evaluator]:
-    """The evaluators of a supervised run on `loader`'s held-out set.
+def build_evaluators(
+    config: EvalConfig,
+    model: nn.Module,
+    loaders: EvalLoaders,
+    *,
+    steps: Callable[[float], int],
+    classifies: bool = True,
+) -> list[Evaluator]:
+    """The evaluators that `config` asks for, on the held-out set.
 
-    `every_steps` is the cadence in optimiser steps: `RunConfig.epochs_to_steps` of
-    `eval.every_epochs`.
+    Args:
+        model: tells by its methods what can be measured on it.
+        steps: epochs -> optimiser steps; a cadence of 0 epochs is 0 steps, the last step only.
+        classifies: whether training aims at the classes, so that top-1 means something (an
+            autoencoder has only its features).
+
+    Raises:
+        ConfigError: an evaluator is switched on that this run cannot have.
     """
-    return [Classification(loader, every_steps=every_steps)]
+
+    def every(epochs: float) -> int:
+        return steps(epochs) if epochs else 0
+
+    loader, train = loaders
+    evaluators: list[Evaluator] = []
+    if classifies:
+        evaluators.append(Classification(loader, every_steps=every(config.every_epochs)))
+    if config.knn is not None:
+        knn, bank = config.knn, _needed(train, "eval.knn")
+        evaluators.append(
+            NearestNeighbours(
+                bank, loader, every_steps=every(knn.every_epochs),
+                neighbours=knn.neighbours, temperature=knn.temperature,
+            )
+        )  # fmt: skip
+    if config.linear_probe is not None:
+        probe, bank = config.linear_probe, _needed(train, "eval.linear_probe")
+        evaluators.append(
+            LinearProbe(
+                bank, loader, every_steps=every(probe.every_epochs),
+                l2=probe.l2, iterations=probe.iterations,
+            )
+        )  # fmt: skip
+    if config.capacities is not None:
+        if not classifies or not hasattr(model, "set_capacity"):
+            raise ConfigError("eval.capacities needs a routed model that classifies; delete it")
+        sweep = config.capacities
+        evaluators.append(
+            CapacitySweep(loader, sweep.shares, every_steps=every(sweep.every_epochs))
+        )
+    if config.throughput is not None:
+        speed = config.throughput
+        evaluators.append(
+            Throughput(loader, every_steps=every(speed.every_epochs), forwards=speed.forwards)
+        )
+    return evaluators
+
+
+def _needed(train: EvalLoader | None, field: str) -> EvalLoader:
+    if train is None:
+        raise ConfigError(f"{field} needs training images to learn from; delete it")
+    return train

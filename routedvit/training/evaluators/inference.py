@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 
 @contextmanager
@@ -33,3 +33,10 @@ def as_input(images: Tensor, model: nn.Module) -> Tensor:
     """
     parameter = next(model.parameters())
     return images.to(parameter.device, parameter.dtype, non_blocking=True)
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """`values` summed over all processes, in place; as they are where there is one. Collective."""
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.all_reduce(values)
+    return values

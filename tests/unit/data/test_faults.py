@@ -138,6 +138,7 @@ def test_a_bad_sample_in_evaluation_is_left_out_not_replaced(tmp_path, make_set,
     batches = list(loader)
     valid = [bool(ok) for batch in batches for ok in batch["valid"]]
     assert valid == [True, False] + [True] * 10
+    assert [batch["unusable"] for batch in batches] == [1, 0, 0]
     assert (tmp_path / "ledger" / "bad_samples.val.rank0.jsonl").exists()
     assert loader.probe(2).shape == (2, 1, 8, 8)
 

@@ -196,6 +196,35 @@ def test_the_probe_is_the_head_of_the_set_on_every_rank(make_set, make_config):
     assert torch.equal(first, next(iter(eval_loader(config)))["image"])
 
 
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_a_limited_share_of_the_training_images_is_read_unaugmented(
+    make_set, make_config, world_size
+):
+    config = make_config(make_set(SIZES))
+    order = {key: n for n, key in enumerate(_keys(eval_loader(config, split="train")))}
+    assert len(order) == TOTAL
+    keys = []
+    for rank in range(world_size):
+        loader = eval_loader(config, split="train", limit=20, rank=rank, world_size=world_size)
+        assert loader.num_samples == 20
+        keys += _keys(loader)
+    numbers = sorted(order[key] for key in keys)
+    gaps = {later - earlier for earlier, later in itertools.pairwise(numbers)}
+    assert len(numbers) == len(set(numbers)) == 20
+    assert gaps <= {TOTAL // 20, TOTAL // 20 + 1}  # at even distances
+    once, again = (list(eval_loader(config, split="train", limit=8)) for _ in range(2))
+    assert torch.equal(once[0]["image"], again[0]["image"])
+
+
+def _keys(loader):
+    return [
+        key
+        for batch in loader
+        for key, valid in zip(batch["key"], batch["valid"].tolist(), strict=True)
+        if valid
+    ]
+
+
 def test_evaluation_without_shards_says_what_to_set(make_set, make_config):
     with pytest.raises(DataError, match=r"data\.val\.shards"):
         eval_loader(make_config(make_set(SIZES)))

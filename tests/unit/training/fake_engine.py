@@ -31,7 +31,9 @@ class FakeEngine:
         self.seen: list[list[int]] = []
         self.averaged = False
 
-    def train_step(self, batches: list[dict[str, Any]], *, stop: bool = False) -> StepResult:
+    def train_step(
+        self, batches: list[dict[str, Any]], *, stop: bool = False, before_step: Any = None
+    ) -> StepResult:
         self.value += 1
         self.seen += [batch["position"] for batch in batches]
         loss = self.losses.get(batches[0]["position"], 1.0)

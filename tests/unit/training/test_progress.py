@@ -135,3 +135,8 @@ def test_the_first_step_alone_promises_nothing() -> None:
 def test_an_evaluation_is_one_line() -> None:
     line = evaluation_line(1200, {"val/top1": 95.3, "val/loss": 0.14321})
     assert line == "step 1200: val/top1 95.30  val/loss 0.1432"
+
+
+def test_of_a_family_only_the_top1_is_told():
+    line = evaluation_line(5, {"val/capacity_0.5/top1": 95.3, "val/capacity_0.5/loss": 0.1})
+    assert line == "step 5: val/capacity_0.5/top1 95.30"

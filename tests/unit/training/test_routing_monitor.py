@@ -9,7 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from routedvit.training.routing_monitor import RoutingMonitor, overlap, selection, statistics
+from routedvit.training.routing_monitor import (
+    RoutingMonitor,
+    overlap,
+    selection,
+    soft_gates,
+    statistics,
+)
 
 
 class Routing(NamedTuple):
@@ -47,6 +53,7 @@ class Recorder:
     def __init__(self) -> None:
         self.scalars: dict[tuple[str, int], float] = {}
         self.images: dict[tuple[str, int], Tensor] = {}
+        self.texts: dict[tuple[str, int], str] = {}
 
     def scalar(self, name: str, value: float, step: int) -> None:
         self.scalars[name, step] = value
@@ -54,7 +61,8 @@ class Recorder:
     def image(self, name: str, image: Tensor, step: int) -> None:
         self.images[name, step] = image
 
-    def text(self, name: str, text: str, step: int) -> None: ...
+    def text(self, name: str, text: str, step: int) -> None:
+        self.texts[name, step] = text
 
     def flush(self) -> None: ...
 
@@ -102,6 +110,7 @@ def test_there_is_no_margin_when_everything_is_selected() -> None:
 def test_a_router_that_selects_nothing_has_no_gates_to_report() -> None:
     values = statistics(route(torch.randn(2, 16), 0, (4, 4)))
     assert set(values) == {"std_over_eps", "entropy", "never_routed"}
+    assert "overlap_images" not in values
     assert values["never_routed"] == 1.0
 
 
@@ -116,16 +125,16 @@ def test_overlaps_compare_with_the_previous_call_and_the_previous_block() -> Non
     writer, model = Recorder(), Model()
     watch = monitor(writer)
     watch.run(model, 10)
-    assert ("routing/block_00/ffn/overlap_steps", 10) not in writer.scalars
-    assert ("routing/block_00/ffn/overlap_blocks", 10) not in writer.scalars
-    assert writer.scalars["routing/block_01/ffn/overlap_blocks", 10] == 1.0
-    assert writer.scalars["routing/block_01/q/overlap_blocks", 10] == 0.0
+    assert ("watch_routing/block_00/ffn/overlap_steps", 10) not in writer.scalars
+    assert ("watch_routing/block_00/ffn/overlap_blocks", 10) not in writer.scalars
+    assert writer.scalars["watch_routing/block_01/ffn/overlap_blocks", 10] == 1.0
+    assert writer.scalars["watch_routing/block_01/q/overlap_blocks", 10] == 0.0
     watch.run(model, 20)
-    assert writer.scalars["routing/block_00/ffn/overlap_steps", 20] == 1.0
+    assert writer.scalars["watch_routing/block_00/ffn/overlap_steps", 20] == 1.0
     with torch.no_grad():
         model.weight.neg_()  # now the patches that were last come first
     watch.run(model, 30)
-    assert writer.scalars["routing/block_00/q/overlap_steps", 30] == 0.0
+    assert writer.scalars["watch_routing/block_00/q/overlap_steps", 30] == 0.0
 
 
 def test_there_is_one_picture_per_router() -> None:
@@ -151,3 +160,70 @@ def test_the_model_is_watched_in_eval_mode_and_left_as_it_was() -> None:
     assert model.training
     assert model.dropout.training
     assert torch.is_grad_enabled()
+
+
+def test_overlap_of_images_is_that_of_neighbours() -> None:
+    logits = torch.tensor([[3.0, 2.0, 1.0, 0.0], [0.0, 3.0, 2.0, 1.0], [0.0, 3.0, 2.0, 1.0]])
+    values = statistics(route(logits, 2, (2, 2)))
+    assert values["overlap_images"] == pytest.approx((1 / 3 + 1) / 2)
+
+
+def test_soft_gates_are_the_exact_soft_top_k() -> None:
+    """Against bisection on the shift: gates min(1, exp(z + a)) that sum to the total."""
+    scores = 3 * torch.randn(5, 40, generator=torch.Generator().manual_seed(0))
+    low, high = torch.full((5, 1), -50.0).double(), torch.full((5, 1), 50.0).double()
+    for _ in range(200):
+        middle = (low + high) / 2
+        too_much = (scores + middle).clamp_max(0).exp().sum(1, keepdim=True) > 11.25
+        low, high = torch.where(too_much, low, middle), torch.where(too_much, middle, high)
+    expected = (scores + low).clamp_max(0).exp().float()
+    torch.testing.assert_close(soft_gates(scores, 11.25), expected, atol=1e-6, rtol=1e-5)
+    assert torch.equal(soft_gates(scores, 45.0), torch.ones_like(scores))
+
+
+def test_straight_through_gates_do_not_hide_how_soft_they_are() -> None:
+    logits = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    hard = route(logits, 16, (8, 8))._replace(gates=torch.ones(4, 16))
+    assert statistics(hard)["saturated"] == 1.0
+    assert statistics(hard, straight_through=True, fetch_ratio=1.125)["saturated"] < 0.5
+
+
+class Collapsing(Model):
+    """Its routers have a temperature; weight 0 makes every score equal."""
+
+    def routers(self) -> dict[str, nn.Module]:
+        router = nn.Module()
+        router.eps = 2.0
+        return {f"blocks.{block}.{kind}": router for block in range(2) for kind in ("q", "ffn")}
+
+
+def test_a_collapse_is_told_once_on_the_console_and_in_the_logs() -> None:
+    writer, told, model = Recorder(), [], Collapsing()
+    watch = RoutingMonitor(probe(), writer, mean=[0.0], std=[1.0], tell=told.append)
+    watch.run(model, 10)
+    healthy = writer.scalars["watch_routing/block_00/q/std_over_eps", 10]
+    with torch.no_grad():
+        model.weight.zero_()
+    for step in (20, 30):
+        watch.run(model, step)
+    assert len(told) == 1
+    assert told[0].startswith("step 20: warning: dead routers")
+    assert "blocks.0.q, blocks.0.ffn, blocks.1.q, blocks.1.ffn" in told[0]
+    assert told[0].endswith(writer.texts["warnings/routing", 20])
+    assert writer.scalars["watch_routing/collapsed_routers", 10] == 0
+    assert writer.scalars["watch_routing/collapsed_routers", 30] == 4
+    monitor(writer).run(Model(), 40)  # without routers to ask, eps is 1
+    assert healthy == pytest.approx(writer.scalars["watch_routing/block_00/q/std_over_eps", 40] / 2)
+
+
+def test_the_controls_are_meant_to_be_as_they_are() -> None:
+    class Control(Model):
+        def routers(self) -> dict[str, nn.Module]:
+            return {f"blocks.{b}.{kind}": nn.Module() for b in range(2) for kind in ("q", "ffn")}
+
+    told: list[str] = []
+    model = Control()
+    with torch.no_grad():
+        model.weight.zero_()
+    RoutingMonitor(probe(), Recorder(), mean=[0.0], std=[1.0], tell=told.append).run(model, 10)
+    assert told == []

@@ -291,3 +291,33 @@ def test_random_numbers_follow_from_seed_step_and_rank_alone():
         seed_step(*triple)
         others.add(draws())
     assert len(others | {first}) == 4
+
+
+class Norms(FakeEngine):
+    """Has a gradient while the step is not made."""
+
+    def train_step(self, batches: Any, *, stop: bool = False, before_step: Any = None) -> Any:
+        if before_step is not None:
+            before_step()
+        return super().train_step(batches, stop=stop)
+
+    def full_gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield "blocks.0.mlp.heavy.weight", torch.full((2,), float(self.value + 1))
+
+
+def test_gradient_norms_are_taken_and_written_at_their_cadence(tmp_path):
+    sink = Sink()
+    sink.histogram = lambda name, values, step: sink.scalars.update({(name, step): len(values)})
+    trainer(tmp_path, Norms(), sink, RunState(), gradients_every=3).fit()
+    norms = {key: v for key, v in sink.scalars.items() if key[0] == "watch_gradients/all/heavy"}
+    assert norms == {
+        ("watch_gradients/all/heavy", step): pytest.approx(step * 2**0.5) for step in (3, 6)
+    }
+    assert sink.scalars["speed/step_seconds", 3] == 2  # the first step says nothing
+    assert sink.scalars["speed/step_seconds", 6] == 3
+
+
+def test_the_summary_tells_time_and_waiting(tmp_path):
+    summary = trainer(tmp_path, FakeEngine(), Sink(), RunState()).fit()
+    assert summary.seconds > 0
+    assert 0 <= summary.data_wait_share <= 1

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import distributed, multiprocessing, nn
 
-from routedvit.training.evaluators import Classification, build_evaluators
+from routedvit.training.evaluators import Classification
+from routedvit.training.interfaces import Table
 
 NUM_SAMPLES, NUM_CLASSES = 37, 10
 
@@ -58,7 +59,10 @@ def expected() -> dict[str, float]:
     with torch.no_grad():
         logits = build_model().eval()(images)
     ranks = (logits > logits.gather(1, targets[:, None])).sum(1)
+    present = targets.unique()
+    of_classes = [(ranks[targets == c] < 1).double().mean().item() for c in present]
     return {
+        "class_top1": 100 * sum(of_classes) / len(of_classes),
         "top1": 100 * (ranks < 1).double().mean().item(),
         "top5": 100 * (ranks < 5).double().mean().item(),
         "loss": nn.functional.cross_entropy(logits, targets).item(),
@@ -67,9 +71,12 @@ def expected() -> dict[str, float]:
 
 @pytest.mark.parametrize("batch_size", [1, 5, 37, 64])
 def test_metrics_do_not_depend_on_batches_and_padding(batch_size: int) -> None:
-    (evaluator,) = build_evaluators(Loader(batch_size), every_steps=10)
-    assert (evaluator.name, evaluator.every_steps) == ("val", 10)
-    assert dict(evaluator.run(build_model())) == pytest.approx(expected(), rel=1e-6)
+    assert numbers(Loader(batch_size)) == pytest.approx(expected(), rel=1e-6)
+
+
+def numbers(loader: Any, model: nn.Module | None = None) -> dict[str, float]:
+    findings = Classification(loader, every_steps=1).run(model or build_model())
+    return {name: value for name, value in findings if isinstance(value, float)}
 
 
 def evaluate_on_rank(rank: int, world_size: int, folder: str) -> None:
@@ -78,7 +85,7 @@ def evaluate_on_rank(rank: int, world_size: int, folder: str) -> None:
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size
     )
     loader = Loader(4, rank, world_size)
-    values = dict(Classification(loader, every_steps=1).run(build_model()))
+    values = numbers(loader)
     Path(folder, f"{rank}.json").write_text(json.dumps(values))
     distributed.destroy_process_group()
 
@@ -102,6 +109,40 @@ def test_a_lost_or_repeated_sample_is_an_error(announced: int) -> None:
         list(Classification(loader, every_steps=1).run(build_model()))
 
 
+def test_a_sample_that_cannot_be_read_is_left_out_and_accounted_for() -> None:
+    class Damaged(Loader):
+        def __iter__(self) -> Iterator[dict[str, Any]]:
+            first, *others = super().__iter__()
+            first["valid"][0] = False
+            yield from [first | {"unusable": 1}, *others]
+
+    images, targets = samples()
+    with torch.no_grad():
+        logits = build_model().eval()(images[1:])
+    loss = nn.functional.cross_entropy(logits, targets[1:]).item()
+    assert numbers(Damaged(5))["loss"] == pytest.approx(loss)
+
+
+def test_accuracy_per_class_worst_first() -> None:
+    class Named(Loader):
+        label_names = tuple(f"name {c}" for c in range(NUM_CLASSES))
+
+    tables = dict(Classification(Named(5), every_steps=1).run(build_model()))
+    table = tables["per_class"]
+    assert isinstance(table, Table)
+    images, targets = samples()
+    with torch.no_grad():
+        hit = build_model().eval()(images).argmax(1) == targets
+    assert [row[3] for row in table.rows] == sorted(row[3] for row in table.rows)
+    assert sum(row[2] for row in table.rows) == NUM_SAMPLES
+    for number, name, size, accuracy in table.rows:
+        assert name == f"name {number}"
+        assert size == (targets == number).sum()
+        assert accuracy == pytest.approx(
+            100 * hit[targets == number].double().mean().item(), abs=1e-3
+        )
+
+
 def test_train_mode_comes_back_and_a_frozen_part_stays_asleep() -> None:
     model = build_model().train()
     model[1].eval()
@@ -115,7 +156,7 @@ def test_train_mode_comes_back_and_a_frozen_part_stays_asleep() -> None:
 
 def test_the_model_gets_images_in_its_own_dtype() -> None:
     model = build_model().to(torch.bfloat16)
-    values = dict(Classification(Loader(8), every_steps=1).run(model))
+    values = numbers(Loader(8), model)
     assert values["loss"] == pytest.approx(expected()["loss"], rel=0.02)
 
 

@@ -1,0 +1,61 @@
+"""Scalars as lines of a CSV file: for a spreadsheet, pandas, or a plot that TensorBoard lacks.
+
+    step,name,value
+
+One line per scalar, so that a new one needs no new column. A resume drops the lines that the
+interrupted run wrote beyond it. Pictures, text and histograms have no place here.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+COLUMNS = ["step", "name", "value"]
+
+
+class CsvWriter:
+    """Appends to `path`.
+
+    Args:
+        path: made, with its folder, if it does not exist.
+        resume_step: finished steps when the run starts; later lines are removed.
+    """
+
+    def __init__(self, path: Path, resume_step: int = 0) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = _lines_up_to(path, resume_step) if path.exists() else []
+        part = path.with_suffix(".part")
+        with part.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([COLUMNS, *kept])
+        part.replace(path)
+        self._file = path.open("a", newline="", encoding="utf-8")
+        self._lines = csv.writer(self._file)
+
+    def scalar(self, name: str, value: float, step: int) -> None:
+        self._lines.writerow([step, name, value])
+
+    def image(self, name: str, image: Tensor, step: int) -> None: ...
+
+    def text(self, name: str, text: str, step: int) -> None: ...
+
+    def histogram(self, name: str, values: Sequence[float], step: int) -> None: ...
+
+    def hparams(self, values: dict[str, Any], metrics: Sequence[str]) -> None: ...
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _lines_up_to(path: Path, step: int) -> list[list[str]]:
+    """Whole lines of earlier steps: a run that was killed may have left half a line."""
+    with path.open(newline="", encoding="utf-8") as file:
+        lines = [line for line in csv.reader(file) if len(line) == len(COLUMNS)][1:]
+    return [line for line in lines if line[0].isdigit() and int(line[0]) <= step]

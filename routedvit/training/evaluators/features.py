@@ -1,0 +1,74 @@
+"""Frozen features: what the classifier sees of an image, for evaluators that learn on top of it.
+
+They are read where they enter the classifier, while the model runs as it always does, so that they
+are timm's `forward_head(forward_features(x), pre_logits=True)` for any timm model, and are right
+under ZeRO-3, where a parameter of the network itself exists only while the network is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, distributed, nn
+
+from routedvit.training.evaluators.inference import as_input, inference
+from routedvit.training.interfaces import EvalLoader
+
+
+class Features(NamedTuple):
+    """One batch of them: float32 [B, D], targets int64 [B], and bool [B], False on padding rows."""
+
+    features: Tensor
+    target: Tensor
+    valid: Tensor
+
+
+def feature_batches(model: nn.Module, loader: EvalLoader) -> Iterator[Features]:
+    """The features of this rank's share of the set, batch by batch. Collective.
+
+    Raises:
+        TypeError: the model has no classifier to read them from.
+    """
+    if not hasattr(model, "get_classifier"):
+        raise TypeError(
+            f"{type(model).__name__} has no get_classifier(), so features are not known"
+        )
+    classifier: Any = model.get_classifier()  # type: ignore[operator]
+    classifier = classifier[0] if isinstance(classifier, tuple) else classifier
+    seen: list[Tensor] = []
+    hook = classifier.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    try:
+        with inference(model):
+            for batch in loader:
+                model(as_input(batch["image"], model))
+                features = seen.pop().float()
+                seen.clear()
+                device = features.device
+                yield Features(features, batch["target"].to(device), batch["valid"].to(device))
+    finally:
+        hook.remove()
+
+
+def collect(batches: Iterator[Features]) -> Features:
+    """All batches in a row, padding included: the same number of rows on every rank."""
+    return Features(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
+
+
+def gather(own: Features) -> Features:
+    """The rows of all ranks without padding, in the order of the set. Collective.
+
+    Rank r of R holds samples r, r + R, ... (`interfaces.EvalLoader`), so dealing the rows out again
+    gives one order on any world size.
+    """
+    if distributed.is_available() and distributed.is_initialized():
+        own = Features(*map(_interleaved, own))
+    return Features(own.features[own.valid], own.target[own.valid], own.valid[own.valid])
+
+
+def _interleaved(rows: Tensor) -> Tensor:
+    rows = rows.to(torch.uint8) if rows.dtype == torch.bool else rows
+    parts = [torch.empty_like(rows) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(parts, rows.contiguous())
+    return torch.stack(parts, dim=1).flatten(0, 1)

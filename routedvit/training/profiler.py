@@ -1,0 +1,52 @@
+"""A window of steps under torch's profiler: `--set log.profile_steps=[50,55]`.
+
+Rank 0 only, since all ranks do the same. Writes a trace for https://ui.perfetto.dev or
+chrome://tracing and a table of the most expensive operators. Steps inside the window are slower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROWS = 40
+
+
+class ProfilerWindow:
+    """Profiles the steps `first` to `last`.
+
+    Args:
+        folder: where the trace goes; made if it does not exist.
+        tell: told in one line where the trace is.
+    """
+
+    def __init__(self, first: int, last: int, folder: Path, tell: Callable[[str], None]) -> None:
+        self.first, self.last = first, last
+        self.folder = folder
+        self.tell = tell
+        self._profile: Any = None
+
+    def advance(self, step: int) -> None:
+        """`step` begins now: start, or stop and write."""
+        if self._profile is None and self.first <= step <= self.last:
+            self._profile = torch.profiler.profile()
+            self._profile.start()
+        elif step > self.last:
+            self.close()
+
+    def close(self) -> None:
+        """Write what was profiled, if anything."""
+        if self._profile is None:
+            return
+        self._profile.stop()
+        profile, self._profile = self._profile, None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        trace = self.folder / f"steps_{self.first}_to_{self.last}.json"
+        profile.export_chrome_trace(str(trace))
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        table = profile.key_averages().table(sort_by=f"self_{device}_time_total", row_limit=ROWS)
+        trace.with_suffix(".txt").write_text(table, encoding="utf-8")
+        self.tell(f"profile in {trace} (open it in https://ui.perfetto.dev)")
