@@ -84,7 +84,6 @@ def run(config: RunConfig, fresh: bool, console: Console) -> int:
     num_classes = resolve_train(config.data).shards.num_classes
     config.model.kwargs.setdefault("num_classes", num_classes)
     model = create_model(config.model, num_classes=num_classes, seed=config.seed)
-    model.set_grad_checkpointing(config.train.grad_checkpointing)  # type: ignore[operator]
     loader, eval_loader, image_format = build_loaders(config, model, world, folder)
     engine, schedule = build_engine(config, model, world, loader.samples_per_epoch)
 

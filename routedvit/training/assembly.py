@@ -12,6 +12,7 @@ from routedvit.training.engine import Engine
 from routedvit.training.evaluators import build_evaluators
 from routedvit.training.interfaces import EvalLoader, TrainLoader
 from routedvit.training.metrics import build_writer
+from routedvit.training.model import set_checkpointing
 from routedvit.training.native_config import resolve_native_config, split_batch, zero_stage
 from routedvit.training.objectives import SupervisedObjective, build_loss, build_mixup
 from routedvit.training.optim import build_optimizer, build_schedule
@@ -28,6 +29,37 @@ def build_engine(
 
     Collective.
     """
+    engine = wrap_objective(config, build_objective(config, model, world.size), world)
+    warmup = config.schedule.warmup_epochs * samples_per_epoch / config.train.batch_size
+    schedule = build_schedule(
+        engine.optimizer,
+        total_steps=config.total_steps(samples_per_epoch),
+        warmup_steps=round(warmup),
+        **config.schedule.model_dump(exclude={"warmup_epochs"}),
+    )
+    return engine, schedule
+
+
+def build_objective(config: RunConfig, model: nn.Module, world_size: int) -> nn.Module:
+    """The model and what it learns from, with the checkpointing and compilation of `train`."""
+    micro_batch_size, _ = split_batch(
+        config.train.batch_size, config.train.micro_batch_size, world_size
+    )
+    set_checkpointing(model, *config.train.checkpointing)
+    mixup = build_mixup(
+        config.loss.mixup,
+        config.loss.cutmix,
+        label_smoothing=config.loss.label_smoothing,
+        num_classes=config.model.kwargs["num_classes"],
+        batch_size=micro_batch_size,
+    )
+    loss = build_loss(config.loss.name, config.loss.label_smoothing, mixed=mixup is not None)
+    return SupervisedObjective(model, loss, mixup)
+
+
+def wrap_objective(config: RunConfig, objective: nn.Module, world: World) -> Engine:
+    """An objective under its optimiser and ZeRO. Collective."""
+    model: nn.Module = objective.model  # type: ignore[assignment]
     micro_batch_size, _ = split_batch(
         config.train.batch_size, config.train.micro_batch_size, world.size
     )
@@ -38,26 +70,11 @@ def build_engine(
         world_size=world.size,
         grad_clip=config.train.grad_clip,
         dtype=config.precision.dtype,
+        autocast=config.precision.autocast,
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
     )
-    mixup = build_mixup(
-        config.loss.mixup,
-        config.loss.cutmix,
-        label_smoothing=config.loss.label_smoothing,
-        num_classes=config.model.kwargs["num_classes"],
-        batch_size=micro_batch_size,
-    )
-    loss = build_loss(config.loss.name, config.loss.label_smoothing, mixed=mixup is not None)
-    objective = SupervisedObjective(model, loss, mixup)
     optimizer = build_optimizer(model, **config.optim.model_dump(), zero_stage=zero_stage(native))
-    warmup = config.schedule.warmup_epochs * samples_per_epoch / config.train.batch_size
-    schedule = build_schedule(
-        optimizer,
-        total_steps=config.total_steps(samples_per_epoch),
-        warmup_steps=round(warmup),
-        **config.schedule.model_dump(exclude={"warmup_epochs"}),
-    )
-    return Engine(world, objective, optimizer, native), schedule
+    return Engine(world, objective, optimizer, native)
 
 
 def build_trainer(

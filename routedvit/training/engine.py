@@ -14,6 +14,7 @@ Reference: DeepSpeed 0.19.8, deepspeed/__init__.py and deepspeed/runtime/engine.
 """
 
 import atexit
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ import pydantic
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from routedvit.training.config import ConfigError
 from routedvit.training.config_file import nearest
@@ -38,14 +40,18 @@ if not torch.cuda.is_available():
 
 import deepspeed
 import deepspeed.ops
-from deepspeed.accelerator import get_accelerator
+from deepspeed.accelerator import get_accelerator, set_accelerator
+from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+from deepspeed.comm import comm
 from deepspeed.runtime import compiler as deepspeed_compiler
 from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.runtime.config_utils import DeepSpeedConfigModel
+from deepspeed.runtime.zero import partition_parameters, partitioned_param_coordinator, stage3
 from deepspeed.runtime.zero.parameter_offload import ensure_zero_ordered_dict
-from deepspeed.utils import safe_get_full_fp32_param
+from deepspeed.utils import groups, safe_get_full_fp32_param
 
 T = TypeVar("T")
+NO_GROUPS = dict(vars(groups))
 STATE_FOLDER = "deepspeed"  # DeepSpeed's tag: its files lie in this folder of a checkpoint
 
 HYPERPARAMETERS = {"lr", "initial_lr", "lr_scale", "weight_decay", "betas", "eps"}
@@ -59,13 +65,13 @@ class StepResult(NamedTuple):
     grad_norm: torch.Tensor | float  # global 2-norm before clipping; float() waits for the step
     skipped: bool  # a loss or gradient was not finite on some rank: weights are unchanged
     stop: bool  # some rank asked to stop
+    loss_scale: float | None = None  # of fp16, for the next step
 
 
 def start(*, tf32: bool = True) -> World:
     """Connect this process to the others, whoever launched it. Collective; call it first."""
     world = join_environment()
-    deepspeed.ops.__compatible_ops__ = {}
-    _import_muon_undecorated()
+    _prepare_deepspeed()
     torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.backends.cudnn.allow_tf32 = tf32
     deepspeed.init_distributed(verbose=False)
@@ -74,9 +80,53 @@ def start(*, tf32: bool = True) -> World:
 
 
 def stop() -> None:
-    """Disconnect; calling it twice is fine."""
+    """Disconnect, so that another world may follow; calling it twice is fine."""
     if dist.is_initialized():
         dist.destroy_process_group()
+    vars(groups).update(NO_GROUPS)  # DeepSpeed would go on with those of the world that ended
+    comm.cdb = None
+
+
+@contextmanager
+def pretend(world_size: int) -> Iterator[World]:
+    """This process as rank 0 of a world whose other ranks do not exist, on DeepSpeed's CPU backend.
+
+    Collectives return at once and leave their buffers alone, so this is for fake tensors, which
+    hold no values (see rehearsal.py). ZeRO-3's comparisons of its own lists over ranks are left out.
+    """
+    assert not dist.is_initialized(), "this process belongs to a real world"
+    before, accelerator = dict(os.environ), get_accelerator()
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world_size)}
+    os.environ.update(ranks, MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    set_accelerator(_PretendedAccelerator())
+    _prepare_deepspeed()
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+    comparing = (partition_parameters, partitioned_param_coordinator, stage3)
+    compare = comparing[0].assert_ints_same_as_other_ranks
+    for module in comparing:
+        module.assert_ints_same_as_other_ranks = lambda ints: None
+    try:
+        deepspeed.init_distributed(verbose=False)
+        yield World(0, 0, world_size, torch.device("cpu"))
+    finally:
+        for module in comparing:
+            module.assert_ints_same_as_other_ranks = compare
+        stop()
+        set_accelerator(accelerator)
+        os.environ.clear()
+        os.environ.update(before)
+
+
+class _PretendedAccelerator(CPU_Accelerator):
+    """The CPU as DeepSpeed sees it, for shapes only: it has every number format."""
+
+    def is_fp16_supported(self) -> bool:
+        return True
+
+
+def _prepare_deepspeed() -> None:
+    deepspeed.ops.__compatible_ops__ = {}
+    _import_muon_undecorated()
 
 
 def _import_muon_undecorated() -> None:
@@ -118,6 +168,8 @@ class Engine:
         self.zero_stage = zero_stage(native)
         self.accumulation: int = native["gradient_accumulation_steps"]
         self.optimizer = optimizer
+        self._fp16 = native.get("fp16", {}).get("enabled", False)
+        self._autocast = native.get("torch_autocast", {}).get("enabled", False)
         self._grad_clip: float = native["gradient_clipping"]
         if self.zero_stage == 0:
             native = native | {"gradient_clipping": 0.0}  # clipped in _finish_step_unsharded
@@ -127,7 +179,7 @@ class Engine:
             model=objective, optimizer=optimizer, config=native, dist_init_required=False
         )
         self.objective: nn.Module = self._engine.module
-        self.model.register_forward_pre_hook(_cast_to_parameters)
+        self.model.register_forward_pre_hook(cast_to_parameters)
 
     def train_step(self, batches: Sequence[Batch], *, stop: bool = False) -> StepResult:
         """Forward and backward of `accumulation` micro-batches and one optimiser step. Collective.
@@ -160,13 +212,22 @@ class Engine:
             grad_norm=grad_norm,
             skipped=not applied,
             stop=stops > 0,
+            loss_scale=self._engine.optimizer.cur_scale if self._fp16 else None,
         )
 
     def _finish_step(self) -> tuple[torch.Tensor | float, bool]:
         """Clip and step, or skip; returns the gradient norm and whether the step was applied."""
         if self.zero_stage == 0:
             return self._finish_step_unsharded()
-        self._engine.step()
+        try:
+            self._engine.step()
+        except Exception as error:  # DeepSpeed raises nothing narrower
+            if "loss scale already at minimum" in str(error):
+                raise ConfigError(
+                    "fp16: gradients overflow even at the smallest loss scale; use precision.dtype "
+                    "= bf16, or lower optim.lr and start again from the newest checkpoint"
+                ) from error
+            raise
         applied = self._engine.was_step_applied()
         return self._engine.get_global_grad_norm() if applied else float("inf"), applied
 
@@ -174,7 +235,7 @@ class Engine:
         """As `_finish_step`; without ZeRO, DeepSpeed neither checks nor tells the norm."""
         parameters = [p for p in self.objective.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])  # type: ignore[misc]
-        applied = bool(norm.isfinite())
+        applied = math.isfinite(norm.item())
         if not applied:
             for parameter in parameters:
                 parameter.grad = None  # torch optimisers leave these alone
@@ -190,7 +251,8 @@ class Engine:
         if self.zero_stage == 3:
             self._watch_parameter_access(True)
         try:
-            with torch.no_grad():
+            autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast)
+            with torch.no_grad(), autocast:
                 yield self.model
         finally:
             if self.zero_stage == 3:
@@ -215,6 +277,28 @@ class Engine:
             else:
                 with deepspeed.zero.GatheredParameters([parameter], enabled=self.zero_stage == 3):
                     yield name, parameter.detach().float()
+
+    @property
+    def offloads(self) -> bool:
+        """Whether the optimiser works in the memory of the host."""
+        return bool(self._engine.zero_use_cpu_optimizer())
+
+    def host_tensors(self) -> Iterator[torch.Tensor]:
+        """What DeepSpeed keeps in the memory of the host, by its names for it (0.19.8)."""
+        zero = self._engine.optimizer
+        found: list[Any] = []
+        if self.offloads:
+            masters = getattr(zero, "single_partition_of_fp32_groups", None)
+            masters = masters or zero.fp32_partitioned_groups_flat
+            found += [*masters, *(master.grad for master in masters)]
+            found += [value for state in self.optimizer.state.values() for value in state.values()]
+            found += getattr(zero, "param_buffer_of_bit16_for_cpu_offload_groups", [])
+            found += getattr(zero, "accumulated_grads_in_cpu", {}).values()
+            for name in ("temp_grad_buffer_for_cpu_offload", "grad_partitions_flat_buffer"):
+                found.append(getattr(zero, name, None))
+        if self._engine.zero_offload_param() is not None:
+            found += [parameter.ds_tensor for parameter in self.objective.parameters()]
+        yield from (tensor for tensor in found if torch.is_tensor(tensor))
 
     def save_state(self, folder: Path) -> None:
         """Write the sharded weights and optimiser state below `folder`. Collective."""
@@ -274,7 +358,7 @@ class _Read:
         return [float(value) for value in self._host]
 
 
-def _cast_to_parameters(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+def cast_to_parameters(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """Give a bf16 or fp16 network its floating-point inputs in its own type."""
     dtype = next(model.parameters()).dtype
     return tuple(
