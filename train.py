@@ -21,6 +21,7 @@ from data.config import FREE_ON_RESUME, DataConfig
 from data.errors import DataError
 from data.loaders import EvalLoader, TrainLoader, build_eval_loader, build_train_loader
 from data.mixture import resolve_train
+from data.preview import Preview
 from routedvit.training import config as training
 from routedvit.training import engine as engines
 from routedvit.training.assembly import build_engine, build_trainer
@@ -28,6 +29,7 @@ from routedvit.training.checkpoint import Checkpoints, RunState
 from routedvit.training.collective import on_rank_zero
 from routedvit.training.config_file import describe_keys, json_schema, load_config
 from routedvit.training.console import Console
+from routedvit.training.dry_run import rehearse, resolve_machine
 from routedvit.training.export import export_model
 from routedvit.training.model import create_model
 from routedvit.training.native_config import split_batch
@@ -59,6 +61,11 @@ def parse_arguments() -> argparse.Namespace:
         action="store_true",
         help="start over; the earlier run is kept under another name",
     )
+    rehearsal = parser.add_argument_group("what would the run take? nothing is started")
+    rehearsal.add_argument("--dry-run", action="store_true", help="data, FLOPs, memory per GPU")
+    rehearsal.add_argument("--find-batch", action="store_true", help="and the largest micro-batch")
+    rehearsal.add_argument("--world-size", type=int, metavar="N", help="ranks; default: GPUs here")
+    rehearsal.add_argument("--gpu-memory", type=float, metavar="GIB", help="default: GPU's, or 80")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     return parser.parse_args()
 
@@ -74,7 +81,13 @@ def main() -> int:
         return 0
     rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
     with Console(rank, user_errors=(training.ConfigError, DataError)) as console:
-        return run(load_config(RunConfig, args.config, args.set), args.fresh, console)
+        config = load_config(RunConfig, args.config, args.set)
+        if args.dry_run or args.find_batch:
+            machine = resolve_machine(args.world_size, args.gpu_memory)
+            for text in rehearse(config, Preview(config.data), machine, search=args.find_batch):
+                console.print(text)
+            return 0
+        return run(config, args.fresh, console)
 
 
 def run(config: RunConfig, fresh: bool, console: Console) -> int:

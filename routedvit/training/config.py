@@ -66,7 +66,7 @@ class TrainConfig(Section):
 
     @property
     def checkpointing(self) -> tuple[str, int]:
-        """`grad_checkpointing` as (policy, every): 'none', 'heavy' or 'block' for each n-th block."""
+        """`grad_checkpointing` as (policy, every): 'none', 'heavy' or 'block', each n-th block."""
         if isinstance(self.grad_checkpointing, bool):
             return ("block" if self.grad_checkpointing else "none"), 1
         policy, _, every = self.grad_checkpointing.partition("/")
@@ -95,9 +95,9 @@ class PrecisionConfig(Section):
     def _autocast_to_bf16(self) -> "PrecisionConfig":
         if self.autocast and self.dtype != "bf16":
             raise ValueError(
-                f"precision.autocast = true needs precision.dtype = bf16, not {self.dtype}: fp32 has "
-                "nothing to cast, and for fp16 DeepSpeed's loss scaling under autocast is wrong with "
-                "several parameter groups"
+                f"precision.autocast = true needs precision.dtype = bf16, not {self.dtype} (for "
+                "fp16 DeepSpeed would clip gradients that are still scaled); set it, or delete "
+                "autocast"
             )
         return self
 

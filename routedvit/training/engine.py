@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from routedvit.training.collective import WorldMean
 from routedvit.training.config import ConfigError
 from routedvit.training.config_file import nearest
 from routedvit.training.interfaces import Batch
@@ -92,7 +93,7 @@ def pretend(world_size: int) -> Iterator[World]:
     """This process as rank 0 of a world whose other ranks do not exist, on DeepSpeed's CPU backend.
 
     Collectives return at once and leave their buffers alone, so this is for fake tensors, which
-    hold no values (see rehearsal.py). ZeRO-3's comparisons of its own lists over ranks are left out.
+    hold no values (see rehearsal.py). What ZeRO-3 compares over ranks to be safe is left out.
     """
     assert not dist.is_initialized(), "this process belongs to a real world"
     before, accelerator = dict(os.environ), get_accelerator()
@@ -203,7 +204,7 @@ class Engine:
             if index < self.accumulation - 1:
                 self._engine.step()  # counts the micro-batch
         assert totals is not None
-        mean = _Read(torch.cat([totals / self.accumulation, totals.new_tensor([float(stop)])]))
+        mean = WorldMean(torch.cat([totals / self.accumulation, totals.new_tensor([float(stop)])]))
         grad_norm, applied = self._finish_step()
         loss_mean, *metric_means, stops = mean.get()
         return StepResult(
@@ -297,7 +298,7 @@ class Engine:
             for name in ("temp_grad_buffer_for_cpu_offload", "grad_partitions_flat_buffer"):
                 found.append(getattr(zero, name, None))
         if self._engine.zero_offload_param() is not None:
-            found += [parameter.ds_tensor for parameter in self.objective.parameters()]
+            found += [getattr(p, "ds_tensor", None) for p in self.objective.parameters()]
         yield from (tensor for tensor in found if torch.is_tensor(tensor))
 
     def save_state(self, folder: Path) -> None:
@@ -334,28 +335,6 @@ class Engine:
     def barrier(self) -> None:
         """Wait for all ranks. Collective."""
         dist.barrier()
-
-
-class _Read:
-    """World mean of a small vector, copied to the host without stalling the device.
-
-    The copy is enqueued before the optimiser step, which waits for the device by itself, so `get`
-    after the step finds it done. The last element is summed rather than averaged.
-    """
-
-    def __init__(self, values: torch.Tensor) -> None:
-        dist.all_reduce(values)
-        values[:-1] /= dist.get_world_size()
-        self._host = values.to("cpu", non_blocking=True)
-        self._event = None
-        if values.is_cuda:
-            self._event = torch.cuda.Event()
-            self._event.record()
-
-    def get(self) -> list[float]:
-        if self._event is not None:
-            self._event.synchronize()
-        return [float(value) for value in self._host]
 
 
 def cast_to_parameters(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -1,20 +1,19 @@
-"""Counts the bytes of live tensors, on real or on fake ones: every storage once, as it comes and goes.
+"""Counts the bytes of live tensors, real or fake: every storage once, as it comes and goes.
 
 Each operator that returns a tensor passes through a dispatch mode. A storage not seen before adds
 its bytes, and a weak reference takes them off when it dies, so `peak` includes whatever an operator
-allocates for a moment, the backward pass and the optimiser included. What a C++ kernel allocates and
-frees inside (cuDNN and cuBLAS workspaces) is not seen, nor are allocator rounding and fragmentation.
+allocates for a moment, in the backward pass and the optimiser too. Not seen is what a kernel
+allocates and frees inside (workspaces of cuDNN and cuBLAS), nor rounding and fragmentation.
 
-`torch.distributed._tools.MemTracker` does the like, with categories that follow the hooks of modules
-and optimisers; DeepSpeed replaces the parameters and calls the optimiser on shards of its own, so its
-categories would be wrong here, and a plain count is a hundredth of the code.
+`torch.distributed._tools.MemTracker` does the like, with categories that follow the hooks of
+modules and optimisers; DeepSpeed replaces the parameters and steps on shards of its own, so they
+would be wrong here.
 """
 
 import weakref
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -91,14 +90,11 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
 
 
-def saved_bytes(meter: MemoryMeter, before: int, outputs: Iterable[Tensor]) -> int:
-    """What a forward pass that began with `before` live bytes leaves behind for its backward."""
-    return meter.live - before - storage_bytes(outputs)
-
-
 def gib(size: float) -> float:
     """Bytes in GiB."""
     return size / 2**30
 
 
-__all__ = ["MemoryMeter", "gib", "saved_bytes", "storage_bytes"]
+def readable(size: float) -> str:
+    """Bytes in words: '3.42 GiB', '87.5 MiB'."""
+    return f"{gib(size):.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

@@ -51,6 +51,6 @@ def set_checkpointing(model: nn.Module, policy: str, every: int = 1) -> None:
         switch(policy != "none")
     else:
         raise ConfigError(
-            f"train.grad_checkpointing = {policy}/{every}: {type(model).__name__} does not route and "
-            "can recompute whole blocks only; use true or false"
+            f"train.grad_checkpointing = {policy}/{every}: {type(model).__name__} does not route "
+            "and can recompute all blocks or none; use true or false"
         )

@@ -1,9 +1,9 @@
-"""A training step that computes nothing: the run's own objective, optimiser and engine on fake tensors.
+"""A training step that computes nothing: the run's own objective and engine on fake tensors.
 
 A fake tensor has a shape, a type and no memory, and the world may be of any size, with this process
 as rank 0 of it (`engine.pretend`). So the memory of one GPU of 64 is read off a laptop, and what
-DeepSpeed allocates (flat copies, buckets, gathered weights) is counted where DeepSpeed allocates it,
-not modelled. The first step creates the optimiser's state and lets ZeRO-3 record in which order it
+DeepSpeed allocates (flat copies, buckets, gathered weights) is counted where it is allocated, not
+modelled. The first step creates the optimiser's state and lets ZeRO-3 record in which order it
 needs the weights; the second is like all that follow and is the one measured.
 
 Not counted, since no tensor holds it: the CUDA context and NCCL, workspaces of cuDNN and cuBLAS,
@@ -37,7 +37,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one GPU; each figure is taken where it is largest, so they do not add up to `peak`."""
+    """Bytes on one GPU, each figure where it is largest, so they do not add up to `peak`."""
 
     weights: int  # this rank's share, in the type of compute
     gathered: int  # weights of other ranks at the end of a forward pass (ZeRO-3)
@@ -105,12 +105,13 @@ class MemoryRehearsal:
         self.engine = wrap_objective(config, _fake_objective(config, world.size), world)
         self.optimizer = self.engine.optimizer
         self.offloads = self.engine.offloads
-        self._in_optimizer = self._after_forward = 0
-        self._before_host_step: int | None = None
+        self._in_optimizer = self._after_forward = self._before_host_step = 0
+        self.host: list[Tensor] = []
         self.engine.objective.register_forward_hook(self._forward_is_done)
         self.optimizer.register_step_pre_hook(self._optimizer_begins)
         self.optimizer.register_step_post_hook(self._optimizer_is_done)
-        self._step(1)
+        size, _ = split_batch(config.train.batch_size, config.train.micro_batch_size, world.size)
+        self._step(size)
         self.host = list(self.engine.host_tensors())
         meter.set_aside(self.host)
 
@@ -154,7 +155,7 @@ class MemoryRehearsal:
         return self._on_gpu(state), self._on_gpu(masters)
 
     def _on_gpu(self, tensors: list[Tensor]) -> list[Tensor]:
-        host = {tensor.untyped_storage()._cdata for tensor in getattr(self, "host", [])}
+        host = {tensor.untyped_storage()._cdata for tensor in self.host}
         return [tensor for tensor in tensors if tensor.untyped_storage()._cdata not in host]
 
     def _forward_is_done(self, *_: Any) -> None:
@@ -166,7 +167,6 @@ class MemoryRehearsal:
 
     def _optimizer_is_done(self, *_: Any) -> None:
         if self.offloads:  # its temporaries are on the host
-            assert self._before_host_step is not None
             self.meter.peak = self._before_host_step
 
 
