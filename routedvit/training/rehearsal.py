@@ -20,7 +20,11 @@ from unittest.mock import patch
 import torch
 from timm.data import resolve_input_data_config
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    FakeTensor,
+    FakeTensorMode,
+    in_kernel_invocation_manager,
+)
 from torch.utils.flop_counter import FlopCounterMode
 
 from routedvit.training.assembly import build_objective, wrap_objective
@@ -32,6 +36,12 @@ from routedvit.training.model import create_model, set_checkpointing
 from routedvit.training.native_config import split_batch
 from routedvit.training.world import World
 
+aten = torch.ops.aten
+VIEWS = {
+    aten.detach.default, aten.permute.default, aten.select.int, aten.slice.Tensor,
+    aten.squeeze.dim, aten.t.default, aten.transpose.int, aten.unsqueeze.default,
+    aten.view.default,
+}  # fmt: skip
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -183,11 +193,24 @@ class _FakeMeter(MemoryMeter):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default:  # half of all calls
             return args[0].fake_device
-        if func is torch.ops.aten._local_scalar_dense.default:
+        if func in VIEWS and isinstance(args[0], FakeTensor):
+            return _view(func, args, kwargs or {})
+        if func is aten._local_scalar_dense.default:
             # Flags, such as an overflow, are down; numbers, such as a norm, are finite.
             dtype = args[0].dtype
             return 1.0 if dtype.is_floating_point else False if dtype == torch.bool else 0
         return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def _view(func: Any, args: Any, kwargs: Any) -> Tensor:
+    """A view of a fake tensor, 40 times as fast as by way of FakeTensorMode.
+
+    ZeRO-3 cuts every gathered weight into as many pieces as there are ranks.
+    """
+    base = args[0]
+    with in_kernel_invocation_manager(base.fake_mode):
+        view = func(*args, **kwargs)
+    return FakeTensor(base.fake_mode, view, base.fake_device)
 
 
 @contextmanager
@@ -196,7 +219,10 @@ def _fakes() -> Iterator[MemoryMeter]:
     # DeepSpeed asserts alignments of addresses; Module.to would swap parameters that it refers to.
     addresses = patch.object(FakeTensor, "data_ptr", lambda tensor: 0)
     conversion = patch.object(nn.Module, "_apply", _apply)
-    with addresses, conversion, FakeTensorMode(allow_non_fake_inputs=True), _FakeMeter() as meter:
+    # Asked at every operator, and each time looked up in the driver.
+    no_gpu = patch.object(torch.cuda, "is_available", lambda: False)
+    fakes = FakeTensorMode(allow_non_fake_inputs=True)
+    with addresses, conversion, no_gpu, fakes, _FakeMeter() as meter:
         yield meter
 
 
