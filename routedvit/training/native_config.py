@@ -221,7 +221,7 @@ def _fill_defaults(native: dict[str, Any], num_parameters: int) -> None:
     if stage <= 2:
         zero.setdefault("overlap_comm", False)  # with torch.compile it has produced NaNs (#8061)
     # The default of 5e8 elements is allocated whole and, larger than the model, overlaps nothing.
-    bucket = min(MAX_BUCKET, max(1_000_000, num_parameters // 8))
+    bucket = min(MAX_BUCKET, max(1_000_000, num_parameters // 16 * 2))  # it must be even
     zero.setdefault("reduce_bucket_size", bucket)
     if stage <= 2:
         zero.setdefault("allgather_bucket_size", bucket)

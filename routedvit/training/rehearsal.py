@@ -193,8 +193,12 @@ class _FakeMeter(MemoryMeter):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default:  # half of all calls
             return args[0].fake_device
-        if func in VIEWS and isinstance(args[0], FakeTensor):
-            return _view(func, args, kwargs or {})
+        if func in VIEWS and not kwargs and isinstance(args[0], FakeTensor):
+            return _directly(func, args, args[0])
+        if func is aten.cat.default and isinstance(args[0][0], FakeTensor):
+            joined = _directly(func, args, args[0][0])
+            self.add(joined)
+            return joined
         if func is aten._local_scalar_dense.default:
             # Flags, such as an overflow, are down; numbers, such as a norm, are finite.
             dtype = args[0].dtype
@@ -202,15 +206,14 @@ class _FakeMeter(MemoryMeter):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
-def _view(func: Any, args: Any, kwargs: Any) -> Tensor:
-    """A view of a fake tensor, 40 times as fast as by way of FakeTensorMode.
+def _directly(func: Any, args: Any, like: FakeTensor) -> Tensor:
+    """A simple operator on fake tensors, 40 times as fast as by way of FakeTensorMode.
 
-    ZeRO-3 cuts every gathered weight into as many pieces as there are ranks.
+    ZeRO-3 joins every weight from as many pieces as there are ranks.
     """
-    base = args[0]
-    with in_kernel_invocation_manager(base.fake_mode):
-        view = func(*args, **kwargs)
-    return FakeTensor(base.fake_mode, view, base.fake_device)
+    with in_kernel_invocation_manager(like.fake_mode):
+        result = func(*args)
+    return FakeTensor(like.fake_mode, result, like.fake_device)
 
 
 @contextmanager
