@@ -45,6 +45,7 @@ from deepspeed.accelerator import get_accelerator, set_accelerator
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from deepspeed.comm import comm
 from deepspeed.runtime import compiler as deepspeed_compiler
+from deepspeed.runtime import torch_autocast
 from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 from deepspeed.runtime.zero import partition_parameters, partitioned_param_coordinator, stage3
@@ -86,6 +87,7 @@ def stop() -> None:
         dist.destroy_process_group()
     vars(groups).update(NO_GROUPS)  # DeepSpeed would go on with those of the world that ended
     comm.cdb = None
+    torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
 
 
 @contextmanager
