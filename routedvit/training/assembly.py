@@ -6,6 +6,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from routedvit.training.checkpoint import Checkpoints, RunState
+from routedvit.training.compiling import compile_blocks, leaf_modules
 from routedvit.training.config import RunConfig
 from routedvit.training.console import Console
 from routedvit.training.engine import Engine
@@ -29,7 +30,10 @@ def build_engine(
 
     Collective.
     """
-    engine = wrap_objective(config, build_objective(config, model, world.size), world)
+    objective = build_objective(config, model, world.size)
+    if config.train.compile:
+        compile_blocks(model, world.device)
+    engine = wrap_objective(config, objective, world)
     warmup = config.schedule.warmup_epochs * samples_per_epoch / config.train.batch_size
     schedule = build_schedule(
         engine.optimizer,
@@ -41,7 +45,7 @@ def build_engine(
 
 
 def build_objective(config: RunConfig, model: nn.Module, world_size: int) -> nn.Module:
-    """The model and what it learns from, with the checkpointing and compilation of `train`."""
+    """The model, with the checkpointing that `train` asks for, and what it learns from."""
     micro_batch_size, _ = split_batch(
         config.train.batch_size, config.train.micro_batch_size, world_size
     )
@@ -73,6 +77,8 @@ def wrap_objective(config: RunConfig, objective: nn.Module, world: World) -> Eng
         autocast=config.precision.autocast,
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
     )
+    if config.train.compile and zero_stage(native) == 3:
+        native["zero_optimization"].setdefault("leaf_module", leaf_modules(model))
     optimizer = build_optimizer(model, **config.optim.model_dump(), zero_stage=zero_stage(native))
     return Engine(world, objective, optimizer, native)
 

@@ -255,7 +255,8 @@ class Engine:
             self._watch_parameter_access(True)
         try:
             autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast)
-            with torch.no_grad(), autocast:
+            # Compiled blocks would not call the hooks that watch routing.
+            with torch.no_grad(), autocast, torch.compiler.set_stance("force_eager"):
                 yield self.model
         finally:
             if self.zero_stage == 3:

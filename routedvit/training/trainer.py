@@ -140,17 +140,20 @@ class Trainer:
         state.samples_seen += self.settings.batch_size
         self.meter.add(time.perf_counter() - began, waited)
         if result.skipped:
-            self.count_skipped()
+            self.count_skipped(result)
         else:
             self.skipped_in_a_row = 0
         return result
 
-    def count_skipped(self) -> None:
+    def count_skipped(self, result: StepResult) -> None:
         """A step whose loss or gradient was not finite left the weights alone; never silently."""
         state = self.state
         state.skipped_steps += 1
         self.skipped_in_a_row += 1
-        self.progress.message(f"step {state.step} skipped: its loss or gradient is not finite")
+        scale = f"; loss scale {result.loss_scale:g}" if result.loss_scale else ""
+        self.progress.message(
+            f"step {state.step} skipped: its loss or gradient is not finite{scale}"
+        )
         if self.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
             raise ConfigError(
                 f"{MAX_SKIPPED_IN_A_ROW} steps in a row up to step {state.step} were not finite; "
@@ -173,6 +176,8 @@ class Trainer:
             "speed/images_per_second": speed,
             "speed/data_wait_share": waiting,
         }
+        if result.loss_scale is not None:
+            scalars["train/loss_scale"] = result.loss_scale
         if self.engine.device.type == "cuda":
             scalars["speed/peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         for name, value in scalars.items():

@@ -24,6 +24,7 @@ class FakeEngine:
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
         self.value = 0
         self.skip_from: int | None = None
+        self.loss_scale: float | None = None
         self.seen: list[list[int]] = []
 
     def train_step(self, batches: list[dict[str, Any]], *, stop: bool = False) -> StepResult:
@@ -31,7 +32,7 @@ class FakeEngine:
         self.seen += [batch["position"] for batch in batches]
         skipped = self.skip_from is not None and self.value >= self.skip_from
         norm = float("inf") if skipped else 1.0
-        return StepResult(1.0, {"top1": 50.0}, norm, skipped, stop)
+        return StepResult(1.0, {"top1": 50.0}, norm, skipped, stop, self.loss_scale)
 
     def save_state(self, folder: Path) -> None:
         (folder / "deepspeed").mkdir()

@@ -130,6 +130,14 @@ def test_a_skipped_step_is_counted_and_told(tmp_path):
     assert sink.scalars["train/skipped_steps", 6] == 2
 
 
+def test_the_loss_scale_is_logged_and_told_with_a_skipped_step(tmp_path):
+    engine, sink = FakeEngine(), Sink()
+    engine.skip_from, engine.loss_scale = 6, 1024.0
+    trainer(tmp_path, engine, sink, RunState()).fit()
+    assert sink.scalars["train/loss_scale", 2] == 1024
+    assert "loss scale 1024" in sink.messages[0]
+
+
 def test_too_many_skipped_steps_in_a_row_end_the_run_in_words(tmp_path):
     engine = FakeEngine()
     engine.skip_from = 10
