@@ -22,6 +22,7 @@ from data.config import FREE_ON_RESUME, DataConfig
 from data.errors import DataError
 from data.loaders import TrainLoader, build_eval_loader, build_train_loader
 from data.mixture import resolve_train
+from data.preview import Preview
 from routedvit.models.warm_start import WarmStart, warm_start
 from routedvit.training import config as training
 from routedvit.training import engine as engines
@@ -30,6 +31,7 @@ from routedvit.training.checkpoint import RunState
 from routedvit.training.collective import must_agree, on_rank_zero
 from routedvit.training.config_file import describe_keys, json_schema, load_config
 from routedvit.training.console import Console
+from routedvit.training.dry_run import rehearse, resolve_machine
 from routedvit.training.export import export_model
 from routedvit.training.interfaces import EvalLoaders
 from routedvit.training.model import create_model
@@ -74,6 +76,11 @@ def parse_arguments() -> argparse.Namespace:
         type=Path,
         help="go on from this one, not the newest: step_00000500, or a folder of another run",
     )
+    rehearsal = parser.add_argument_group("what would the run take? nothing is started")
+    rehearsal.add_argument("--dry-run", action="store_true", help="data, FLOPs, memory per GPU")
+    rehearsal.add_argument("--find-batch", action="store_true", help="and the largest micro-batch")
+    rehearsal.add_argument("--world-size", type=int, metavar="N", help="ranks; default: GPUs here")
+    rehearsal.add_argument("--gpu-memory", type=float, metavar="GIB", help="default: GPU's, or 80")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     return parser.parse_args()
 
@@ -89,7 +96,13 @@ def main() -> int:
         return 0
     rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
     with Console(rank, user_errors=(training.ConfigError, DataError)) as console:
-        return run(load_config(RunConfig, args.config, args.set), args, console)
+        config = load_config(RunConfig, args.config, args.set)
+        if args.dry_run or args.find_batch:
+            machine = resolve_machine(args.world_size, args.gpu_memory)
+            for text in rehearse(config, Preview(config.data), machine, search=args.find_batch):
+                console.print(text)
+            return 0
+        return run(config, args, console)
 
 
 def run(config: RunConfig, args: argparse.Namespace, console: Console) -> int:
@@ -100,7 +113,6 @@ def run(config: RunConfig, args: argparse.Namespace, console: Console) -> int:
     num_classes = resolve_train(config.data).shards.num_classes * config.objective.classifies
     config.model.kwargs.setdefault("num_classes", num_classes)
     model = create_model(config.model, num_classes=num_classes, seed=config.seed)
-    model.set_grad_checkpointing(config.train.grad_checkpointing)  # type: ignore[operator]
     if args.evaluate:
         held_out = build_eval_loaders(config, model, world, folder)
         return evaluate_offline(

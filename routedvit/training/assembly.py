@@ -1,9 +1,7 @@
 """From the sections of a run config to the objects that train: the meaning of each key."""
 
 from pathlib import Path
-from typing import Any
 
-import torch
 from timm.data import resolve_input_data_config
 from torch import nn
 
@@ -15,6 +13,7 @@ from routedvit.training.assembly_watch import (
     describe_run,
 )
 from routedvit.training.checkpoint import Checkpoints, RunState
+from routedvit.training.compiling import compile_blocks, leaf_modules
 from routedvit.training.config import ConfigError, RunConfig
 from routedvit.training.console import Console
 from routedvit.training.engine import Engine
@@ -22,6 +21,7 @@ from routedvit.training.guard import Guard
 from routedvit.training.interfaces import EvalLoaders, Evaluator, TrainLoader
 from routedvit.training.interfaces import RoutingMonitor as Monitor
 from routedvit.training.metrics import build_writer
+from routedvit.training.model import set_checkpointing
 from routedvit.training.native_config import resolve_native_config, split_batch, zero_stage
 from routedvit.training.objectives import build_objective
 from routedvit.training.optim import (
@@ -49,15 +49,6 @@ def build_engine(
     micro_batch_size, _ = split_batch(
         config.train.batch_size, config.train.micro_batch_size, world.size
     )
-    native = resolve_native_config(
-        config.deepspeed,
-        batch_size=config.train.batch_size,
-        micro_batch_size=micro_batch_size,
-        world_size=world.size,
-        grad_clip=config.train.grad_clip,
-        dtype=config.precision.dtype,
-        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
-    )
     objective = build_objective(
         config,
         model,
@@ -66,40 +57,61 @@ def build_engine(
         mean=loader.mean,
         std=loader.std,
     )
+    set_checkpointing(model, *config.train.checkpointing)
+    if config.train.compile:
+        compile_blocks(model, world.device)
+    engine, average = wrap_objective(config, objective, world)
+    return engine, build_schedules(config, engine, average, loader.samples_per_epoch)
+
+
+def wrap_objective(
+    config: RunConfig, objective: nn.Module, world: World
+) -> tuple[Engine, WeightAverage | None]:
+    """An objective under its optimiser and ZeRO, and the average of its weights. Collective."""
+    model: nn.Module = objective.model  # type: ignore[assignment]
+    micro_batch_size, _ = split_batch(
+        config.train.batch_size, config.train.micro_batch_size, world.size
+    )
+    native = resolve_native_config(
+        config.deepspeed,
+        batch_size=config.train.batch_size,
+        micro_batch_size=micro_batch_size,
+        world_size=world.size,
+        grad_clip=config.train.grad_clip,
+        dtype=config.precision.dtype,
+        autocast=config.precision.autocast,
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+    )
+    if config.train.compile and zero_stage(native) == 3:
+        native["zero_optimization"].setdefault("leaf_module", leaf_modules(model))
     optimizer = build_optimizer(model, **config.optim.model_dump(), zero_stage=zero_stage(native))
     add_parameters_beside_the_model(optimizer, objective, config.optim.weight_decay)
-    schedules = build_schedules(config, objective, optimizer, native, loader.samples_per_epoch)
-    return Engine(world, objective, optimizer, native), schedules
+    average = None
+    if config.ema.decay is not None:
+        check_offload(native)
+        average = WeightAverage(optimizer, **config.ema.model_dump())
+    return Engine(world, objective, optimizer, native), average
 
 
 def build_schedules(
-    config: RunConfig,
-    objective: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    native: dict[str, Any],
-    samples_per_epoch: int,
+    config: RunConfig, engine: Engine, average: WeightAverage | None, samples_per_epoch: int
 ) -> Schedules:
     """Learning rate, weight average, capacity and image size by step, as far as they are asked for.
 
     Raises:
-        ConfigError: one of them is impossible with this model or this ZeRO.
+        ConfigError: one of them is impossible with this model.
     """
     total_steps = config.total_steps(samples_per_epoch)
     steps_per_epoch = samples_per_epoch / config.train.batch_size
-    model: nn.Module = objective.model  # type: ignore[assignment]
     schedule = config.schedule.model_dump(exclude={"warmup_epochs", "timescale_epochs"})
     rate = build_schedule(
-        optimizer,
+        engine.optimizer,
         total_steps=total_steps,
         warmup_steps=round(config.schedule.warmup_epochs * steps_per_epoch),
         timescale_steps=(config.schedule.timescale_epochs or 0) * steps_per_epoch,
         **schedule,
     )
-    dials: list[Dial] = []
-    if config.ema.decay is not None:
-        check_offload(native)
-        average = config.ema.model_dump(exclude={"decay"})
-        dials.append(WeightAverage(optimizer, decay=config.ema.decay, **average))
+    dials: list[Dial] = [average] if average is not None else []
     recipe = config.capacity
     if recipe.schedule != "none":
         factors = capacity.levels(recipe.start, recipe.end, recipe.levels)
@@ -108,12 +120,12 @@ def build_schedules(
             factor = capacity.anneal(factors, steps, recipe.shape)
         else:
             factor = capacity.sample(recipe.factors or factors, config.seed)
-        dials.append(capacity.CapacityDial(model, factor))
+        dials.append(capacity.CapacityDial(engine.model, factor))
     if config.resolution.stages:
         stages = [(round(s.until * total_steps), s.size) for s in config.resolution.stages]
         made = {"model_kwargs": config.model.kwargs}
-        _, height, width = resolve_input_data_config(model, made)["input_size"]
-        dials.append(ResolutionDial(objective, stages, (height, width)))
+        _, height, width = resolve_input_data_config(engine.model, made)["input_size"]
+        dials.append(ResolutionDial(engine.objective, stages, (height, width)))
     return Schedules(rate, dials)
 
 

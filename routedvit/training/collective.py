@@ -1,8 +1,9 @@
-"""What one rank does for all: its result, or its mistake, reaches every rank."""
+"""What one rank does for all, and what all do for one number."""
 
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 
 from routedvit.training.config import ConfigError
@@ -39,3 +40,26 @@ def on_rank_zero(action: Callable[[], T]) -> T:
     if outcome[1] is not None:
         raise ConfigError(str(outcome[1]))
     return outcome[0]  # type: ignore[return-value]
+
+
+class WorldMean:
+    """World mean of a small vector, copied to the host without stalling the device.
+
+    The copy is enqueued before the optimiser step, which waits for the device by itself, so `get`
+    after the step finds it done. The last element is summed rather than averaged.
+    """
+
+    def __init__(self, values: torch.Tensor) -> None:
+        dist.all_reduce(values)
+        values[:-1] /= dist.get_world_size()
+        self._host = values.to("cpu", non_blocking=True)
+        self._event = None
+        if values.is_cuda:
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def get(self) -> list[float]:
+        """The values; call it after the optimiser step."""
+        if self._event is not None:
+            self._event.synchronize()
+        return [float(value) for value in self._host]

@@ -7,7 +7,7 @@ other. Unknown keys are errors (`extra='forbid'`): a typo must not train for a w
 wording of errors live in `config_file.py`.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -73,8 +73,21 @@ class TrainConfig(Section):
     """Length of the run in optimiser steps (or give epochs)."""
     grad_clip: float | None = Field(1.0, gt=0)
     """Largest global gradient norm; null turns clipping off."""
-    grad_checkpointing: bool = False
-    """Recompute each routed block in backward: less memory, about 30 % more compute."""
+    grad_checkpointing: bool | Annotated[str, Field(pattern=r"^(heavy|block)(/[1-9]\d*)?$")] = False
+    """What backward recomputes to save memory: 'heavy' (the heavy branches), 'block' or true (whole
+    blocks, about 30 % more compute), 'block/2' (every second block). Routing is never recomputed;
+    --dry-run shows what each costs."""
+    compile: bool = False
+    """torch.compile of every block: faster after a minute or two; needs a C++ compiler on the CPU,
+    Triton on a GPU."""
+
+    @property
+    def checkpointing(self) -> tuple[str, int]:
+        """`grad_checkpointing` as (policy, every): 'none', 'heavy' or 'block', each n-th block."""
+        if isinstance(self.grad_checkpointing, bool):
+            return ("block" if self.grad_checkpointing else "none"), 1
+        policy, _, every = self.grad_checkpointing.partition("/")
+        return policy, int(every or 1)
 
     @model_validator(mode="after")
     def _one_length(self) -> "TrainConfig":
@@ -87,9 +100,23 @@ class PrecisionConfig(Section):
     """Number formats of compute; router logits and gates are fp32 always."""
 
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Compute type; bf16 and fp16 keep fp32 master weights."""
+    """Compute type; bf16 and fp16 keep fp32 master weights and add gradients up in fp32."""
+    autocast: bool = False
+    """Keep fp32 weights and compute matrix products in bf16 under torch.autocast, in place of bf16
+    weights with a fp32 copy: no rounding of the initial weights, norms in fp32, works with ZeRO 0;
+    more memory, twice the communication."""
     tf32: bool = True
     """Allow TF32 matrix products on GPUs in fp32 runs."""
+
+    @model_validator(mode="after")
+    def _autocast_to_bf16(self) -> "PrecisionConfig":
+        if self.autocast and self.dtype != "bf16":
+            raise ValueError(
+                f"precision.autocast = true needs precision.dtype = bf16, not {self.dtype} (for "
+                "fp16 DeepSpeed would clip gradients that are still scaled); set it, or delete "
+                "autocast"
+            )
+        return self
 
 
 class RunConfig(Section):

@@ -15,6 +15,7 @@ Reference: DeepSpeed 0.19.8, deepspeed/__init__.py and deepspeed/runtime/engine.
 
 import atexit
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +28,9 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from torch import nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from routedvit.training.collective import WorldMean
 from routedvit.training.config import ConfigError
 from routedvit.training.config_file import nearest
 from routedvit.training.interfaces import Batch
@@ -44,15 +47,20 @@ if not torch.cuda.is_available():
 
 import deepspeed
 import deepspeed.ops
-from deepspeed.accelerator import get_accelerator
+from deepspeed.accelerator import get_accelerator, set_accelerator
+from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+from deepspeed.comm import comm
 from deepspeed.runtime import compiler as deepspeed_compiler
+from deepspeed.runtime import torch_autocast
 from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.runtime.config_utils import DeepSpeedConfigModel
+from deepspeed.runtime.zero import partition_parameters, partitioned_param_coordinator, stage3
 from deepspeed.runtime.zero.parameter_offload import ensure_zero_ordered_dict
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+from deepspeed.utils import groups, safe_get_full_fp32_param, safe_get_full_grad
 
 T = TypeVar("T")
 SHARDS, REPLICATED, COUNTERS = "shards", "replicated.safetensors", "counters.json"
+NO_GROUPS = dict(vars(groups))
 
 
 class StepResult(NamedTuple):
@@ -64,13 +72,13 @@ class StepResult(NamedTuple):
     skipped: bool  # a loss or gradient was not finite on some rank: weights are unchanged
     stop: bool  # some rank asked to stop
     own_loss: torch.Tensor | float = 0.0  # mean over this rank's images; float() may wait
+    loss_scale: float | None = None  # of fp16, for the next step
 
 
 def start(*, tf32: bool = True) -> World:
     """Connect this process to the others, whoever launched it. Collective; call it first."""
     world = join_environment()
-    deepspeed.ops.__compatible_ops__ = {}
-    _import_muon_undecorated()
+    _prepare_deepspeed()
     torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.backends.cudnn.allow_tf32 = tf32
     deepspeed.init_distributed(verbose=False)
@@ -79,7 +87,7 @@ def start(*, tf32: bool = True) -> World:
 
 
 def stop() -> None:
-    """Disconnect; calling it twice is fine."""
+    """Disconnect, so that another world may follow; calling it twice is fine."""
     if dist.is_initialized():
         dist.destroy_process_group()
         # DeepSpeed's globals keep the groups and so gloo's threads alive. One of them may still be
@@ -87,6 +95,51 @@ def stop() -> None:
         # were the interpreter to end first, the thread would abort the process (seen in 1 end of
         # 8 under ZeRO-3). It needs microseconds once the lock is free.
         time.sleep(0.2)
+    vars(groups).update(NO_GROUPS)  # DeepSpeed would go on with those of the world that ended
+    comm.cdb = None
+    torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
+
+
+@contextmanager
+def pretend(world_size: int) -> Iterator[World]:
+    """This process as rank 0 of a world whose other ranks do not exist, on DeepSpeed's CPU backend.
+
+    Collectives return at once and leave their buffers alone, so this is for fake tensors, which
+    hold no values (see rehearsal.py). What ZeRO-3 compares over ranks to be safe is left out.
+    """
+    assert not dist.is_initialized(), "this process belongs to a real world"
+    before, accelerator = dict(os.environ), get_accelerator()
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world_size)}
+    os.environ.update(ranks, MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    set_accelerator(_PretendedAccelerator())
+    _prepare_deepspeed()
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+    comparing = (partition_parameters, partitioned_param_coordinator, stage3)
+    compare = comparing[0].assert_ints_same_as_other_ranks
+    for module in comparing:
+        module.assert_ints_same_as_other_ranks = lambda ints: None
+    try:
+        deepspeed.init_distributed(verbose=False)
+        yield World(0, 0, world_size, torch.device("cpu"))
+    finally:
+        for module in comparing:
+            module.assert_ints_same_as_other_ranks = compare
+        stop()
+        set_accelerator(accelerator)
+        os.environ.clear()
+        os.environ.update(before)
+
+
+class _PretendedAccelerator(CPU_Accelerator):
+    """The CPU as DeepSpeed sees it, for shapes only: it has every number format."""
+
+    def is_fp16_supported(self) -> bool:
+        return True
+
+
+def _prepare_deepspeed() -> None:
+    deepspeed.ops.__compatible_ops__ = {}
+    _import_muon_undecorated()
 
 
 def _import_muon_undecorated() -> None:
@@ -129,6 +182,7 @@ class Engine:
         self.accumulation: int = native["gradient_accumulation_steps"]
         self.scales_loss = bool(native.get("fp16", {}).get("enabled"))  # and so overflows at times
         self.optimizer = optimizer
+        self._autocast = native.get("torch_autocast", {}).get("enabled", False)
         self._grad_clip: float = native["gradient_clipping"]
         if self.zero_stage == 0:
             native = native | {"gradient_clipping": 0.0}  # clipped in _finish_step_unsharded
@@ -141,7 +195,7 @@ class Engine:
         self._layout = ZeroLayout(
             self._engine.optimizer, self.zero_stage, self.objective, self.rank, self.world_size
         )
-        self.model.register_forward_pre_hook(_cast_to_parameters)
+        self.model.register_forward_pre_hook(cast_to_parameters)
 
     def train_step(
         self,
@@ -172,7 +226,7 @@ class Engine:
             if index < self.accumulation - 1:
                 self._engine.step()  # counts the micro-batch
         assert totals is not None
-        mean = _Read(torch.cat([totals / self.accumulation, totals.new_tensor([float(stop)])]))
+        mean = WorldMean(torch.cat([totals / self.accumulation, totals.new_tensor([float(stop)])]))
         if before_step is not None:
             before_step()
         grad_norm, applied = self._finish_step()
@@ -184,13 +238,22 @@ class Engine:
             skipped=not applied,
             stop=stops > 0,
             own_loss=totals[0] / self.accumulation,
+            loss_scale=self._engine.optimizer.cur_scale if self.scales_loss else None,
         )
 
     def _finish_step(self) -> tuple[torch.Tensor | float, bool]:
         """Clip and step, or skip; returns the gradient norm and whether the step was applied."""
         if self.zero_stage == 0:
             return self._finish_step_unsharded()
-        self._engine.step()
+        try:
+            self._engine.step()
+        except Exception as error:  # DeepSpeed raises nothing narrower
+            if "loss scale already at minimum" in str(error):
+                raise ConfigError(
+                    "fp16: gradients overflow even at the smallest loss scale; use precision.dtype "
+                    "= bf16, or lower optim.lr and start again from the newest checkpoint"
+                ) from error
+            raise
         applied = self._engine.was_step_applied()
         return self._engine.get_global_grad_norm() if applied else float("inf"), applied
 
@@ -198,7 +261,7 @@ class Engine:
         """As `_finish_step`; without ZeRO, DeepSpeed neither checks nor tells the norm."""
         parameters = [p for p in self.objective.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])  # type: ignore[misc]
-        applied = bool(norm.isfinite())
+        applied = math.isfinite(norm.item())
         if not applied:
             for parameter in parameters:
                 parameter.grad = None  # torch optimisers leave these alone
@@ -214,7 +277,9 @@ class Engine:
         if self.zero_stage == 3:
             self._watch_parameter_access(True)
         try:
-            with torch.no_grad():
+            autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast)
+            # Compiled blocks would not call the hooks that watch routing.
+            with torch.no_grad(), autocast, torch.compiler.set_stance("force_eager"):
                 yield self.model
         finally:
             if self.zero_stage == 3:
@@ -285,6 +350,28 @@ class Engine:
         """About how many bytes `save_state` writes on all ranks together. Collective."""
         return sum(self.gather(state_bytes(self._layout)))
 
+    @property
+    def offloads(self) -> bool:
+        """Whether the optimiser works in the memory of the host."""
+        return bool(self._engine.zero_use_cpu_optimizer())
+
+    def host_tensors(self) -> Iterator[torch.Tensor]:
+        """What DeepSpeed keeps in the memory of the host, by its names for it (0.19.8)."""
+        zero = self._engine.optimizer
+        found: list[Any] = []
+        if self.offloads:
+            masters = getattr(zero, "single_partition_of_fp32_groups", None)
+            masters = masters or zero.fp32_partitioned_groups_flat
+            found += [*masters, *(master.grad for master in masters)]
+            found += [value for state in self.optimizer.state.values() for value in state.values()]
+            found += getattr(zero, "param_buffer_of_bit16_for_cpu_offload_groups", [])
+            found += getattr(zero, "accumulated_grads_in_cpu", {}).values()
+            for name in ("temp_grad_buffer_for_cpu_offload", "grad_partitions_flat_buffer"):
+                found.append(getattr(zero, name, None))
+        if self._engine.zero_offload_param() is not None:
+            found += [getattr(p, "ds_tensor", None) for p in self.objective.parameters()]
+        yield from (tensor for tensor in found if torch.is_tensor(tensor))
+
     def save_state(self, folder: Path) -> None:
         """Write weights and optimiser state below `folder`. Collective.
 
@@ -344,29 +431,7 @@ class Engine:
         dist.barrier()
 
 
-class _Read:
-    """World mean of a small vector, copied to the host without stalling the device.
-
-    The copy is enqueued before the optimiser step, which waits for the device by itself, so `get`
-    after the step finds it done. The last element is summed rather than averaged.
-    """
-
-    def __init__(self, values: torch.Tensor) -> None:
-        dist.all_reduce(values)
-        values[:-1] /= dist.get_world_size()
-        self._host = values.to("cpu", non_blocking=True)
-        self._event = None
-        if values.is_cuda:
-            self._event = torch.cuda.Event()
-            self._event.record()
-
-    def get(self) -> list[float]:
-        if self._event is not None:
-            self._event.synchronize()
-        return [float(value) for value in self._host]
-
-
-def _cast_to_parameters(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+def cast_to_parameters(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """Give a bf16 or fp16 network its floating-point inputs in its own type."""
     dtype = next(model.parameters()).dtype
     return tuple(

@@ -64,7 +64,9 @@ class Guard:
     def watch(self, result: StepResult, batches: Sequence[Batch], step: int) -> None:
         """Judge the step that made `step` finished ones out of these micro-batches."""
         if result.skipped and self.engine.scales_loss and math.isfinite(result.loss):
-            self.tell(f"step {step} skipped: a gradient overflowed fp16, the loss scale is lowered")
+            self.tell(
+                f"step {step} skipped: a gradient overflowed fp16; loss scale {result.loss_scale:g}"
+            )
             return
         reason = self._reason(result)
         if reason is None:

@@ -16,12 +16,11 @@ from timm.data.mixup import one_hot
 from torch import Tensor
 
 from routedvit.training.config import ConfigError
+from routedvit.training.hashing import hashed
 
 __all__ = ["Mixing"]
 
 DRAWS = 1 << 16  # lambdas in the table
-LOW = 0xFFFFFFFF
-MULTIPLIER = 0x045D9F3B
 _APPLY, _SWITCH, _LAMBDA, _ROW, _COLUMN, _NUMBERS = range(6)  # what a random number is for
 
 
@@ -67,7 +66,7 @@ class Mixing:
         # RandomState: its streams never change with numpy's version
         generator = np.random.RandomState(seed % (1 << 32))
         lambdas = [generator.beta(alpha or 1, alpha or 1, DRAWS) for alpha in (mixup, cutmix)]
-        self._lambdas = torch.tensor(np.stack(lambdas), dtype=torch.float32)
+        self._lambdas = torch.tensor(np.stack(lambdas), dtype=torch.float32, device="cpu")
 
     def __call__(self, image: Tensor, target: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         """The mixed images [B, C, H, W] and their targets, float32 [B, num_classes].
@@ -121,16 +120,5 @@ def _inside(centre: Tensor, ratio: Tensor, length: int) -> Tensor:
 
 def uniform(pair: Tensor, seed: int) -> Tensor:
     """float32 [P, numbers] in [0, 1), hashed from seed, pair and column; the same on any device."""
-    state = torch.full_like(pair, seed & LOW)
-    for part in (seed >> 32, pair & LOW, pair >> 32):
-        state = _scramble(state ^ (part & LOW))
-    columns = torch.arange(_NUMBERS, device=pair.device)
-    words = _scramble(state.unsqueeze(1) ^ columns)
+    words = hashed(pair, _NUMBERS, seed=seed)
     return (words >> 8).float() * 2.0**-24
-
-
-def _scramble(x: Tensor) -> Tensor:
-    """A bijection of 32-bit numbers held in int64, so that no product overflows (T. Mueller)."""
-    for _ in range(2):
-        x = ((x >> 16 ^ x) * MULTIPLIER) & LOW
-    return x >> 16 ^ x

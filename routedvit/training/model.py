@@ -5,6 +5,8 @@ be trained, timm's dense models included.
 """
 
 import difflib
+import inspect
+from typing import Any
 
 import timm
 import torch
@@ -34,3 +36,21 @@ def create_model(config: ModelConfig, *, num_classes: int, seed: int) -> nn.Modu
         return timm.create_model(config.name, **kwargs)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"model.kwargs: {config.name} refuses them: {error}") from error
+
+
+def set_checkpointing(model: nn.Module, policy: str, every: int = 1) -> None:
+    """Recompute activations in backward: 'none', 'heavy' or 'block', in each `every`-th block.
+
+    Raises:
+        ConfigError: the model is not a routed one and knows whole blocks only.
+    """
+    switch: Any = model.set_grad_checkpointing
+    if "policy" in inspect.signature(switch).parameters:
+        switch(policy != "none", policy=policy, every=every)
+    elif policy in ("none", "block") and every == 1:
+        switch(policy != "none")
+    else:
+        raise ConfigError(
+            f"train.grad_checkpointing = {policy}/{every}: {type(model).__name__} does not route "
+            "and can recompute all blocks or none; use true or false"
+        )

@@ -91,11 +91,13 @@ def resolve_native_config(
     grad_clip: float | None,
     dtype: str,
     num_parameters: int,
+    autocast: bool = False,
 ) -> dict[str, Any]:
     """The complete dict for `deepspeed.initialize`; `user` is not changed.
 
     `batch_size`, `micro_batch_size` and `grad_clip` come from the section `train`, `dtype` ('fp32',
-    'bf16', 'fp16') from `precision`; `num_parameters` sizes the communication buckets.
+    'bf16', 'fp16') and `autocast` from `precision`; `num_parameters` sizes the communication
+    buckets.
 
     Raises:
         ConfigError: an unknown, removed or refused key, "auto", or a contradiction.
@@ -112,8 +114,10 @@ def resolve_native_config(
     _own(native, "train_micro_batch_size_per_gpu", micro_batch_size, "train.micro_batch_size")
     _own(native, "gradient_accumulation_steps", accumulation, "train.batch_size")
     _own(native, "gradient_clipping", grad_clip or 0.0, "train.grad_clip")
-    _own_precision(native, dtype)
-    _fill_defaults(native, dtype, num_parameters)
+    _own_autocast(native, autocast)
+    _own_precision(native, "fp32" if autocast else dtype)
+    _fill_defaults(native, num_parameters)
+    _check_offload(native)
     return native
 
 
@@ -154,6 +158,31 @@ def _own(native: dict[str, Any], key: str, value: Any, owner: str) -> None:
         )
 
 
+def _own_autocast(native: dict[str, Any], autocast: bool) -> None:
+    """Switch on DeepSpeed's block for autocast to bf16.
+
+    By default DeepSpeed would then also communicate the gradients of linear layers and convolutions
+    in bf16; an empty list of modules keeps the sums over ranks in fp32.
+    """
+    given = native.get("torch_autocast", {}).get("enabled")
+    if given is not None and given != autocast:
+        raise ConfigError(
+            f"deepspeed.torch_autocast.enabled = {str(given).lower()} contradicts "
+            f"precision.autocast = {str(autocast).lower()}; delete the first"
+        )
+    if not autocast:
+        return
+    block = native.setdefault("torch_autocast", {})
+    block["enabled"] = True
+    dtype = block.setdefault("dtype", "bfloat16")
+    if dtype not in ("bfloat16", "bf16"):
+        raise ConfigError(
+            f"deepspeed.torch_autocast.dtype = {dtype} contradicts precision.dtype = bf16; delete "
+            "the first"
+        )
+    block.setdefault("lower_precision_safe_modules", [])
+
+
 def _own_precision(native: dict[str, Any], dtype: str) -> None:
     """Switch on the block of `dtype` and refuse the other's, and what would hide a bad step."""
     wanted = PRECISIONS[dtype]
@@ -176,11 +205,12 @@ def _own_precision(native: dict[str, Any], dtype: str) -> None:
     if wanted and zero_stage(native) == 0:
         raise ConfigError(
             f"precision.dtype = {dtype} with deepspeed.zero_optimization.stage = 0 accumulates "
-            f"gradients in {dtype}; use stage 1, 2 or 3"
+            f"gradients in {dtype}; use stage 1, 2 or 3 (on one rank too)"
+            + (", or precision.autocast = true" if dtype == "bf16" else "")
         )
 
 
-def _fill_defaults(native: dict[str, Any], dtype: str, num_parameters: int) -> None:
+def _fill_defaults(native: dict[str, Any], num_parameters: int) -> None:
     """Explicit values where DeepSpeed's defaults are slow, noisy or change between versions."""
     native.setdefault("steps_per_print", 10**9)
     # It synchronises the device twice per micro-batch; the trainer measures by itself.
@@ -196,9 +226,30 @@ def _fill_defaults(native: dict[str, Any], dtype: str, num_parameters: int) -> N
     if stage <= 2:
         zero.setdefault("overlap_comm", False)  # with torch.compile it has produced NaNs (#8061)
     # The default of 5e8 elements is allocated whole and, larger than the model, overlaps nothing.
-    bucket = min(MAX_BUCKET, max(1_000_000, num_parameters // 8))
+    bucket = min(MAX_BUCKET, max(1_000_000, num_parameters // 16 * 2))  # it must be even
     zero.setdefault("reduce_bucket_size", bucket)
     if stage <= 2:
         zero.setdefault("allgather_bucket_size", bucket)
-    if zero.get("offload_optimizer", {}).get("device", "none") != "none":
+    if _offloads(zero, "offload_optimizer"):
         native.setdefault("zero_force_ds_cpu_optimizer", False)  # theirs would be compiled
+
+
+def _offloads(zero: dict[str, Any], block: str) -> bool:
+    return (zero.get(block) or {}).get("device", "none") != "none"
+
+
+def _check_offload(native: dict[str, Any]) -> None:
+    """Refuse what DeepSpeed would ignore, or could only do with an extension it has to compile."""
+    zero, stage = native.get("zero_optimization", {}), zero_stage(native)
+    for block, lowest in (("offload_optimizer", 1), ("offload_param", 3)):
+        where = f"deepspeed.zero_optimization.{block}"
+        if not _offloads(zero, block):
+            continue
+        if stage < lowest:
+            raise ConfigError(f"{where} needs zero_optimization.stage = {lowest} or more: {stage}")
+        for key, value in (("device", "nvme"), ("super_offload", True)):
+            if zero[block].get(key) == value:
+                raise ConfigError(
+                    f"{where}.{key} = {str(value).lower()} needs an extension that DeepSpeed would "
+                    'compile, and this trainer compiles none; use "device": "cpu" alone'
+                )

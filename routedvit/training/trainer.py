@@ -218,6 +218,8 @@ class Trainer:
         scalars |= memory(self.engine.device)
         if self.forwards is not None:
             scalars |= self.forwards.read(speed)
+        if result.loss_scale is not None:
+            scalars["train/loss_scale"] = result.loss_scale
         for name, value in scalars.items():
             self.writer.scalar(name, value, step)
 

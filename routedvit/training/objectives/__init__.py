@@ -13,7 +13,7 @@ does not change with the number of ranks. Every trainable parameter must take pa
 ZeRO-3 would apply the last gradient of an idle one again.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -23,7 +23,7 @@ from routedvit.training.config_recipe import DistillConfig, MaskedConfig
 from routedvit.training.objectives.distillation import DistillationObjective
 from routedvit.training.objectives.masked import MaskedObjective
 from routedvit.training.objectives.supervised import SupervisedObjective, build_loss, build_mixup
-from routedvit.training.objectives.teacher import build_teacher
+from routedvit.training.objectives.teacher import Teacher, build_teacher
 
 __all__ = [
     "DistillationObjective",
@@ -43,6 +43,7 @@ def build_objective(
     device: torch.device,
     mean: Sequence[float],
     std: Sequence[float],
+    teacher: Callable[..., Teacher] = build_teacher,
 ) -> nn.Module:
     """What `config.objective` asks for, around `model`.
 
@@ -50,6 +51,7 @@ def build_objective(
         micro_batch_size: images per rank and forward pass.
         device: where a teacher runs.
         mean, std: what the images are normalised with, per channel.
+        teacher: makes the teacher; a dry run has its own.
 
     Raises:
         ConfigError: the model, its classes or the teacher do not fit the objective.
@@ -71,7 +73,7 @@ def build_objective(
     loss = build_loss(config.loss.name, config.loss.label_smoothing, mixed=mixup is not None)
     if not isinstance(own, DistillConfig):
         return SupervisedObjective(model, loss, mixup)
-    teacher = build_teacher(
+    trained = teacher(
         own.teacher,
         num_classes=num_classes,
         mean=mean,
@@ -80,4 +82,4 @@ def build_objective(
         dtype=config.precision.dtype,
     )
     options = own.model_dump(exclude={"name", "teacher"})
-    return DistillationObjective(model, loss, mixup, teacher=teacher, **options)
+    return DistillationObjective(model, loss, mixup, teacher=trained, **options)

@@ -84,8 +84,11 @@ def build_teacher(
     std: Sequence[float],
     device: torch.device,
     dtype: str,
+    trained: bool = True,
 ) -> Teacher:
     """The trained network that `config` names, for a student of `num_classes`.
+
+    With `trained` false its weights are neither looked for nor read: only its shapes count then.
 
     Raises:
         ConfigError: no weights are named, they cannot be read or do not fit the network, or it
@@ -96,13 +99,15 @@ def build_teacher(
             "objective.teacher needs weights: give one of objective.teacher.checkpoint (a file) "
             "and objective.teacher.pretrained = true (timm's own, or of a 'local-dir:' name)"
         )
-    if config.checkpoint is not None and not Path(config.checkpoint).is_file():
+    if trained and config.checkpoint is not None and not Path(config.checkpoint).is_file():
         raise ConfigError(f"objective.teacher.checkpoint: {config.checkpoint} does not exist")
     kwargs = dict(config.kwargs)
-    if config.checkpoint is not None:  # with `pretrained`, timm would give it a new classifier
+    if not trained:
+        kwargs = {"num_classes": num_classes, **kwargs}
+    elif config.checkpoint is not None:  # with `pretrained`, timm would give it a new classifier
         kwargs = {"num_classes": num_classes, **kwargs, "checkpoint_path": config.checkpoint}
     try:
-        network = timm.create_model(config.name, pretrained=config.pretrained, **kwargs)
+        network = timm.create_model(config.name, pretrained=config.pretrained and trained, **kwargs)
     except (RuntimeError, TypeError, ValueError, OSError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(f"objective.teacher {config.name!r}: {reason}") from error

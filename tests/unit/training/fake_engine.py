@@ -28,6 +28,7 @@ class FakeEngine:
         self.skip_from: int | None = None
         self.losses: dict[int, float] = {}  # by data position, where not 1
         self.full_disks = 0  # saves that fail
+        self.loss_scale: float | None = None
         self.seen: list[list[int]] = []
         self.averaged = False
 
@@ -40,7 +41,9 @@ class FakeEngine:
         skipped = self.skip_from is not None and self.value >= self.skip_from
         skipped = skipped or not math.isfinite(loss)
         norm = float("inf") if skipped else 1.0
-        return StepResult(loss, {"top1": 50.0}, norm, skipped, stop, own_loss=loss)
+        return StepResult(
+            loss, {"top1": 50.0}, norm, skipped, stop, own_loss=loss, loss_scale=self.loss_scale
+        )
 
     def state_bytes(self) -> int:
         return 1000

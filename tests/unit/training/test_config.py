@@ -102,3 +102,24 @@ def test_every_objective_lists_its_keys() -> None:
         assert f'  objective.name = "{name}"' in text
     assert "  objective.mask_ratio = 0.75" in text
     assert "  objective.teacher.name = required" in text
+
+
+@pytest.mark.parametrize(
+    ("value", "policy"),
+    [
+        ("false", ("none", 1)),
+        ("true", ("block", 1)),
+        ("heavy", ("heavy", 1)),
+        ("block/3", ("block", 3)),
+    ],
+)
+def test_checkpointing_is_a_policy_or_a_boolean(
+    path: str, value: str, policy: tuple[str, int]
+) -> None:
+    config = load_config(RunConfig, path, [f"train.grad_checkpointing={value}"])
+    assert config.train.checkpointing == policy
+
+
+def test_an_unknown_checkpointing_policy_is_refused(path: str) -> None:
+    with pytest.raises(ConfigError, match=r"train\.grad_checkpointing = \"blocks\""):
+        load_config(RunConfig, path, ["train.grad_checkpointing=blocks"])

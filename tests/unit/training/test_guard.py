@@ -86,7 +86,7 @@ def test_the_search_for_the_loss_scale_of_fp16_is_no_bad_step(tmp_path, told):
     engine.scales_loss = True
     watch = guard(tmp_path, told, engine, max_bad_steps=2)
     for step in range(20):
-        watch.watch(bad(loss=3.0), [batch("a")], step)
+        watch.watch(bad(loss=3.0)._replace(loss_scale=2.0**step), [batch("a")], step)
     assert not watch.bad_steps
     assert "loss scale" in told[0]
     watch.watch(bad(loss=math.nan), [batch("a")], 21)

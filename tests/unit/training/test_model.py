@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from routedvit.training.config import ConfigError, ModelConfig
-from routedvit.training.model import create_model
+from routedvit.training.model import create_model, set_checkpointing
 
 SMALL = {"img_size": 32, "depth": 1}
 
@@ -32,3 +32,13 @@ def test_too_few_classes_are_refused() -> None:
     config = ModelConfig(name="vit_tiny_patch16_224", kwargs=SMALL | {"num_classes": 2})
     with pytest.raises(ConfigError, match="data set has 3 classes"):
         create_model(config, num_classes=3, seed=0)
+
+
+def test_a_model_that_does_not_route_recomputes_all_blocks_or_none() -> None:
+    model = create_model(
+        ModelConfig(name="vit_tiny_patch16_224", kwargs=SMALL), num_classes=3, seed=0
+    )
+    set_checkpointing(model, "block")
+    assert model.grad_checkpointing
+    with pytest.raises(ConfigError, match=r"heavy/1: VisionTransformer does not route"):
+        set_checkpointing(model, "heavy")

@@ -47,6 +47,23 @@ def test_buckets_follow_the_size_of_the_model():
     )
 
 
+def test_buckets_are_even_as_deepspeed_demands():
+    zero = resolve({"zero_optimization": {"stage": 1}}, num_parameters=80_000_009)
+    assert zero["zero_optimization"]["allgather_bucket_size"] % 2 == 0
+
+
+def test_autocast_keeps_weights_and_communication_in_fp32():
+    native = resolve({}, dtype="bf16", autocast=True)
+    assert "bf16" not in native
+    assert native["torch_autocast"]["enabled"] is True
+    assert native["torch_autocast"]["lower_precision_safe_modules"] == []
+
+
+def test_offload_takes_torchs_optimiser():
+    native = resolve({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}})
+    assert native["zero_force_ds_cpu_optimizer"] is False
+
+
 @pytest.mark.parametrize("block", ["bf16", "fp16"])
 def test_precision_switches_its_block_on(block):
     native = resolve({"zero_optimization": {"stage": 1}}, dtype=block)
@@ -75,6 +92,16 @@ def test_precision_switches_its_block_on(block):
             {"zero_optimization": {"stage": 0}},
             {"dtype": "bf16"},
             ("precision.dtype", "deepspeed.zero_optimization.stage"),
+        ),
+        (
+            {"torch_autocast": {"enabled": True}},
+            {},
+            ("deepspeed.torch_autocast.enabled", "precision.autocast"),
+        ),
+        (
+            {"torch_autocast": {"dtype": "float16"}},
+            {"dtype": "bf16", "autocast": True},
+            ("deepspeed.torch_autocast.dtype", "precision.dtype"),
         ),
         ({"optimizer": {"type": "AdamW"}}, {}, ("deepspeed.optimizer", "'optim'")),
         ({"scheduler": {}}, {}, ("deepspeed.scheduler", "'schedule'")),

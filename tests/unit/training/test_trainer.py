@@ -190,6 +190,14 @@ def test_a_skipped_step_is_counted_and_told(tmp_path):
     assert sink.scalars["train/skipped_steps", 6] == 2
 
 
+def test_the_loss_scale_is_logged_and_told_with_a_skipped_step(tmp_path):
+    engine, sink = FakeEngine(), Sink()
+    engine.skip_from, engine.loss_scale, engine.scales_loss = 6, 1024.0, True
+    trainer(tmp_path, engine, sink, RunState()).fit()
+    assert sink.scalars["train/loss_scale", 2] == 1024
+    assert "loss scale 1024" in sink.messages[0]
+
+
 def ledger(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "bad_steps.jsonl").read_text().splitlines()]
 
