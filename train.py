@@ -23,10 +23,12 @@ from data.loaders import EvalLoader, TrainLoader, build_eval_loader, build_train
 from data.mixture import resolve_train
 from routedvit.training import config as training
 from routedvit.training import engine as engines
+from routedvit.training.agreement import check_same_run, check_shared_folder
 from routedvit.training.assembly import build_engine, build_trainer
 from routedvit.training.checkpoint import Checkpoints, RunState
 from routedvit.training.collective import on_rank_zero
 from routedvit.training.config_file import describe_keys, json_schema, load_config
+from routedvit.training.connection import lost_rank
 from routedvit.training.console import Console
 from routedvit.training.export import export_model
 from routedvit.training.model import create_model
@@ -35,6 +37,9 @@ from routedvit.training.report import closing, opening
 from routedvit.training.run_folder import RunFolder, open_folder, versions
 from routedvit.training.signals import REQUEUE_EXIT_CODE
 from routedvit.training.world import World
+
+# Code outside the package; all machines must have the same.
+SOURCES = (Path(__file__), Path(__file__).parent / "data")
 
 
 class RunConfig(training.RunConfig):
@@ -73,15 +78,19 @@ def main() -> int:
         Path(args.write_schema).write_text(json_schema(RunConfig), encoding="utf-8")
         return 0
     rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
-    with Console(rank, user_errors=(training.ConfigError, DataError)) as console:
+    mistakes = (training.ConfigError, DataError)
+    with Console(rank, user_errors=mistakes, explain=lost_rank) as console:
         return run(load_config(RunConfig, args.config, args.set), args.fresh, console)
 
 
 def run(config: RunConfig, fresh: bool, console: Console) -> int:
     """Everything between a valid config and the exit code, the same on every rank."""
-    world = engines.start(tf32=config.precision.tf32)
+    world = engines.start(tf32=config.precision.tf32, tell=console.show)
+    record = config.model_dump(mode="json")
+    shards = resolve_train(config.data).shards
+    check_same_run(record, shards.digest(), SOURCES)
     folder = RunFolder(Path(config.folder))
-    num_classes = resolve_train(config.data).shards.num_classes
+    num_classes = shards.num_classes
     config.model.kwargs.setdefault("num_classes", num_classes)
     model = create_model(config.model, num_classes=num_classes, seed=config.seed)
     model.set_grad_checkpointing(config.train.grad_checkpointing)  # type: ignore[operator]
@@ -92,6 +101,7 @@ def run(config: RunConfig, fresh: bool, console: Console) -> int:
     record = config.model_dump(mode="json")
     free = tuple(f"data.{key}" for key in FREE_ON_RESUME)
     console.print(on_rank_zero(lambda: open_folder(folder, record, fresh=fresh, free=free)))
+    check_shared_folder(folder.path)
     console.log_to(folder.logs / f"rank_{world.rank}.log")
     checkpoints = Checkpoints(
         folder.checkpoints, engine, keep=config.checkpoint.keep, tell=console.print

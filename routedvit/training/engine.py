@@ -15,7 +15,7 @@ Reference: DeepSpeed 0.19.8, deepspeed/__init__.py and deepspeed/runtime/engine.
 
 import atexit
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -24,9 +24,11 @@ import pydantic
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed import distributed_c10d
 
 from routedvit.training.config import ConfigError
 from routedvit.training.config_file import nearest
+from routedvit.training.connection import connecting
 from routedvit.training.interfaces import Batch
 from routedvit.training.native_config import zero_stage
 from routedvit.training.world import World, join_environment
@@ -39,6 +41,7 @@ if not torch.cuda.is_available():
 import deepspeed
 import deepspeed.ops
 from deepspeed.accelerator import get_accelerator
+from deepspeed.constants import default_pg_timeout
 from deepspeed.runtime import compiler as deepspeed_compiler
 from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.runtime.config_utils import DeepSpeedConfigModel
@@ -61,14 +64,18 @@ class StepResult(NamedTuple):
     stop: bool  # some rank asked to stop
 
 
-def start(*, tf32: bool = True) -> World:
-    """Connect this process to the others, whoever launched it. Collective; call it first."""
+def start(*, tf32: bool = True, tell: Callable[[str], None] = print) -> World:
+    """Connect this process to the others, whoever launched it. Collective; call it first.
+
+    See `connection.connecting` for what it raises and when it calls `tell`.
+    """
     world = join_environment()
     deepspeed.ops.__compatible_ops__ = {}
     _import_muon_undecorated()
     torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.backends.cudnn.allow_tf32 = tf32
-    deepspeed.init_distributed(verbose=False)
+    with connecting(world, tell):
+        deepspeed.init_distributed(verbose=False)
     atexit.register(stop)  # gloo's threads abort a process that ends while still connected
     return world
 
@@ -126,6 +133,7 @@ class Engine:
         self._engine, *_ = deepspeed.initialize(
             model=objective, optimizer=optimizer, config=native, dist_init_required=False
         )
+        _bound_all_waits()
         self.objective: nn.Module = self._engine.module
         self.model.register_forward_pre_hook(_cast_to_parameters)
 
@@ -250,6 +258,16 @@ class Engine:
     def barrier(self) -> None:
         """Wait for all ranks. Collective."""
         dist.barrier()
+
+
+def _bound_all_waits() -> None:
+    """Give every process group DEEPSPEED_TIMEOUT (minutes; 10 unless set).
+
+    DeepSpeed reduces gradients in groups of its own, made with torch's timeout: a machine that lost
+    its power left the others waiting for half an hour.
+    """
+    for group in list(distributed_c10d._world.pg_map):
+        distributed_c10d._set_pg_timeout(default_pg_timeout, group)
 
 
 class _Read:
