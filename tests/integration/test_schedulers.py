@@ -1,6 +1,7 @@
-"""launch/slurm.sbatch does what it says: two tasks train, a warning saves, the job is requeued.
+"""Under Slurm and Kubernetes two processes train, a warning saves, and the exit code restarts them.
 
-`srun`, `scontrol` and `squeue` are stand-ins (fake_slurm/); bash, the script and train.py are real.
+Slurm's `srun`, `scontrol` and `squeue` are stand-ins (fake_slurm/), and the pods are processes with
+a pod's environment; bash, launch/slurm.sbatch, the pod's command line and train.py are real.
 """
 
 from __future__ import annotations
@@ -8,11 +9,13 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.integration.launching import HERE, ROOT, end
 
@@ -28,7 +31,6 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = json.loads((ROOT / "configs" / "quickstart.json").read_text())
     run["data"]["train"]["shards"] = str(folder / "train")
     del run["data"]["val"]
-    run["output_dir"] = str(folder / "run")
     run["train"] = {"batch_size": 32, "steps": STEPS}
     run["model"]["kwargs"] |= {"depth": 2}
     run["schedule"]["warmup_epochs"] = 0
@@ -50,15 +52,62 @@ def sbatch(config: Path, **settings: str) -> subprocess.Popen[str]:
         "SLURM_TMPDIR": str(config.parent),
         "FAKE_SLURM_REQUEUED": str(config.parent / "requeued"),
     }
+    run = f"output_dir={config.parent / 'slurm'}"
+    return popen(["bash", SCRIPT, config, "--set", run], environment | settings)
+
+
+def pod(config: Path, index: int, port: int) -> subprocess.Popen[str]:
+    """What kubelet runs in pod `index` of launch/kubernetes/train.yaml, on a machine of one CPU."""
+    documents = yaml.safe_load_all((ROOT / "launch" / "kubernetes" / "train.yaml").read_text())
+    job = next(document for document in documents if document["kind"] == "Job")
+    [container] = job["spec"]["template"]["spec"]["containers"]
+    environment = {entry["name"]: entry.get("value", str(index)) for entry in container["env"]}
+    environment |= {
+        "GPUS": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "GLOO_SOCKET_IFNAME": "lo",
+        "TRITON_CACHE_DIR": str(config.parent / "triton"),
+        "TORCHINDUCTOR_CACHE_DIR": str(config.parent / "inductor"),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "DS_ACCELERATOR": "cpu",
+    }
+    command = container["command"]
+    assert command[-1] == "configs/vit_b.json"
+    run = f"output_dir={config.parent / 'pods'}"
+    return popen([*command[:-1], config, "--set", run], environment)
+
+
+def popen(command: list[object], environment: dict[str, str]) -> subprocess.Popen[str]:
+    """Started in the checkout, in a process group of its own."""
     return subprocess.Popen(
-        ["bash", str(SCRIPT), str(config)],
+        [str(word) for word in command],
         cwd=ROOT,
-        env=os.environ | environment | settings,
+        env=os.environ | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
     )
+
+
+def wait_for_a_step(process: subprocess.Popen[str]) -> None:
+    assert process.stdout is not None
+    printed = []
+    for line in process.stdout:
+        printed.append(line)
+        if line.startswith("step"):
+            return
+    raise AssertionError("".join(printed))
+
+
+def stopped_at(run: Path) -> int:
+    """Step of a run that was stopped and saved."""
+    status = json.loads((run / "status.json").read_text())
+    assert status["status"] == "stopped"
+    assert (run / "checkpoints" / f"step_{status['step']:08d}").is_dir()
+    return int(status["step"])
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
@@ -76,18 +125,13 @@ def requeued(config: Path) -> list[str]:
 
 def test_a_warned_job_saves_requeues_itself_and_goes_on(config: Path) -> None:
     process = sbatch(config)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("step"):
-            break
+    wait_for_a_step(process)
     process.send_signal(signal.SIGUSR1)  # to the batch shell, as --signal=B:USR1@300 does
     code, printed = finish(process)
     assert code == 75, printed
     assert "goes back into the queue" in printed
     assert requeued(config) == [str(os.getpid())]
-    status = json.loads((config.parent / "run" / "status.json").read_text())
-    assert status["status"] == "stopped"
-    assert 0 < status["step"] < STEPS
+    assert 0 < stopped_at(config.parent / "slurm") < STEPS
 
     code, printed = finish(sbatch(config))
     assert code == 0, printed
@@ -110,3 +154,17 @@ def test_nothing_else_goes_back_into_the_queue(
     code, _ = finish(sbatch(config, PYTHON=str(python), FAKE_SLURM_STATE=state))
     assert code == exit_code
     assert requeued(config) == before
+
+
+def test_a_pod_that_is_evicted_stops_all_of_them_with_a_checkpoint(config: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    first, second = (pod(config, index, port) for index in (0, 1))
+    try:
+        wait_for_a_step(first)
+        second.terminate()  # kubelet's SIGTERM, to the first process of the pod
+    finally:
+        ends = [finish(process) for process in (first, second)]
+    assert [code for code, _ in ends] == [75, 75], ends
+    assert 0 < stopped_at(config.parent / "pods") < STEPS
