@@ -26,10 +26,12 @@ from data.preview import Preview
 from routedvit.models.warm_start import WarmStart, warm_start
 from routedvit.training import config as training
 from routedvit.training import engine as engines
+from routedvit.training.agreement import check_same_run, check_shared_folder
 from routedvit.training.assembly import build_checkpoints, build_engine, build_trainer
 from routedvit.training.checkpoint import RunState
 from routedvit.training.collective import must_agree, on_rank_zero
 from routedvit.training.config_file import describe_keys, json_schema, load_config
+from routedvit.training.connection import lost_rank
 from routedvit.training.console import Console
 from routedvit.training.dry_run import rehearse, resolve_machine
 from routedvit.training.export import export_model
@@ -41,6 +43,9 @@ from routedvit.training.report import closing, opening
 from routedvit.training.run_folder import RunFolder, open_folder, versions
 from routedvit.training.signals import REQUEUE_EXIT_CODE
 from routedvit.training.world import World
+
+# Code outside the package; all machines must have the same.
+SOURCES = (Path(__file__), Path(__file__).parent / "data")
 
 
 class RunConfig(training.RunConfig):
@@ -95,7 +100,8 @@ def main() -> int:
         Path(args.write_schema).write_text(json_schema(RunConfig), encoding="utf-8")
         return 0
     rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
-    with Console(rank, user_errors=(training.ConfigError, DataError)) as console:
+    mistakes = (training.ConfigError, DataError)
+    with Console(rank, user_errors=mistakes, explain=lost_rank) as console:
         config = load_config(RunConfig, args.config, args.set)
         if args.dry_run or args.find_batch:
             machine = resolve_machine(args.world_size, args.gpu_memory)
@@ -107,10 +113,13 @@ def main() -> int:
 
 def run(config: RunConfig, args: argparse.Namespace, console: Console) -> int:
     """Everything between a valid config and the exit code, the same on every rank."""
-    world = engines.start(tf32=config.precision.tf32)
+    world = engines.start(tf32=config.precision.tf32, tell=console.show)
+    record = config.model_dump(mode="json")
+    shards = resolve_train(config.data).shards
+    check_same_run(record, shards.digest(), SOURCES)
     folder = RunFolder(Path(config.folder))
     # without labels there is no classifier
-    num_classes = resolve_train(config.data).shards.num_classes * config.objective.classifies
+    num_classes = shards.num_classes * config.objective.classifies
     config.model.kwargs.setdefault("num_classes", num_classes)
     model = create_model(config.model, num_classes=num_classes, seed=config.seed)
     if args.evaluate:
@@ -122,14 +131,15 @@ def run(config: RunConfig, args: argparse.Namespace, console: Console) -> int:
     if config.model.warm_start and not args.resume and (args.fresh or not folder.has_checkpoint()):
         started = begin_from(model, config.model.warm_start)
     loader, eval_loaders, image_format = build_loaders(config, model, world, folder)
-    shards = (loader.fingerprint, eval_loaders and eval_loaders.val.fingerprint)
-    must_agree("shards", shards, "copy the same sets with their manifests to every machine")
+    readable = (loader.fingerprint, eval_loaders and eval_loaders.val.fingerprint)
+    must_agree("shards", readable, "copy the same sets with their manifests to every machine")
     engine, schedules = build_engine(config, model, world, loader)
 
     # Only now, since a run that cannot be built must not claim or move a folder.
     record = config.model_dump(mode="json")
     free = tuple(f"data.{key}" for key in FREE_ON_RESUME)
     console.print(on_rank_zero(lambda: open_folder(folder, record, fresh=args.fresh, free=free)))
+    check_shared_folder(folder.path)
     console.log_to(folder.logs / f"rank_{world.rank}.log")
     if started:
         console.print(str(started))

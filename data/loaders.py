@@ -7,7 +7,6 @@ Everything a batch holds follows from the global positions of its rows (see `dat
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -186,12 +185,6 @@ def normalization(
     return mean, std
 
 
-def fingerprint(shards: ShardSet) -> str:
-    """The same for two processes exactly when they read the same shards in the same order."""
-    text = "\n".join(f"{entry.samples} {entry.sha256}" for entry in shards.entries)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 class TrainLoader:
     """Endless micro-batches of one rank. `mean` and `std` are those the images are given in."""
 
@@ -215,7 +208,7 @@ class TrainLoader:
         self.samples_per_epoch = train.samples_per_epoch
         self.num_classes = train.shards.num_classes
         self.label_names = train.shards.label_names
-        self.fingerprint = fingerprint(train.shards)
+        self.fingerprint = train.shards.digest()
 
     def batches(self, start: int) -> Iterator[Batch]:
         """Micro-batches from the global position `start` on, without end.
@@ -244,7 +237,7 @@ class EvalLoader:
         self.ledger = ledger
         self.num_samples = dataset.num_samples
         self.num_classes = dataset.reader.shards.num_classes
-        self.fingerprint = fingerprint(dataset.reader.shards)
+        self.fingerprint = dataset.reader.shards.digest()
         self.label_names = dataset.reader.shards.label_names
 
     def __len__(self) -> int:

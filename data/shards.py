@@ -8,6 +8,7 @@ each shard must be in it; several folders make one set whose statistics are pool
 from __future__ import annotations
 
 import glob
+import hashlib
 import itertools
 import math
 import re
@@ -49,6 +50,12 @@ class ShardSet:
     def remote(self) -> bool:
         """Whether any of them has to be fetched."""
         return any(is_url(name) for name in self.names)
+
+    def digest(self) -> str:
+        """'4,000 samples in 16 shards, sha256 0123456789ab', of the entries in their order."""
+        lines = "".join(f"{entry.name} {entry.sha256}\n" for entry in self.entries)
+        digest = hashlib.sha256(lines.encode()).hexdigest()[:12]
+        return f"{self.num_samples:,} samples in {len(self.entries)} shards, sha256 {digest}"
 
     @cached_property
     def num_samples(self) -> int:

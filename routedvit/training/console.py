@@ -10,10 +10,11 @@ catches what redirecting `sys.stdout` cannot: output of C++ and of child process
         console.print("only rank 0 says this")
         progress = build_progress(rank, console.stream)
 
-How it ends: a user error is one line and exit code 2; any other exception is one line that points
-to the full traceback in the log, and exit code 1. Errors of ranks other than 0 are shown only if
-rank 0 has not ended the run meanwhile. The redirection outlives the `with` block on purpose:
-interpreter shutdown is when libraries complain most. Without entering it, a Console is transparent.
+How it ends: a user error is one line and exit code 2 (or its `exit_code`); any other exception is
+one line that points to the full traceback in the log, and exit code 1. Errors of ranks other than 0
+are shown only if rank 0 has not ended the run meanwhile. The redirection outlives the `with` block
+on purpose: interpreter shutdown is when libraries complain most. Without entering it, a Console is
+transparent.
 
 Standard library only, so that it can be in force before the slow, talkative imports.
 """
@@ -28,6 +29,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -47,6 +49,7 @@ class Console:
         grace_seconds: how long another rank than 0 waits before it shows its error. When all ranks
             meet the same mistake, rank 0 has shown it and the launcher has ended the others by
             then (DeepSpeed's looks once per second).
+        explain: what to say of another exception instead of its type and text, or None.
     """
 
     def __init__(
@@ -55,12 +58,14 @@ class Console:
         *,
         user_errors: tuple[type[Exception], ...] = (),
         grace_seconds: float = 8.0,
+        explain: Callable[[BaseException], str | None] = lambda error: None,
     ) -> None:
         self.rank = rank
         self.stream: TextIO = sys.stdout
         self.log_path: Path | None = None
         self._user_errors = user_errors
         self._grace_seconds = grace_seconds
+        self._explain = explain
         self._errors: TextIO = sys.stderr
         self._pending: BinaryIO | None = None
 
@@ -114,14 +119,15 @@ class Console:
         _flush()
         self._wait_for_rank_0()
         if isinstance(error, self._user_errors):
-            self._show(f"error: {error}")
-            sys.exit(USER_ERROR_CODE)
+            self.show(f"error: {error}")
+            sys.exit(getattr(error, "exit_code", USER_ERROR_CODE))
         if self.log_path is None:
             traceback.print_exception(kind, error, trace, file=self._errors)
         else:
             first_line = (str(error).splitlines() or [""])[0]
-            self._show(f"crashed: {type(error).__name__}: {first_line}")
-            self._show(f"the full traceback is at the end of {self.log_path}")
+            words = self._explain(error) or f"{type(error).__name__}: {first_line}"
+            self.show(f"crashed: {words}")
+            self.show(f"the full traceback is at the end of {self.log_path}")
         sys.exit(CRASH_CODE)
 
     def _wait_for_rank_0(self) -> None:
@@ -130,7 +136,8 @@ class Console:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(self._grace_seconds)
 
-    def _show(self, line: str) -> None:
+    def show(self, line: str) -> None:
+        """A line of any rank, marked with its number; for what rank 0 may not know."""
         prefix = f"[rank {self.rank}] " if self.rank else ""
         print(prefix + line, file=self._errors, flush=True)
 

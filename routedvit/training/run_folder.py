@@ -84,7 +84,7 @@ def claim(folder: RunFolder, config: dict[str, Any], *, free: tuple[str, ...] = 
     if folder.config.exists() and folder.has_checkpoint():
         before = json.loads(folder.config.read_text(encoding="utf-8"))["config"]
         free = FREE_ON_RESUME + free
-        differing = [key for key in _differences(before, config) if not _is_free(key, free)]
+        differing = [key for key in differences(before, config) if not _is_free(key, free)]
         if differing:
             raise ConfigError(
                 f"{folder.path} holds another run: {_describe(differing, before, config)}; "
@@ -129,12 +129,12 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **found}
 
 
-def _differences(before: Any, after: Any, key: str = "") -> Iterator[str]:
+def differences(before: Any, after: Any, key: str = "") -> Iterator[str]:
     """Dotted keys at which two JSON trees differ."""
     if isinstance(before, dict) and isinstance(after, dict):
         for name in sorted(before.keys() | after.keys()):
             inner = f"{key}.{name}" if key else name
-            yield from _differences(before.get(name), after.get(name), inner)
+            yield from differences(before.get(name), after.get(name), inner)
     elif json.dumps(before) != json.dumps(after):  # JSON makes tuples lists
         yield key
 
@@ -146,10 +146,12 @@ def _is_free(key: str, free: tuple[str, ...]) -> bool:
 def _describe(keys: list[str], before: dict[str, Any], after: dict[str, Any]) -> str:
     """'optim.lr was 0.1, is 0.2 (and 3 more)'."""
 
-    def value(tree: Any, key: str) -> str:
-        for part in key.split("."):
-            tree = tree.get(part) if isinstance(tree, dict) else None
-        return json.dumps(tree)
-
-    text = f"{keys[0]} was {value(before, keys[0])}, is {value(after, keys[0])}"
+    text = f"{keys[0]} was {value_at(before, keys[0])}, is {value_at(after, keys[0])}"
     return text + (f" (and {len(keys) - 1} more)" if len(keys) > 1 else "")
+
+
+def value_at(tree: Any, key: str) -> str:
+    """What stands at a dotted key of a JSON tree, as JSON; 'null' if nothing does."""
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return json.dumps(tree)

@@ -18,7 +18,12 @@ from typing import Any
 # What `train.py` exits with after such a stop: EX_TEMPFAIL, "try again later".
 REQUEUE_EXIT_CODE = 75
 
-NODE_LAUNCHERS = ("deepspeed.launcher.launch", "torchrun", "torch.distributed.run")
+NODE_LAUNCHERS = (
+    "deepspeed.launcher.launch",
+    "torchrun",
+    "torch.distributed.run",
+    "launch/node.sh",
+)
 
 
 class StopSignals:

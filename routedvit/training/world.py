@@ -41,7 +41,8 @@ def launch_environment(environ: Mapping[str, str]) -> dict[str, str]:
             "LOCAL_RANK": environ["SLURM_LOCALID"],
             "WORLD_SIZE": environ["SLURM_STEP_NUM_TASKS"],
             "MASTER_ADDR": first_host(environ["SLURM_STEP_NODELIST"]),
-            "MASTER_PORT": str(20000 + int(environ["SLURM_JOB_ID"]) % 20000),
+            # below 32768, where Linux begins to take ports for outgoing connections
+            "MASTER_PORT": str(20000 + int(environ["SLURM_JOB_ID"]) % 12000),
         }
     else:
         found = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}

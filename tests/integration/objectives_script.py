@@ -112,7 +112,9 @@ def run(world: World, name: str, stage: int, dtype: str, out: Path) -> dict[str,
     if name == "mae":
         with engine.evaluating():
             report["held_out"] = held_out(objective, world.rank, world.size)
-    engine.save_state(out / f"state_{name}_{stage}")
+    saved = out / f"state_{name}_{stage}"
+    saved.mkdir(exist_ok=True)
+    engine.save_state(saved)
     weights = {name: value.clone() for name, value in engine.full_parameters()}
     kwargs = {**toy.KWARGS, "num_classes": 0, "global_pool": "token"}
     if name == "mae" and stage == 3:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from routedvit.training import engine as module
 from routedvit.training.config import ConfigError
@@ -118,7 +119,7 @@ def test_a_wrong_type_inside_a_block_names_the_key(world):
 
 
 def test_fp16_is_refused_in_words_where_the_device_has_none(world):
-    if module.get_accelerator().is_fp16_supported():
+    if get_accelerator().is_fp16_supported():
         pytest.skip("this device has fp16")
     with pytest.raises(ConfigError, match=r"precision\.dtype"):
         make(world, {"zero_optimization": {"stage": 1}}, "fp16")

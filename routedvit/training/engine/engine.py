@@ -1,66 +1,36 @@
-"""The one file that imports deepspeed: processes, the optimiser step under ZeRO, sharded state.
+"""The optimiser step under ZeRO and the sharded state, behind one method per verb.
 
-The rest of the trainer sees an `Engine` with one method per verb and never learns which ZeRO stage
-runs underneath. DeepSpeed is prepared so that nothing is compiled and little is loaded:
-
-- its shared-memory all-reduce for CPUs (used by inference only) would be built with g++ at the
-  first start, half a minute on two cores; telling it that no op is compatible avoids the build and
-  the probing of every other op (nvcc, git, ninja);
-- it imports its Muon optimiser in every run, whose torch.compile decorators load all of Inductor:
-  1 s of a warm start, 8 s where no bytecode is cached. They are imported undecorated;
-- optimisers come from torch and timm, so no fused op is built.
-
-Reference: DeepSpeed 0.19.8, deepspeed/__init__.py and deepspeed/runtime/engine.py.
+Reference: DeepSpeed 0.19.8, deepspeed/runtime/engine.py.
 """
 
-import atexit
 import json
 import math
-import os
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-import pydantic
+import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero.parameter_offload import ensure_zero_ordered_dict
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from safetensors import safe_open
 from torch import nn
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from routedvit.training.collective import WorldMean
 from routedvit.training.config import ConfigError
-from routedvit.training.config_file import nearest
+from routedvit.training.engine.native_check import check_native
+from routedvit.training.engine.processes import bound_all_waits
 from routedvit.training.interfaces import Batch
 from routedvit.training.native_config import zero_stage
 from routedvit.training.shards import load_shards, save_shards, state_bytes, write_tensors
 from routedvit.training.weight_average import exchange
-from routedvit.training.world import World, join_environment
+from routedvit.training.world import World
 from routedvit.training.zero_layout import ZeroLayout
-
-# Both are read while deepspeed is imported. The NVML check keeps CUDA uninitialised for forks.
-os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
-import deepspeed
-import deepspeed.ops
-from deepspeed.accelerator import get_accelerator, set_accelerator
-from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
-from deepspeed.comm import comm
-from deepspeed.runtime import compiler as deepspeed_compiler
-from deepspeed.runtime import torch_autocast
-from deepspeed.runtime.config import DeepSpeedConfigError
-from deepspeed.runtime.config_utils import DeepSpeedConfigModel
-from deepspeed.runtime.zero import partition_parameters, partitioned_param_coordinator, stage3
-from deepspeed.runtime.zero.parameter_offload import ensure_zero_ordered_dict
-from deepspeed.utils import groups, safe_get_full_fp32_param, safe_get_full_grad
 
 T = TypeVar("T")
 SHARDS, REPLICATED, COUNTERS = "shards", "replicated.safetensors", "counters.json"
-NO_GROUPS = dict(vars(groups))
 
 
 class StepResult(NamedTuple):
@@ -73,82 +43,6 @@ class StepResult(NamedTuple):
     stop: bool  # some rank asked to stop
     own_loss: torch.Tensor | float = 0.0  # mean over this rank's images; float() may wait
     loss_scale: float | None = None  # of fp16, for the next step
-
-
-def start(*, tf32: bool = True) -> World:
-    """Connect this process to the others, whoever launched it. Collective; call it first."""
-    world = join_environment()
-    _prepare_deepspeed()
-    torch.backends.cuda.matmul.allow_tf32 = tf32
-    torch.backends.cudnn.allow_tf32 = tf32
-    deepspeed.init_distributed(verbose=False)
-    atexit.register(stop)  # gloo's threads abort a process that ends while still connected
-    return world
-
-
-def stop() -> None:
-    """Disconnect, so that another world may follow; calling it twice is fine."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-        # DeepSpeed's globals keep the groups and so gloo's threads alive. One of them may still be
-        # freeing the tensors of the last collective, for which it needs the interpreter's lock;
-        # were the interpreter to end first, the thread would abort the process (seen in 1 end of
-        # 8 under ZeRO-3). It needs microseconds once the lock is free.
-        time.sleep(0.2)
-    vars(groups).update(NO_GROUPS)  # DeepSpeed would go on with those of the world that ended
-    comm.cdb = None
-    torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
-
-
-@contextmanager
-def pretend(world_size: int) -> Iterator[World]:
-    """This process as rank 0 of a world whose other ranks do not exist, on DeepSpeed's CPU backend.
-
-    Collectives return at once and leave their buffers alone, so this is for fake tensors, which
-    hold no values (see rehearsal.py). What ZeRO-3 compares over ranks to be safe is left out.
-    """
-    assert not dist.is_initialized(), "this process belongs to a real world"
-    before, accelerator = dict(os.environ), get_accelerator()
-    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world_size)}
-    os.environ.update(ranks, MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    set_accelerator(_PretendedAccelerator())
-    _prepare_deepspeed()
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
-    comparing = (partition_parameters, partitioned_param_coordinator, stage3)
-    compare = comparing[0].assert_ints_same_as_other_ranks
-    for module in comparing:
-        module.assert_ints_same_as_other_ranks = lambda ints: None
-    try:
-        deepspeed.init_distributed(verbose=False)
-        yield World(0, 0, world_size, torch.device("cpu"))
-    finally:
-        for module in comparing:
-            module.assert_ints_same_as_other_ranks = compare
-        stop()
-        set_accelerator(accelerator)
-        os.environ.clear()
-        os.environ.update(before)
-
-
-class _PretendedAccelerator(CPU_Accelerator):
-    """The CPU as DeepSpeed sees it, for shapes only: it has every number format."""
-
-    def is_fp16_supported(self) -> bool:
-        return True
-
-
-def _prepare_deepspeed() -> None:
-    deepspeed.ops.__compatible_ops__ = {}
-    _import_muon_undecorated()
-
-
-def _import_muon_undecorated() -> None:
-    decorator = deepspeed_compiler.compile
-    deepspeed_compiler.compile = lambda: lambda function: function
-    try:
-        import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
-    finally:
-        deepspeed_compiler.compile = decorator
 
 
 class Engine:
@@ -174,7 +68,7 @@ class Engine:
         optimizer: torch.optim.Optimizer,
         native: dict[str, Any],
     ) -> None:
-        _check_native(native)
+        check_native(native)
         self.rank = world.rank
         self.world_size = world.size
         self.device = world.device
@@ -191,6 +85,7 @@ class Engine:
         self._engine, *_ = deepspeed.initialize(
             model=objective, optimizer=optimizer, config=native, dist_init_required=False
         )
+        bound_all_waits()
         self.objective: nn.Module = self._engine.module
         self._layout = ZeroLayout(
             self._engine.optimizer, self.zero_stage, self.objective, self.rank, self.world_size
@@ -438,41 +333,3 @@ def cast_to_parameters(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, 
         value.to(dtype) if torch.is_tensor(value) and value.is_floating_point() else value
         for value in inputs
     )
-
-
-def _check_native(native: dict[str, Any]) -> None:
-    """Let DeepSpeed read its config, and say in one line what it does not like."""
-    if native.get("fp16", {}).get("enabled") and not get_accelerator().is_fp16_supported():
-        raise ConfigError("precision.dtype = fp16: this device has no fp16; use bf16 or fp32")
-    try:
-        deepspeed.DeepSpeedConfig(native)
-    except pydantic.ValidationError as error:
-        raise ConfigError(_first_mistake(error, native)) from None
-    except (DeepSpeedConfigError, AssertionError, TypeError, AttributeError) as error:
-        raise ConfigError(f"deepspeed: {error}") from None
-
-
-def _first_mistake(error: pydantic.ValidationError, native: dict[str, Any]) -> str:
-    """'deepspeed.zero_optimization.stge: unknown key (did you mean 'stage'?)'."""
-    mistake = error.errors(include_url=False)[0]
-    key = str(mistake["loc"][-1]) if mistake["loc"] else ""
-    where = _find(native, key, "deepspeed") or "deepspeed"
-    if mistake["type"] != "extra_forbidden":
-        return f"{where} = {mistake['input']!r}: {mistake['msg']}"
-    models = {model.__name__: model for model in _subclasses(DeepSpeedConfigModel)}
-    known = list(models[error.title].model_fields) if error.title in models else []
-    return f"{where}: unknown key{nearest(key, known)}"
-
-
-def _find(tree: dict[str, Any], key: str, path: str) -> str | None:
-    """Dotted path of the first `key` in nested dicts."""
-    if key in tree:
-        return f"{path}.{key}"
-    inner = (_find(v, key, f"{path}.{k}") for k, v in tree.items() if isinstance(v, dict))
-    return next(filter(None, inner), None)
-
-
-def _subclasses(model: type[pydantic.BaseModel]) -> Iterator[type[pydantic.BaseModel]]:
-    for child in model.__subclasses__():
-        yield child
-        yield from _subclasses(child)
