@@ -7,7 +7,7 @@ RANKS ?= 2
 ARGS ?=
 PORT ?= 29500
 
-.PHONY: help env train tensorboard test test-slow lint schema gpu clean
+.PHONY: help env train tensorboard test test-slow lint schema bench gpu clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -51,6 +51,13 @@ test-slow: $(VENV)/dev.stamp  ## the tests that take longer
 
 schema: $(VENV)/train.stamp  ## write configs/schema.json anew from the config models
 	@$(BIN)/python train.py --write-schema configs/schema.json
+
+bench: $(VENV)/dev.stamp  ## kernels, block and training step beside their baselines, on this machine's CPU
+	@$(BIN)/python -m benchmarks.router
+	@$(BIN)/python -m benchmarks.tokens
+	@$(BIN)/python -m benchmarks.block --rounds 5
+	@$(BIN)/python -m benchmarks.train_step
+	@$(BIN)/python -m benchmarks.capacity --plot docs/capacity.png
 
 gpu: $(VENV)/dev.stamp  ## tests and benchmarks that need a GPU
 	@$(BIN)/python -m benchmarks.gpu

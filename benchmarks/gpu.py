@@ -17,6 +17,8 @@ STEPS = (
     ("-m", "benchmarks.router"),
     ("-m", "benchmarks.router", "--forward"),
     ("-m", "benchmarks.tokens"),
+    ("-m", "benchmarks.block"),
+    ("-m", "benchmarks.train_step", "--rounds", "10"),
 )
 
 

@@ -1,0 +1,116 @@
+"""One block of ViT-B width, forward and backward: routed, dense, and what the routing itself costs.
+
+    python -m benchmarks.block [--rounds 10]
+
+Cases in one interleaved run: timm's dense block, the routed block, both compiled, a block of
+`colt5-attention` with the same numbers of heavy tokens, and the routed block's routing alone:
+scores, soft top-k, selection, gather and scatter, forward and backward, without any projection or
+attention. The last one over the routed block is the share of routing in a block's time.
+"""
+
+import argparse
+import warnings
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from colt5_attention import ConditionalRoutedImageAttention
+from colt5_attention.transformer_block import ConditionalRoutedFeedForward
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from benchmarks.timing import interleave, report
+from routedvit.layers import RoutedBlock
+from routedvit.layers.router import decide_together
+from routedvit.ops import gather_tokens, prepend_prefix, scatter_add_tokens
+
+DIM, HEADS, PREFIX = 768, 12, 4
+SHAPES = {"cpu": [(16, 14), (4, 28)], "cuda": [(256, 14), (64, 32)]}  # images, side of the grid
+
+
+class SeedBlock(nn.Module):
+    """Both sublayers of the seed, with a quarter of the tokens heavy; 14 patches, windows of 7."""
+
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        self.side, in_window = side, 49
+        self.attention = ConditionalRoutedImageAttention(
+            DIM,
+            num_heavy_tokens_q=in_window // 4,
+            num_heavy_tokens_kv=in_window // 2,
+            light_dim_head=64,
+            light_heads=3,
+            light_window_size=7,
+            heavy_dim_head=64,
+            heavy_heads=HEADS,
+            channel_first=False,
+        )
+        self.feed_forward = ConditionalRoutedFeedForward(
+            DIM, num_heavy_tokens=side * side // 4, light_ff_mult=0.5, heavy_ff_mult=4
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        image = x.unflatten(1, (self.side, self.side))
+        x = (self.attention(image) + image).flatten(1, 2)
+        return self.feed_forward(x) + x
+
+
+def routing_alone(block: RoutedBlock, x: Tensor) -> Tensor:
+    """What `block` does to decide, fetch and put back, on normalised tokens x."""
+    routers = [block.attn.q_router, block.attn.kv_router]
+    queries, keys = decide_together(routers, [router(x, PREFIX) for router in routers])
+    (q_index, q_gate, _), (kv_index, kv_gate, _) = queries, keys
+    q_index, q_gate = prepend_prefix(q_index.squeeze(1), q_gate.squeeze(1), PREFIX)
+    kv_index, kv_gate = prepend_prefix(kv_index, kv_gate, PREFIX)
+    context = gather_tokens(x, kv_index) * kv_gate.unsqueeze(-1)
+    rows = gather_tokens(x, q_index)
+    x = scatter_add_tokens(x, q_index, rows, q_gate)
+    index, gate, _ = block.mlp.router.decide(block.mlp.router(x, PREFIX))
+    index, gate = prepend_prefix(index.squeeze(1), gate.squeeze(1), PREFIX)
+    out = scatter_add_tokens(x, index, gather_tokens(x, index), gate)
+    return out.sum() + context.sum()
+
+
+def cases(batch: int, side: int, device: str) -> dict[str, Callable[[], object]]:
+    """Forward and backward of each case."""
+    tokens = torch.randn(batch, side * side + PREFIX, DIM, device=device)
+    grad = torch.randn_like(tokens)
+    patches = tokens[:, PREFIX:].contiguous()
+
+    def step(function: Callable[[Tensor], Tensor], x: Tensor = tokens) -> Callable[[], object]:
+        def call() -> object:
+            with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+                out = function(x.detach().requires_grad_())
+            return out.backward(grad[:, -out.shape[1] :]) if out.ndim else out.backward()
+
+        return call
+
+    dense = Block(DIM, HEADS, qkv_bias=True).to(device)
+    routed = RoutedBlock(DIM, HEADS, num_prefix=PREFIX).to(device)
+    seed = SeedBlock(side).to(device)
+    with_grid = partial(routed, grid=(side, side))
+    return {
+        "timm dense": step(dense),
+        "timm dense, compiled": step(torch.compile(dense)),
+        "routed": step(with_grid),
+        "routed, compiled": step(torch.compile(with_grid)),
+        "colt5-attention": step(seed, patches),
+        "routing alone": step(partial(routing_alone, routed)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=10)
+    rounds = parser.parse_args().rounds
+    warnings.simplefilter("ignore")  # the seed's deprecated autocast
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for batch, side in SHAPES[device]:
+        seconds = interleave(cases(batch, side, device), rounds, device)
+        ratios = report("block", f"{batch} x {side}^2", seconds, "routed")
+        share = ratios["routing alone"]
+        print(f"block {batch} x {side}^2: routing is {share:.1%} of the routed block's time")
+
+
+if __name__ == "__main__":
+    main()
