@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar, cast
 
-from timm.layers import RmsNorm
 from torch import Tensor, nn
 
+from routedvit.layers.norms import RmsNorm
 from routedvit.layers.routed_attention import RoutedAttention
 from routedvit.layers.routed_feedforward import RoutedFeedForward
 from routedvit.layers.router import Router
@@ -174,10 +174,10 @@ class ConditionalRoutedFeedForward(_Part):
         super().__init__(layer, theirs["use_triton"])
         _set_number(layer.router, "num_heavy_tokens", num_heavy_tokens)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, N, D] -> like x, without the residual."""
+    def forward(self, x: Tensor, residual: bool = False) -> Tensor:
+        """x [B, N, D] -> like x: what is to be added to it, or with `residual` the sum."""
         self.insist_on_triton(x)
-        return self.layer.update(x)
+        return self.layer.update(x, x if residual else None)
 
 
 class _ForeignContext(RoutedAttention):
@@ -285,11 +285,13 @@ class ConditionalRoutedImageAttention(_Part):
         if layer.null_token is not None:
             nn.init.normal_(layer.null_token)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, H, W, D], or [B, D, H, W] if channel_first -> like x, without the residual."""
+    def forward(self, x: Tensor, residual: bool = False) -> Tensor:
+        """x [B, H, W, D], or [B, D, H, W] if channel_first -> like x: what is to be added to it, or
+        with `residual` the sum.
+        """
         self.insist_on_triton(x)
         if self.channel_first:
             x = x.permute(0, 2, 3, 1)
         grid = (x.shape[1], x.shape[2])
-        out = self.layer.update(x.flatten(1, 2), grid).unflatten(1, grid)
+        out = self.layer.update(x.flatten(1, 2), grid, residual=residual).unflatten(1, grid)
         return out.permute(0, 3, 1, 2) if self.channel_first else out

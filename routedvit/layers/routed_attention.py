@@ -25,6 +25,7 @@ from torch.jit import Final
 from routedvit.layers.attention import HeavyAttention, WindowAttention
 from routedvit.layers.checkpointing import recompute
 from routedvit.layers.fixed_router import build_router
+from routedvit.layers.norms import fuses_with_gather, gather_normalised
 from routedvit.layers.positions import take_rope
 from routedvit.layers.router import Router, decide_together, keep_in_graph
 from routedvit.ops import (
@@ -154,8 +155,7 @@ class RoutedAttention(nn.Module):
         self.null_token = nn.Parameter(torch.zeros(dim, **factory)) if null_token else None
         self.ls = LayerScale(dim, init_values, **factory) if init_values else nn.Identity()
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
-        # one kernel adds it all up
-        self.plain_sum = not (init_values or drop_path or heavy_window)
+        self.plain_sum = not (init_values or drop_path)  # one kernel adds it all up
 
     @torch.jit.ignore
     def set_light_window(self, window: int) -> None:
@@ -177,7 +177,7 @@ class RoutedAttention(nn.Module):
     ) -> Tensor:
         """x [B, P + N, D] -> like x; arguments as in `RoutedBlock.forward`."""
         if self.plain_sum:
-            return self._attend(x, grid, rope, x, same_window)
+            return self.update(x, grid, rope, same_window, residual=True)
         return x + self.drop_path(self.ls(self.update(x, grid, rope, same_window)))
 
     def update(
@@ -186,10 +186,13 @@ class RoutedAttention(nn.Module):
         grid: tuple[int, int],
         rope: Tensor | None = None,
         same_window: Tensor | None = None,
+        residual: bool = False,
     ) -> Tensor:
-        """What both paths add to x, before LayerScale and drop-path; arguments as in `forward`."""
+        """What both paths add to x, before LayerScale and drop-path; arguments as in `forward`.
+        With `residual`, x plus that.
+        """
         if not self.heavy_window:
-            return self._attend(x, grid, rope, None, same_window)
+            return self._attend(x, grid, rope, x if residual else None, same_window)
         height, width = grid
         window = self.light_window
         if height % window + width % window > 0:
@@ -198,7 +201,8 @@ class RoutedAttention(nn.Module):
                 f" not {height} x {width} patches"
             )
         windows = partition_windows(x, height, width, window)
-        windows = self._attend(windows, (window, window), None, None, None)
+        own = windows if residual else None
+        windows = self._attend(windows, (window, window), None, own, None)
         return merge_windows(windows, height, width, window)
 
     def _attend(
@@ -268,10 +272,10 @@ class RoutedAttention(nn.Module):
     ) -> Tensor:
         """Gather the routed rows and attend: [B, Q, D], not yet gated."""
         all_queries = self.q_router.takes_all()
-        queries = self.norm_heavy(source if all_queries else gather_tokens(source, q_index))
+        queries = self.norm_heavy(source) if all_queries else self._rows(source, q_index)
         if self.gate_queries and not all_queries:
             queries = queries * q_gate.unsqueeze(-1).to(queries.dtype)
-        context = self.norm_heavy(self._context(source, kv_index))
+        context = self._context(source, kv_index)
         gate = None if self.kv_router.takes_all() else kv_gate
         if rope is None:
             return self.heavy(queries, context, gate)
@@ -279,7 +283,14 @@ class RoutedAttention(nn.Module):
         return self.heavy(queries, context, gate, q_rope, k_rope)
 
     def _context(self, source: Tensor, kv_index: Tensor) -> Tensor:
-        """Gather the rows [B, R, K, D] of each kv route."""
+        """Gather and normalise the rows [B, R, K, D] of each kv route."""
         if self.kv_router.takes_all():
-            return source.unsqueeze(1).expand(-1, kv_index.shape[1], -1, -1)
-        return gather_tokens(source, kv_index)
+            return self.norm_heavy(source).unsqueeze(1).expand(-1, kv_index.shape[1], -1, -1)
+        return self._rows(source, kv_index)
+
+    def _rows(self, source: Tensor, index: Tensor) -> Tensor:
+        """Gather rows of source [B, N, D], normalised if the heavy path has a norm of its own."""
+        if not torch.jit.is_scripting():  # noqa: SIM102 -- TorchScript wants it alone
+            if fuses_with_gather(self.norm_heavy):
+                return gather_normalised(source, index, self.norm_heavy)
+        return self.norm_heavy(gather_tokens(source, index))

@@ -17,6 +17,7 @@ from torch.jit import Final
 
 from routedvit.layers.checkpointing import recompute
 from routedvit.layers.fixed_router import build_router
+from routedvit.layers.norms import fuses_with_gather, gather_normalised
 from routedvit.layers.router import keep_in_graph
 from routedvit.ops import gather_tokens, prepend_prefix, scatter_add_tokens
 
@@ -117,5 +118,9 @@ class RoutedFeedForward(nn.Module):
 
     def _heavy(self, source: Tensor, index: Tensor) -> Tensor:
         """Gather the routed rows and transform them: [B, K, D], not yet gated."""
-        rows = source if self.router.takes_all() else gather_tokens(source, index)
-        return self.heavy(self.norm_heavy(rows))
+        if self.router.takes_all():
+            return self.heavy(self.norm_heavy(source))
+        if not torch.jit.is_scripting():  # noqa: SIM102 -- TorchScript wants it alone
+            if fuses_with_gather(self.norm_heavy):
+                return self.heavy(gather_normalised(source, index, self.norm_heavy))
+        return self.heavy(self.norm_heavy(gather_tokens(source, index)))

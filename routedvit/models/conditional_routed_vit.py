@@ -135,9 +135,8 @@ class ConditionalRoutedViT(nn.Module):
         x = self.to_patch_embedding(img)
         x = x + _sincos(x)
         for attention, feed_forward in cast(Any, self.transformer["layers"]):
-            x = attention(x) + x
-            tokens = x.flatten(1, 2)
-            x = (feed_forward(tokens) + tokens).view_as(x)
+            x = attention(x, residual=True)
+            x = feed_forward(x.flatten(1, 2), residual=True).view_as(x)
         return self.linear_head(x)
 
     def load_state_dict(

@@ -7,6 +7,7 @@ place behind the same signature, see `backend.py`.
 from routedvit.ops.backend import set_backend
 from routedvit.ops.coordinate_descent import coordinate_descent
 from routedvit.ops.gather_norm import gather_norm
+from routedvit.ops.rms_norm import rms_norm
 from routedvit.ops.routing import SAVED_OPS, route, route_all, select
 from routedvit.ops.soft_topk import soft_topk
 from routedvit.ops.tokens import gather_tokens, prepend_prefix, scatter_add_tokens
@@ -25,6 +26,7 @@ __all__ = [
     "merge_windows",
     "partition_windows",
     "prepend_prefix",
+    "rms_norm",
     "route",
     "route_all",
     "scatter_add_tokens",

@@ -3,17 +3,28 @@
 The solver of CoLT5 and CoDA. Alternates between the two dual variables of the entropic programme
 that `soft_topk` solves in closed form (Wright, arXiv 1502.04759; CoLT5, 2303.09752, appendix C),
 while the temperature falls from `eps_init` to `eps` (Schmitzer, 1610.06519; CoDA, 2304.04947).
-Follows the PyPI package `colt5-attention` step for step, so gates and gradients agree with it to
-rounding error. With logits spread over more than about 2 eps, 20 steps do not converge: the sum
-overshoots k. Cost: `num_iterations` logsumexps, all of them kept for the backward pass.
+Gates and gradients are those of the PyPI package `colt5-attention` to rounding error. With logits
+spread over more than about 2 eps, 20 steps do not converge: the sum overshoots k.
+
+An operator, as `routedvit.ops.route` is, and for the same reasons. With s the logits and tau_t the
+temperatures, step t takes the multiplier a_t of the sum; that of gate <= 1 is -relu(s + a_t), so
+
+    l_1 = log n,   l_t = logsumexp(min(s, -a_{t-1}) / tau_t),   a_t = tau_t (log k - l_t)
+    gates = exp(min(s + a_T, 0) / tau_{T+1})
+
+and one scalar per step and row, l_t, is all that the backward pass needs. It takes all steps at
+once: with p_t the softmax of step t, da_{t-1} = da_t * sum_{s > -a_{t-1}} p_t runs from the last
+step to the first, and ds collects -da_t p_t over the entries with s <= -a_{t-1}.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from routedvit.ops.backend import uses_triton
 
-__all__ = ["coordinate_descent"]
+__all__ = ["coordinate_descent", "coordinate_descent_reference"]
 
 
 def coordinate_descent(
@@ -38,12 +49,32 @@ def coordinate_descent(
     Returns:
         gates [..., n], 0 where masked.
     """
-    if not torch.jit.is_scripting():  # noqa: SIM102 -- TorchScript wants it alone
-        if uses_triton(logits):
-            mask = None if mask is None else mask.expand_as(logits)
-            return torch.ops.routedvit.coordinate_descent(
-                logits, k, mask, eps, eps_init, eps_decay, num_iterations
-            )[0]
+    if torch.jit.is_scripting():
+        return coordinate_descent_reference(
+            logits, k, eps, eps_init, eps_decay, num_iterations, mask
+        )
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        return coordinate_descent_reference(
+            logits, k, eps, eps_init, eps_decay, num_iterations, mask
+        )
+    mask = None if mask is None else mask.expand_as(logits)
+    return torch.ops.routedvit.coordinate_descent(
+        logits, k, mask, eps, eps_init, eps_decay, num_iterations
+    )[0]
+
+
+def coordinate_descent_reference(
+    logits: Tensor,
+    k: Tensor,
+    eps: float,
+    eps_init: float,
+    eps_decay: float,
+    num_iterations: int,
+    mask: Tensor | None,
+) -> Tensor:
+    """`coordinate_descent` step for step as the package takes it, in PyTorch that differentiates
+    itself.
+    """
     # the most negative finite number rather than -inf: (-inf) - (-inf) would poison the first step
     lowest = -torch.finfo(logits.dtype).max
     log_k = k.clamp(min=1e-20).log()
@@ -60,3 +91,124 @@ def coordinate_descent(
         temperature = max(temperature * eps_decay, eps)
     gates = ((logits + shift + excess) / temperature).exp()
     return gates if mask is None else gates.masked_fill(~mask, 0.0)
+
+
+def temperatures(eps: float, eps_init: float, eps_decay: float, num_iterations: int) -> list[float]:
+    """tau_t of each step, then that of the gates."""
+    schedule = [max(eps_init, eps)]
+    for _ in range(num_iterations):
+        schedule.append(max(schedule[-1] * eps_decay, eps))
+    return schedule
+
+
+@torch.library.custom_op("routedvit::coordinate_descent", mutates_args=())
+def _descend(
+    logits: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    eps: float,
+    eps_init: float,
+    eps_decay: float,
+    num_iterations: int,
+) -> tuple[Tensor, Tensor]:
+    """logits [..., n], k [..., 1], bool mask [..., n] -> gates [..., n], sums l_t [..., T]."""
+    schedule = (eps, eps_init, eps_decay, num_iterations)
+    if uses_triton(logits):
+        from routedvit.ops import coordinate_descent_triton
+
+        return coordinate_descent_triton.coordinate_descent(logits, k, mask, *schedule)
+    tau = temperatures(*schedule)
+    scores = logits if mask is None else logits.masked_fill(~mask, -torch.inf)
+    scores, log_k = scores.contiguous(), k.clamp(min=1e-20).log()
+    sums = logits.new_empty((*logits.shape[:-1], num_iterations))
+    sums[..., 0] = float(logits.shape[-1]) if mask is None else mask.sum(-1)
+    sums[..., 0].log_()
+    exponent, shift = torch.empty_like(scores), tau[0] * (log_k - sums[..., :1])
+    for t in range(1, num_iterations):
+        torch.minimum(scores, -shift, out=exponent).div_(tau[t])
+        torch.logsumexp(exponent, -1, keepdim=True, out=sums[..., t : t + 1])
+        shift = (log_k - sums[..., t : t + 1]).mul_(tau[t])
+    gates = torch.add(scores, shift, out=exponent).clamp_(max=0).div_(tau[-1]).exp_()
+    return gates, sums
+
+
+@_descend.register_fake
+def _(
+    logits: Tensor, k: Tensor, mask: Tensor | None, eps: float, eps_init: float, eps_decay: float,
+    num_iterations: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return (
+        torch.empty_like(logits, memory_format=torch.contiguous_format),
+        logits.new_empty((*logits.shape[:-1], num_iterations)),
+    )
+
+
+@torch.library.custom_op("routedvit::coordinate_descent_backward", mutates_args=())
+def _descend_backward(
+    logits: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    gates: Tensor,
+    sums: Tensor,
+    grad: Tensor,
+    eps: float,
+    eps_init: float,
+    eps_decay: float,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of logits and k."""
+    schedule = (eps, eps_init, eps_decay, sums.shape[-1])
+    if uses_triton(logits):
+        from routedvit.ops import coordinate_descent_triton
+
+        return coordinate_descent_triton.coordinate_descent_backward(
+            logits, k, mask, gates, sums, grad, *schedule
+        )
+    scores = logits if mask is None else logits.masked_fill(~mask, -torch.inf)
+    tau = sums.new_tensor(temperatures(*schedule))
+    shift = (k.clamp(min=1e-20).log() - sums) * tau[:-1]  # a_t, [..., T]
+    last = grad * gates / tau[-1]
+    free = scores + shift[..., -1:] <= 0
+    out = last * free
+    grad_shift = torch.empty_like(sums)  # da_t
+    grad_shift[..., -1] = out.sum(-1)
+    if sums.shape[-1] > 1:
+        # [..., T - 1, n]: steps 2 to T; the first knows neither the logits nor a shift before it
+        cap = -shift[..., :-1].unsqueeze(-1)
+        scores = scores.unsqueeze(-2)
+        softmax = torch.minimum(scores, cap).div_(tau[1:-1].unsqueeze(-1))
+        softmax.sub_(sums[..., 1:].unsqueeze(-1)).exp_()
+        saturated = softmax * (scores > cap)
+        passed_on = saturated.sum(-1).flip(-1).cumprod(-1).flip(-1)  # [..., T - 1]
+        grad_shift[..., :-1] = passed_on * grad_shift[..., -1:]
+        weight = grad_shift[..., 1:].unsqueeze(-2)
+        out = out - (weight @ softmax.sub_(saturated)).squeeze(-2)
+    grad_k = (grad_shift * tau[:-1]).sum(-1, keepdim=True) / k
+    return out, grad_k.masked_fill(k <= 1e-20, 0.0)
+
+
+@_descend_backward.register_fake
+def _(
+    logits: Tensor, k: Tensor, mask: Tensor | None, gates: Tensor, sums: Tensor, grad: Tensor,
+    eps: float, eps_init: float, eps_decay: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return (
+        torch.empty_like(logits, memory_format=torch.contiguous_format),
+        torch.empty_like(k, memory_format=torch.contiguous_format),
+    )
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    logits, k, mask, *ctx.schedule, _ = inputs
+    gates, sums = output
+    ctx.mark_non_differentiable(sums)
+    ctx.save_for_backward(logits, k, mask, gates, sums)
+
+
+def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    out, grad_k = torch.ops.routedvit.coordinate_descent_backward(
+        *ctx.saved_tensors, grad, *ctx.schedule
+    )
+    return out, grad_k, None, None, None, None, None
+
+
+_descend.register_autograd(_backward, setup_context=_setup)

@@ -24,14 +24,15 @@ the size of the row is kept in between.
 """
 
 import functools
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["coordinate_descent"]
+from routedvit.ops.coordinate_descent import temperatures
+
+__all__ = ["coordinate_descent", "coordinate_descent_backward"]
 
 MAX_BLOCK = 4096  # 8 warps, as the routing kernel
 
@@ -176,18 +177,15 @@ def _blocks(n: int) -> dict[str, int]:
 
 
 @functools.lru_cache(maxsize=256)
-def _temperatures(
+def _on_device(
     eps: float, eps_init: float, eps_decay: float, num_iterations: int, device: torch.device
 ) -> Tensor:
-    """Kept on the device: no copy from the host per step."""
-    schedule = [max(eps_init, eps)]
-    for _ in range(num_iterations):
-        schedule.append(max(schedule[-1] * eps_decay, eps))
+    """The temperatures, kept on the device: no copy from the host per step."""
+    schedule = temperatures(eps, eps_init, eps_decay, num_iterations)
     with torch.inference_mode(False):
         return torch.tensor(schedule, dtype=torch.float32, device=device)
 
 
-@torch.library.custom_op("routedvit::coordinate_descent", mutates_args=())
 def coordinate_descent(
     logits: Tensor,
     k: Tensor,
@@ -206,25 +204,13 @@ def coordinate_descent(
         with torch.cuda.device_of(logits):
             coordinate_descent_kernel[(k.numel(),)](
                 logits, logits if mask is None else mask.contiguous().view(torch.uint8), k,
-                _temperatures(eps, eps_init, eps_decay, num_iterations, logits.device),
+                _on_device(eps, eps_init, eps_decay, num_iterations, logits.device),
                 gates, sums, n, num_iterations,
                 HAS_MASK=mask is not None, **_blocks(n),
             )  # fmt: skip
     return gates, sums
 
 
-@coordinate_descent.register_fake
-def _(
-    logits: Tensor, k: Tensor, mask: Tensor | None, eps: float, eps_init: float, eps_decay: float,
-    num_iterations: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return (
-        torch.empty_like(logits, dtype=torch.float32, memory_format=torch.contiguous_format),
-        logits.new_empty((*logits.shape[:-1], num_iterations), dtype=torch.float32),
-    )
-
-
-@torch.library.custom_op("routedvit::coordinate_descent_backward", mutates_args=())
 def coordinate_descent_backward(
     logits: Tensor,
     k: Tensor,
@@ -235,6 +221,7 @@ def coordinate_descent_backward(
     eps: float,
     eps_init: float,
     eps_decay: float,
+    num_iterations: int,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of logits and k."""
     n = logits.shape[-1]
@@ -245,37 +232,9 @@ def coordinate_descent_backward(
         with torch.cuda.device_of(logits):
             coordinate_descent_backward_kernel[(k.numel(),)](
                 logits, logits if mask is None else mask.contiguous().view(torch.uint8), k,
-                _temperatures(eps, eps_init, eps_decay, sums.shape[-1], logits.device),
+                _on_device(eps, eps_init, eps_decay, num_iterations, logits.device),
                 gates, sums, grad.contiguous(), torch.empty_like(sums), out, grad_k,
-                n, sums.shape[-1],
+                n, num_iterations,
                 HAS_MASK=mask is not None, **_blocks(n),
             )  # fmt: skip
     return out.to(logits.dtype), grad_k.to(k.dtype)
-
-
-@coordinate_descent_backward.register_fake
-def _(
-    logits: Tensor, k: Tensor, mask: Tensor | None, gates: Tensor, sums: Tensor, grad: Tensor,
-    eps: float, eps_init: float, eps_decay: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return (
-        torch.empty_like(logits, memory_format=torch.contiguous_format),
-        torch.empty_like(k, memory_format=torch.contiguous_format),
-    )
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    logits, k, mask, *ctx.schedule, _ = inputs
-    gates, sums = output
-    ctx.mark_non_differentiable(sums)
-    ctx.save_for_backward(logits, k, mask, gates, sums)
-
-
-def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    out, grad_k = torch.ops.routedvit.coordinate_descent_backward(
-        *ctx.saved_tensors, grad, *ctx.schedule
-    )
-    return out, grad_k, None, None, None, None, None
-
-
-coordinate_descent.register_autograd(_backward, setup_context=_setup)

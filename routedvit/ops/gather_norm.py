@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from routedvit.ops.backend import uses_triton
+from routedvit.ops.rms_norm import rms_norm
 from routedvit.ops.tokens import gather_tokens
 
 __all__ = ["gather_norm"]
@@ -48,9 +49,6 @@ def gather_norm(
         rows = torch.ops.routedvit.gather_norm(x, routes, weight, bias, eps, rms)
         return rows if index.ndim == 3 else rows.squeeze(1)
     rows = gather_tokens(x, index)
-    normalised = (
-        F.rms_norm(rows, x.shape[-1:], weight, eps)
-        if rms
-        else F.layer_norm(rows, x.shape[-1:], weight, bias, eps)
-    )
-    return normalised.to(x.dtype)
+    if rms:
+        return rms_norm(rows, weight, eps).to(x.dtype)
+    return F.layer_norm(rows, x.shape[-1:], weight, bias, eps).to(x.dtype)

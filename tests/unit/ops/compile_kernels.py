@@ -59,8 +59,11 @@ def launch_everything() -> Iterator[str]:
     routing_triton.select(logits, 40)
     ops.soft_topk(logits, k, 1.0, mask)
     ops.soft_topk_backward(logits, logits, 1.0)
-    gates, shifts = ops.coordinate_descent(logits, k, mask, 0.03, 4.0, 0.7, 20)
-    ops.coordinate_descent_backward(logits, k, mask, gates, shifts, gates, 0.03, 4.0, 0.7)
+    schedule = (0.03, 4.0, 0.7, 20)
+    gates, sums = coordinate_descent_triton.coordinate_descent(logits, k, mask, *schedule)
+    coordinate_descent_triton.coordinate_descent_backward(
+        logits, k, mask, gates, sums, gates, *schedule
+    )
     for dim, dtype in ((384, torch.float32), (768, torch.bfloat16)):
         yield f"D={dim} {dtype}"
         launch_tokens(torch.zeros(2, 197, dim, dtype=dtype))
