@@ -104,7 +104,8 @@ class WindowAttention(nn.Module):
         else:
             mask, windows = same_window, patches
         windows = windows.unflatten(2, (3, self.num_heads, self.head_dim))
-        q, k, v = windows.permute(2, 0, 3, 1, 4).unbind(0)
+        # the gradient of an unbind where the parts lie is one copy; permuted first, it would be two
+        q, k, v = [part.transpose(1, 2) for part in windows.unbind(2)]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         out = out.transpose(1, 2).flatten(2)
         if same_window is None:
@@ -250,8 +251,8 @@ class HeavyAttention(nn.Module):
         batch, _, num_keys, dim = context.shape
         if self.kv_routes == 1:
             kv = self.kv(context.squeeze(1)).view(batch, num_keys, self.num_heads, 2, self.head_dim)
-            k, v = kv.permute(3, 0, 2, 1, 4).unbind(0)
-            return k, v
+            k, v = kv.unbind(3)
+            return k.transpose(1, 2), v.transpose(1, 2)
         # one batched GEMM, a slice of the weight for each route
         heads = self.num_heads // self.kv_routes
         weight = self.kv.weight.view(self.kv_routes, -1, dim)

@@ -13,7 +13,7 @@ this promise.
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from routedvit.ops import SAVED_OPS
 
 __all__ = ["POLICIES", "checkpoint_routed", "recompute"]
 
+T = TypeVar("T")
 POLICIES = ("none", "heavy", "block")
 
 _keep_routing = partial(create_selective_checkpoint_contexts, list(SAVED_OPS))
@@ -42,7 +43,7 @@ def checkpoint_routed(
     return checkpoint(function, *args, use_reentrant=False, context_fn=context)
 
 
-def recompute(function: Callable[..., Tensor], *args: Any) -> Tensor:
+def recompute(function: Callable[..., T], *args: Any) -> T:
     """Plain checkpointing, for a function that does not route."""
     return checkpoint(function, *args, use_reentrant=False)
 

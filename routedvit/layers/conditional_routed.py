@@ -16,7 +16,7 @@ from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
-from routedvit.layers.norms import RmsNorm
+from routedvit.layers.norms import RmsNorm, gather_rows
 from routedvit.layers.routed_attention import RoutedAttention
 from routedvit.layers.routed_feedforward import RoutedFeedForward
 from routedvit.layers.router import Router
@@ -185,11 +185,16 @@ class _ForeignContext(RoutedAttention):
     had not: window i takes its keys and values out of window i // R. Its numbers need that too.
     """
 
-    def _context(self, source: Tensor, kv_index: Tensor) -> Tensor:
+    def _gather(
+        self, source: Tensor, q_index: Tensor, kv_index: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         routes, num_keys = kv_index.shape[1], kv_index.shape[2]
-        if num_keys < source.shape[1]:  # it indexes nothing where every token is a key
-            source = source.repeat_interleave(routes, 0)[: source.shape[0]]
-        return super()._context(source, kv_index)
+        if routes == 1 or num_keys == source.shape[1]:  # it indexes nothing where all are keys
+            return super()._gather(source, q_index, kv_index)
+        source, (queries,) = gather_rows(source, [q_index], self.norm_heavy)
+        foreign = source.repeat_interleave(routes, 0)[: source.shape[0]]
+        _, (context,) = gather_rows(foreign, [kv_index], self.norm_heavy)
+        return source, queries, context
 
 
 class ConditionalRoutedImageAttention(_Part):

@@ -1,4 +1,4 @@
-"""Norms of routed rows: which of them the gather can do on the way, and RMSNorm fast on a CPU."""
+"""Rows of the heavy path, gathered and normalised on the way; an RMSNorm that is fast on CPUs."""
 
 from typing import Any
 
@@ -7,11 +7,12 @@ from timm import layers as timm_layers
 from timm.layers import register_notrace_function
 from torch import Tensor, nn
 
-from routedvit.ops import gather_norm, rms_norm
+from routedvit.ops import gather_all, gather_norm_all, rms_norm
 
-__all__ = ["RmsNorm", "fuses_with_gather", "gather_normalised"]
+__all__ = ["RmsNorm", "gather_rows"]
 
-register_notrace_function(gather_norm)
+for function in (gather_all, gather_norm_all):
+    register_notrace_function(function)
 
 
 class RmsNorm(timm_layers.RmsNorm):
@@ -26,13 +27,15 @@ class RmsNorm(timm_layers.RmsNorm):
         return rms_norm(x, self.weight, self.eps)
 
 
-def fuses_with_gather(norm: nn.Module) -> bool:
-    """Whether `routedvit.ops.gather_norm` computes this norm: LayerNorm or RMSNorm with a scale."""
-    return isinstance(norm, nn.LayerNorm | timm_layers.RmsNorm) and norm.weight is not None
+def gather_rows(x: Tensor, indices: list[Tensor], norm: Any) -> tuple[Tensor, list[Tensor]]:
+    """Rows for the heavy path: `norm` of those of x [B, N, D] at each index, [B, K] or [B, R, K].
 
-
-def gather_normalised(x: Tensor, index: Tensor, norm: Any) -> Tensor:
-    """`norm` of the rows of x [B, N, D] at index [B, K] or [B, R, K], by one kernel on a GPU."""
-    rms = not isinstance(norm, nn.LayerNorm)
-    bias = None if rms else norm.bias
-    return gather_norm(x, index, norm.weight, bias, norm.eps, rms=rms)
+    LayerNorm and RMSNorm are done by the kernel that gathers. Also returns x for whoever reads all
+    of it next, see `routedvit.ops.gather_all`.
+    """
+    rms = isinstance(norm, timm_layers.RmsNorm)
+    if (rms or isinstance(norm, nn.LayerNorm)) and norm.weight is not None:
+        bias = None if rms else norm.bias
+        return gather_norm_all(x, indices, norm.weight, bias, norm.eps, rms=rms)
+    x, rows = gather_all(x, indices)
+    return x, [norm(own) for own in rows]

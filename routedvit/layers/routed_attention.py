@@ -25,7 +25,7 @@ from torch.jit import Final
 from routedvit.layers.attention import HeavyAttention, WindowAttention
 from routedvit.layers.checkpointing import recompute
 from routedvit.layers.fixed_router import build_router
-from routedvit.layers.norms import fuses_with_gather, gather_normalised
+from routedvit.layers.norms import gather_rows
 from routedvit.layers.positions import take_rope
 from routedvit.layers.router import Router, decide_together, keep_in_graph
 from routedvit.ops import (
@@ -217,9 +217,13 @@ class RoutedAttention(nn.Module):
         q_index, q_gate, kv_index, kv_gate = self._route(x if self.route_raw else tokens)
         source = tokens if self.shared_norm else x
         if self.recompute_heavy and not torch.jit.is_scripting():
-            rows = recompute(self._heavy, source, q_index, q_gate, kv_index, kv_gate, rope)
+            source, rows = recompute(self._heavy, source, q_index, q_gate, kv_index, kv_gate, rope)
         else:
-            rows = self._heavy(source, q_index, q_gate, kv_index, kv_gate, rope)
+            source, rows = self._heavy(source, q_index, q_gate, kv_index, kv_gate, rope)
+        if self.shared_norm:
+            tokens = source
+        elif residual is not None:
+            residual = source
         if self.kv_router.takes_all():
             rows = keep_in_graph(rows, kv_gate)
         light = None if self.light is None else self.light(tokens, grid, rope, same_window)
@@ -259,7 +263,7 @@ class RoutedAttention(nn.Module):
         if torch.jit.is_tracing() or torch.compiler.is_exporting() or isinstance(x, torch.fx.Proxy):
             return False
         routers = (self.q_router, self.kv_router)
-        return all(isinstance(r, Router) and r.exact and not r.takes_all() for r in routers)
+        return all(isinstance(r, Router) and not r.takes_all() for r in routers)
 
     def _heavy(
         self,
@@ -269,28 +273,31 @@ class RoutedAttention(nn.Module):
         kv_index: Tensor,
         kv_gate: Tensor,
         rope: Tensor | None,
-    ) -> Tensor:
-        """Gather the routed rows and attend: [B, Q, D], not yet gated."""
-        all_queries = self.q_router.takes_all()
-        queries = self.norm_heavy(source) if all_queries else self._rows(source, q_index)
-        if self.gate_queries and not all_queries:
+    ) -> tuple[Tensor, Tensor]:
+        """Gather the routed rows and attend: the source for its next reader, and [B, Q, D], not yet
+        gated.
+        """
+        source, queries, context = self._gather(source, q_index, kv_index)
+        if self.gate_queries and not self.q_router.takes_all():
             queries = queries * q_gate.unsqueeze(-1).to(queries.dtype)
-        context = self._context(source, kv_index)
         gate = None if self.kv_router.takes_all() else kv_gate
         if rope is None:
-            return self.heavy(queries, context, gate)
+            return source, self.heavy(queries, context, gate)
         q_rope, k_rope = take_rope(rope, q_index), take_rope(rope, kv_index)
-        return self.heavy(queries, context, gate, q_rope, k_rope)
+        return source, self.heavy(queries, context, gate, q_rope, k_rope)
 
-    def _context(self, source: Tensor, kv_index: Tensor) -> Tensor:
-        """Gather and normalise the rows [B, R, K, D] of each kv route."""
-        if self.kv_router.takes_all():
-            return self.norm_heavy(source).unsqueeze(1).expand(-1, kv_index.shape[1], -1, -1)
-        return self._rows(source, kv_index)
-
-    def _rows(self, source: Tensor, index: Tensor) -> Tensor:
-        """Gather rows of source [B, N, D], normalised if the heavy path has a norm of its own."""
-        if not torch.jit.is_scripting():  # noqa: SIM102 -- TorchScript wants it alone
-            if fuses_with_gather(self.norm_heavy):
-                return gather_normalised(source, index, self.norm_heavy)
-        return self.norm_heavy(gather_tokens(source, index))
+    def _gather(
+        self, source: Tensor, q_index: Tensor, kv_index: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The source for its next reader; normalised rows of the queries [B, Q, D] and of each kv
+        route [B, R, K, D].
+        """
+        all_queries, all_keys = self.q_router.takes_all(), self.kv_router.takes_all()
+        if all_queries or all_keys or torch.jit.is_scripting():
+            queries = self.norm_heavy(source if all_queries else gather_tokens(source, q_index))
+            if all_keys:
+                keys = self.norm_heavy(source).unsqueeze(1)
+                return source, queries, keys.expand(-1, kv_index.shape[1], -1, -1)
+            return source, queries, self.norm_heavy(gather_tokens(source, kv_index))
+        source, rows = gather_rows(source, [q_index, kv_index], self.norm_heavy)
+        return source, rows[0], rows[1]

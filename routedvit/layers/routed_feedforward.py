@@ -17,7 +17,7 @@ from torch.jit import Final
 
 from routedvit.layers.checkpointing import recompute
 from routedvit.layers.fixed_router import build_router
-from routedvit.layers.norms import fuses_with_gather, gather_normalised
+from routedvit.layers.norms import gather_rows
 from routedvit.layers.router import keep_in_graph
 from routedvit.ops import gather_tokens, prepend_prefix, scatter_add_tokens
 
@@ -106,9 +106,13 @@ class RoutedFeedForward(nn.Module):
         index, gate = prepend_prefix(index.squeeze(1), gate.squeeze(1), self.num_prefix)
         source = tokens if self.shared_norm else x
         if self.recompute_heavy and not torch.jit.is_scripting():
-            rows = recompute(self._heavy, source, index)
+            source, rows = recompute(self._heavy, source, index)
         else:
-            rows = self._heavy(source, index)
+            source, rows = self._heavy(source, index)
+        if self.shared_norm:
+            tokens = source
+        elif residual is not None:
+            residual = source
         if self.router.takes_all():
             rows = keep_in_graph(rows, gate)
             rows = rows if self.light is None else rows + self.light(tokens)
@@ -116,11 +120,13 @@ class RoutedFeedForward(nn.Module):
         base = torch.zeros_like(x) if self.light is None else self.light(tokens)
         return scatter_add_tokens(base, index, rows, gate, residual)
 
-    def _heavy(self, source: Tensor, index: Tensor) -> Tensor:
-        """Gather the routed rows and transform them: [B, K, D], not yet gated."""
+    def _heavy(self, source: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Gather the routed rows and transform them: the source for its next reader, and
+        [B, K, D], not yet gated.
+        """
         if self.router.takes_all():
-            return self.heavy(self.norm_heavy(source))
-        if not torch.jit.is_scripting():  # noqa: SIM102 -- TorchScript wants it alone
-            if fuses_with_gather(self.norm_heavy):
-                return self.heavy(gather_normalised(source, index, self.norm_heavy))
-        return self.heavy(self.norm_heavy(gather_tokens(source, index)))
+            return source, self.heavy(self.norm_heavy(source))
+        if torch.jit.is_scripting():
+            return source, self.heavy(self.norm_heavy(gather_tokens(source, index)))
+        source, rows = gather_rows(source, [index], self.norm_heavy)
+        return source, self.heavy(rows[0])

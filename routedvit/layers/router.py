@@ -235,62 +235,77 @@ class Router(nn.Module):
         elif self.exact:
             indices, gates = route(logits, k, self.fetch_ratio, self.eps)
         else:
-            indices, gates = route_by_descent(
-                logits,
-                k,
-                self.fetch_ratio,
-                self.eps,
-                self.eps_init,
-                self.eps_decay,
-                self.num_iterations,
-            )
+            indices, gates = self._pick(self._descend(logits, [k] * self.num_routes), k)
         if self.straight_through:
             gates = straight_through(gates)
         return self.decision(indices, gates, logits)
+
+    def _descend(self, logits: Tensor, counts: list[int]) -> Tensor:
+        """Gates [B, R, N] by coordinate descent for routes that select `counts` tokens."""
+        return descend(
+            logits,
+            counts,
+            self.fetch_ratio,
+            self.eps,
+            self.eps_init,
+            self.eps_decay,
+            self.num_iterations,
+        )
+
+    def _pick(self, gates: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Indices [..., k] of the largest gates [..., n], ascending, and these gates."""
+        indices = select(gates, k)
+        return indices, gates.gather(-1, indices)
 
 
 def decide_together(routers: Sequence[Router], logits: list[Tensor]) -> list[tuple[Tensor, ...]]:
     """`Router.decide` of each router on its own logits, by one operator: one launch on a GPU.
 
-    The routers must be learned, exact and alike in all but capacity and number of routes.
+    The routers must be learned and alike in all but capacity and number of routes.
     """
     scores = torch.cat(logits, 1)
     counts = [r.num_selected(scores.shape[-1]) for r in routers for _ in range(r.num_routes)]
-    routes = route_all(scores, counts, routers[0].fetch_ratio, routers[0].eps)
+    if routers[0].exact:
+        routes = route_all(scores, counts, routers[0].fetch_ratio, routers[0].eps)
+    else:
+        gates = routers[0]._descend(scores, counts)
+        routes = [routers[0]._pick(own, k) for own, k in zip(gates.unbind(1), counts, strict=True)]
     decisions, start = [], 0
     for router, own_logits in zip(routers, logits, strict=True):
         own = routes[start : start + router.num_routes]
-        indices, gates = (torch.stack(part, 1) for part in zip(*own, strict=True))
+        indices, own_gates = (torch.stack(part, 1) for part in zip(*own, strict=True))
         if router.straight_through:
-            gates = straight_through(gates)
-        decisions.append(router.decision(indices, gates, own_logits))
+            own_gates = straight_through(own_gates)
+        decisions.append(router.decision(indices, own_gates, own_logits))
         start += router.num_routes
     return decisions
 
 
 @register_notrace_function
-def route_by_descent(
+def descend(
     logits: Tensor,
-    k: int,
+    counts: list[int],
     fetch_ratio: float,
     eps: float,
     eps_init: float,
     eps_decay: float,
     num_iterations: int,
-) -> tuple[Tensor, Tensor]:
-    """`routedvit.ops.route` by coordinate descent; where all is selected all gates are 1."""
+) -> Tensor:
+    """Gates of logits [B, R, N] by coordinate descent, of route r summing to counts[r] times
+    fetch_ratio. Where all tokens are selected all gates are 1, and no gradient passes.
+    """
     n = logits.shape[-1]
-    if k >= n:
-        indices = select(logits, k)
-        return indices, torch.ones_like(logits) + 0 * logits
-    target = torch.full_like(logits[..., :1], min(k * fetch_ratio, n))
-    all_gates = coordinate_descent(
+    targets = [torch.full_like(logits[:, :1, :1], min(k * fetch_ratio, n)) for k in counts]
+    gates = coordinate_descent(
         logits,
-        target,
+        torch.cat(targets, 1),
         eps=eps,
         eps_init=eps_init,
         eps_decay=eps_decay,
         num_iterations=num_iterations,
     )
-    indices = select(all_gates, k)
-    return indices, all_gates.gather(-1, indices)
+    if max(counts) < n:
+        return gates
+    ones = torch.ones_like(logits[:, :1]) + 0 * logits[:, :1]
+    routes = [ones if k >= n else gates[:, r : r + 1] for r, k in enumerate(counts)]
+    return torch.cat(routes, 1)

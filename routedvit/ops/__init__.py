@@ -6,11 +6,11 @@ place behind the same signature, see `backend.py`.
 
 from routedvit.ops.backend import set_backend
 from routedvit.ops.coordinate_descent import coordinate_descent
-from routedvit.ops.gather_norm import gather_norm
+from routedvit.ops.gather_norm import gather_norm, gather_norm_all
 from routedvit.ops.rms_norm import rms_norm
 from routedvit.ops.routing import SAVED_OPS, route, route_all, select
 from routedvit.ops.soft_topk import soft_topk
-from routedvit.ops.tokens import gather_tokens, prepend_prefix, scatter_add_tokens
+from routedvit.ops.tokens import gather_all, gather_tokens, prepend_prefix, scatter_add_tokens
 from routedvit.ops.windows import (
     merge_windows,
     partition_windows,
@@ -21,7 +21,9 @@ from routedvit.ops.windows import (
 __all__ = [
     "SAVED_OPS",
     "coordinate_descent",
+    "gather_all",
     "gather_norm",
+    "gather_norm_all",
     "gather_tokens",
     "merge_windows",
     "partition_windows",

@@ -6,15 +6,17 @@ which is cheaper still: the norm is paid once. Fused, the gathered rows are neve
 the two steps.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from routedvit.ops.backend import uses_triton
 from routedvit.ops.rms_norm import rms_norm
-from routedvit.ops.tokens import gather_tokens
+from routedvit.ops.tokens import gather_all, gather_tokens
 
-__all__ = ["gather_norm"]
+__all__ = ["gather_norm", "gather_norm_all"]
 
 
 def gather_norm(
@@ -48,7 +50,26 @@ def gather_norm(
         routes = index if index.ndim == 3 else index.unsqueeze(1)
         rows = torch.ops.routedvit.gather_norm(x, routes, weight, bias, eps, rms)
         return rows if index.ndim == 3 else rows.squeeze(1)
-    rows = gather_tokens(x, index)
+    return _normalise(gather_tokens(x, index), weight, bias, eps, rms)
+
+
+def gather_norm_all(
+    x: Tensor,
+    indices: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    rms: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """`gather_norm` at each of `indices`, and x for its next reader, as in `gather_all`."""
+    if uses_triton(x):
+        return x, [gather_norm(x, index, weight, bias, eps, rms=rms) for index in indices]
+    x, rows = gather_all(x, indices)
+    return x, [_normalise(own, weight, bias, eps, rms) for own in rows]
+
+
+def _normalise(rows: Tensor, weight: Tensor, bias: Tensor | None, eps: float, rms: bool) -> Tensor:
     if rms:
-        return rms_norm(rows, weight, eps).to(x.dtype)
-    return F.layer_norm(rows, x.shape[-1:], weight, bias, eps).to(x.dtype)
+        return rms_norm(rows, weight, eps).to(rows.dtype)
+    return F.layer_norm(rows, weight.shape, weight, bias, eps).to(rows.dtype)

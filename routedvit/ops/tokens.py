@@ -7,6 +7,9 @@ faster than `gather` / `scatter_add` with an expanded index. Indices are unique 
 the sums have one term each and are bitwise reproducible on every device.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,7 +17,7 @@ from torch import Tensor
 from routedvit.ops.backend import uses_triton
 from routedvit.ops.token_operators import flat_index
 
-__all__ = ["gather_tokens", "prepend_prefix", "scatter_add_tokens"]
+__all__ = ["gather_all", "gather_tokens", "prepend_prefix", "scatter_add_tokens"]
 
 
 def _as_operator(x: Tensor) -> bool:
@@ -44,6 +47,40 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
     flat = flat_index(index.flatten(1), num_tokens)
     rows = x.reshape(batch * num_tokens, dim).index_select(0, flat)
     return rows.view(index.shape + (dim,))  # noqa: RUF005 -- TorchScript
+
+
+def gather_all(x: Tensor, indices: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """`gather_tokens` at each of `indices`, and x itself for whoever reads all of it next.
+
+    Read on through the x that comes back: in eager mode on a CPU the gradients of the rows are then
+    added to that of x where they belong, instead of to zeros of the size of x, one per index, that
+    are summed up afterwards.
+    """
+    if _as_operator(x) or not x.is_cpu or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return x, [gather_tokens(x, index) for index in indices]
+    x, *rows = _GatherAll.apply(x, *indices)
+    return x, rows
+
+
+class _GatherAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *indices: Tensor) -> tuple[Tensor, ...]:
+        positions = [flat_index(index.flatten(1), x.shape[1]) for index in indices]
+        ctx.save_for_backward(*positions)
+        flat = x.reshape(-1, x.shape[-1])
+        rows = (flat.index_select(0, position) for position in positions)
+        shapes = ((*index.shape, x.shape[-1]) for index in indices)
+        return x.view_as(x), *(r.view(shape) for r, shape in zip(rows, shapes, strict=True))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        total = grads[0].clone(memory_format=torch.contiguous_format)
+        flat = total.view(-1, total.shape[-1])
+        positions = ctx.saved_tensors
+        for position, grad in zip(positions, grads[1:], strict=True):
+            flat.index_add_(0, position, grad.reshape(-1, total.shape[-1]))
+        return total, *(None for _ in positions)
 
 
 def scatter_add_tokens(

@@ -128,8 +128,11 @@ def test_impossible_router_arguments_are_named(arguments):
         build_router("learned", 64, 0.5, **arguments)
 
 
-def test_deciding_together_is_deciding_one_by_one():
-    routers = [Router(64, 0.25), Router(64, 0.5, num_routes=2)]
+@pytest.mark.parametrize("solver", ["exact", "coordinate_descent"])
+@pytest.mark.parametrize("fixed", [0, 7, 100])
+def test_deciding_together_is_deciding_one_by_one(solver, fixed):
+    routers = [Router(64, 0.25, solver=solver), Router(64, 0.5, num_routes=2, solver=solver)]
+    routers[1].set_number(fixed)
     logits = [router(tokens()) for router in routers]
     together = decide_together(routers, logits)
     for router, own, decision in zip(routers, logits, together, strict=True):
