@@ -174,10 +174,12 @@ class ConditionalRoutedFeedForward(_Part):
         super().__init__(layer, theirs["use_triton"])
         _set_number(layer.router, "num_heavy_tokens", num_heavy_tokens)
 
-    def forward(self, x: Tensor, residual: bool = False) -> Tensor:
-        """x [B, N, D] -> like x: what is to be added to it, or with `residual` the sum."""
+    def forward(self, x: Tensor, residual: bool = False, order: Tensor | None = None) -> Tensor:
+        """x [B, N, D] -> like x: what is to be added to it, or with `residual` the sum; `order` as
+        in `RoutedFeedForward.update`.
+        """
         self.insist_on_triton(x)
-        return self.layer.update(x, x if residual else None)
+        return self.layer.update(x, x if residual else None, order)
 
 
 class _ForeignContext(RoutedAttention):

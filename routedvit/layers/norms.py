@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from timm import layers as timm_layers
+from timm.layers import RmsNorm as TimmRmsNorm
 from timm.layers import register_notrace_function
 from torch import Tensor, nn
 
@@ -15,7 +15,7 @@ for function in (gather_all, gather_norm_all):
     register_notrace_function(function)
 
 
-class RmsNorm(timm_layers.RmsNorm):
+class RmsNorm(TimmRmsNorm):
     """timm's RMSNorm by `routedvit.ops.rms_norm`: few passes on a CPU, PyTorch's own elsewhere."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ def gather_rows(x: Tensor, indices: list[Tensor], norm: Any) -> tuple[Tensor, li
     LayerNorm and RMSNorm are done by the kernel that gathers. Also returns x for whoever reads all
     of it next, see `routedvit.ops.gather_all`.
     """
-    rms = isinstance(norm, timm_layers.RmsNorm)
+    rms = isinstance(norm, TimmRmsNorm)
     if (rms or isinstance(norm, nn.LayerNorm)) and norm.weight is not None:
         bias = None if rms else norm.bias
         return gather_norm_all(x, indices, norm.weight, bias, norm.eps, rms=rms)

@@ -42,6 +42,15 @@ for function in (gather_tokens, scatter_add_tokens, prepend_prefix):
     register_notrace_function(function)
 
 
+def check_windows(height: int, width: int, window: int) -> None:
+    """ValueError where windows with heavy attention of their own would have to be padded."""
+    if height % window + width % window > 0:
+        raise ValueError(
+            f"heavy attention inside windows needs a grid that light_window={window} divides,"
+            f" not {height} x {width} patches"
+        )
+
+
 class RoutedAttention(nn.Module):
     """Light window attention for all tokens plus heavy global attention for the routed ones.
 
@@ -195,11 +204,7 @@ class RoutedAttention(nn.Module):
             return self._attend(x, grid, rope, x if residual else None, same_window)
         height, width = grid
         window = self.light_window
-        if height % window + width % window > 0:
-            raise ValueError(
-                f"heavy attention inside windows needs a grid that light_window={window} divides,"
-                f" not {height} x {width} patches"
-            )
+        check_windows(height, width, window)
         windows = partition_windows(x, height, width, window)
         own = windows if residual else None
         windows = self._attend(windows, (window, window), None, own, None)
@@ -233,7 +238,7 @@ class RoutedAttention(nn.Module):
             return rows if residual is None else residual + rows
         base = torch.zeros_like(x) if light is None else light
         if self.null_token is not None:
-            base = base + self.null_token
+            base = base.add_(self.null_token)  # nobody else holds it
             rows = rows * q_gate.unsqueeze(-1).to(rows.dtype) - self.null_token
             q_gate = torch.ones_like(q_gate)
         return scatter_add_tokens(base, q_index, rows, q_gate, residual)

@@ -26,6 +26,22 @@ __all__ = ["MLP_LAYERS", "RoutedFeedForward"]
 MLP_LAYERS = {"mlp": Mlp, "swiglu": SwiGLU}
 
 
+@torch.jit.ignore
+def decide_in_raster_order(router: Any, logits: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+    """`Router.decide` where ties, which are broken by place, are those of the raster.
+
+    Args:
+        logits: [B, R, N] of patches as they lie.
+        order: [N], where the patches in raster order lie.
+
+    Returns:
+        indices [B, R, k] ascending, of places; gates [B, R, k].
+    """
+    index, gate, _ = router.decide(logits[..., order])
+    index, rank = order[index].sort(-1)
+    return index, gate.gather(-1, rank)
+
+
 class RoutedFeedForward(nn.Module):
     """A narrow feed-forward for all tokens plus a wide one for the routed ones.
 
@@ -98,11 +114,19 @@ class RoutedFeedForward(nn.Module):
             return self.update(x, x)
         return x + self.drop_path(self.ls(self.update(x)))
 
-    def update(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """What both paths add to x, before LayerScale and drop-path; plus the residual, if any."""
+    def update(
+        self, x: Tensor, residual: Tensor | None = None, order: Tensor | None = None
+    ) -> Tensor:
+        """What both paths add to x, before LayerScale and drop-path; plus the residual, if any.
+
+        Where the patches lie otherwise than in raster order, `order` [N] is the place of each.
+        """
         tokens = self.norm(x)
         logits = self.router(x if self.route_raw else tokens, self.num_prefix)
-        index, gate, _ = self.router.decide(logits)
+        if order is None:
+            index, gate, _ = self.router.decide(logits)
+        else:
+            index, gate = decide_in_raster_order(self.router, logits, order)
         index, gate = prepend_prefix(index.squeeze(1), gate.squeeze(1), self.num_prefix)
         source = tokens if self.shared_norm else x
         if self.recompute_heavy and not torch.jit.is_scripting():

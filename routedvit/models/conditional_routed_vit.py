@@ -22,7 +22,9 @@ from routedvit.layers.conditional_routed import (
     ConditionalRoutedFeedForward,
     ConditionalRoutedImageAttention,
 )
+from routedvit.layers.routed_attention import check_windows
 from routedvit.models.fitting import check_fit
+from routedvit.ops import partition_windows
 
 __all__ = ["ConditionalRoutedViT"]
 
@@ -125,6 +127,7 @@ class ConditionalRoutedViT(nn.Module):
                 **routing,
             )
             layers.append(nn.ModuleList([attention, feed_forward]))
+        self.window = attn_light_window_size
         self.transformer = nn.ModuleDict({"layers": layers})
         self.linear_head = nn.Sequential(
             Reduce("b h w c -> b c", "mean"), nn.LayerNorm(dim), nn.Linear(dim, num_classes)
@@ -134,10 +137,18 @@ class ConditionalRoutedViT(nn.Module):
         """Images [B, channels, H_img, W_img] -> logits [B, num_classes]."""
         x = self.to_patch_embedding(img)
         x = x + _sincos(x)
+        batch, height, width, dim = x.shape
+        side = self.window
+        check_windows(height, width, side)
+        # Windows lie one after the other, each an image to its attention, for the whole depth: that
+        # saves a copy of all tokens on the way in and out of every block. The mean does not mind.
+        x = partition_windows(x.flatten(1, 2), height, width, side)
+        places = torch.arange(height * width, device=x.device).view(1, -1, 1)
+        order = partition_windows(places, height, width, side).flatten().argsort()
         for attention, feed_forward in cast(Any, self.transformer["layers"]):
-            x = attention(x, residual=True)
-            x = feed_forward(x.flatten(1, 2), residual=True).view_as(x)
-        return self.linear_head(x)
+            x = attention(x.unflatten(1, (side, side)), residual=True).view_as(x)
+            x = feed_forward(x.view(batch, -1, dim), residual=True, order=order).view_as(x)
+        return self.linear_head(x.view(batch, height, width, dim))
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
