@@ -36,12 +36,12 @@ ALL_HEAVY: dict[str, Any] = {
     "class_token": True, "reg_tokens": 0, "global_pool": "token",
 }  # fmt: skip
 SEED: dict[str, Any] = {
-    "image_size": 224, "patch_size": 16, "num_classes": 1000, "dim": 384, "depth": 4,
+    "image_size": 224, "patch_size": 16, "num_classes": 1000, "depth": 4,
     "attn_num_heavy_tokens_q": 12, "attn_num_heavy_tokens_kv": 24, "attn_heavy_dim_head": 64,
-    "attn_heavy_heads": 6, "attn_light_dim_head": 64, "attn_light_heads": 2,
-    "attn_light_window_size": 7, "ff_num_heavy_tokens": 49, "ff_heavy_mult": 4,
-    "ff_light_mult": 0.5,
+    "attn_light_dim_head": 64, "attn_light_window_size": 7, "ff_num_heavy_tokens": 49,
+    "ff_heavy_mult": 4, "ff_light_mult": 0.5,
 }  # fmt: skip
+SEED_WIDTHS = {192: (3, 1), 384: (6, 2), 768: (12, 3)}  # heavy and light heads
 
 
 class Step:
@@ -142,11 +142,14 @@ def all_heavy(depth: int, rounds: int, batch: int) -> None:
 
 def against_seed(rounds: int, batch: int) -> None:
     """`ConditionalRoutedViT`, theirs and ours, with the same arguments and weights."""
-    theirs = colt5_attention.ConditionalRoutedViT(**SEED)
-    ours = routedvit.ConditionalRoutedViT(**SEED)
-    ours.load_state_dict(theirs.state_dict())
-    steps = {"colt5-attention": Step(theirs, batch, 224), "ours": Step(ours, batch, 224)}
-    compare(f"ConditionalRoutedViT, batch {batch},", steps, rounds, "colt5-attention")
+    for dim, (heavy, light) in SEED_WIDTHS.items():
+        arguments = {**SEED, "dim": dim, "attn_heavy_heads": heavy, "attn_light_heads": light}
+        theirs = colt5_attention.ConditionalRoutedViT(**arguments)
+        ours = routedvit.ConditionalRoutedViT(**arguments)
+        ours.load_state_dict(theirs.state_dict())
+        steps = {"colt5-attention": Step(theirs, batch, 224), "ours": Step(ours, batch, 224)}
+        case = f"ConditionalRoutedViT, D={dim}, batch {batch},"
+        compare(case, steps, rounds, "colt5-attention")
 
 
 def main() -> None:

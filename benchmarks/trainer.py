@@ -139,7 +139,7 @@ def one_round(config: RunConfig, folder: Path) -> tuple[dict[str, list[float]], 
     model = create_model(config.model, num_classes=10, seed=config.seed)
     shape = resolve_input_data_config(model)["input_size"]
     loader = Interleaved(shape, config.train.batch_size, BareLoop(config))
-    engine, schedule = build_engine(config, model, world, loader.samples_per_epoch)
+    engine, schedule = build_engine(config, model, world, loader)
     trainer = build_trainer(
         config, engine, schedule, loader, EvalLoaders(loader, None),
         checkpoints=Checkpoints(folder / "checkpoints", engine, keep=1),

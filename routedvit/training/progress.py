@@ -37,6 +37,7 @@ class Pace:
         self._seconds_per_step: float | None = None
         self._provisional = True
         self._paused = True
+        self._first = True
         self._last = (0, clock())
 
     def start(self, step: int) -> None:
@@ -52,7 +53,7 @@ class Pace:
         now = self._clock()
         steps = step - self._last[0]
         seconds = (now - self._last[1]) / max(1, steps)
-        if self._seconds_per_step is None and steps == 1:
+        if self._first and steps == 1:
             pass
         elif self._seconds_per_step is None or self._provisional:
             self._seconds_per_step = seconds
@@ -60,7 +61,7 @@ class Pace:
         elif not self._paused:
             self._seconds_per_step += self._weight * (seconds - self._seconds_per_step)
         self._last = (step, now)
-        self._paused = False
+        self._paused = self._first = False
 
     def seconds_for(self, steps: int) -> float | None:
         """Seconds that `steps` will take, or None before the first whole interval."""

@@ -191,6 +191,7 @@ class Trainer:
 
     def save(self, *, must: bool) -> None:
         """Save a checkpoint; if the disk refuses one that need not be, warn and go on."""
+        self.writer.flush()  # a resume from here goes on where the curves end
         try:
             self.checkpoints.save(self.state)
         except SaveError as error:

@@ -93,7 +93,8 @@ class FakeWandb:
 
     def __init__(self) -> None:
         self.begun: list[dict[str, Any]] = []
-        self.logged: list[tuple[dict[str, Any], int]] = []
+        self.logged: list[dict[str, Any]] = []
+        self.axes: dict[str, str | None] = {}
         self.finished = False
         self.config: dict[str, Any] = {}
         self.id = "abc"
@@ -102,11 +103,15 @@ class FakeWandb:
         self.begun.append(settings)
         update = lambda values, allow_val_change: self.config.update(values)  # noqa: E731
         return SimpleNamespace(
-            id=self.id, log=self.log, finish=self.finish, config=SimpleNamespace(update=update)
-        )
+            id=self.id, log=self.log, finish=self.finish, define_metric=self.define_metric,
+            config=SimpleNamespace(update=update),
+        )  # fmt: skip
 
-    def log(self, values: dict[str, Any], step: int) -> None:
-        self.logged.append((values, step))
+    def define_metric(self, name: str, step_metric: str | None = None) -> None:
+        self.axes[name] = step_metric
+
+    def log(self, values: dict[str, Any]) -> None:
+        self.logged.append(values)
 
     def finish(self) -> None:
         self.finished = True
@@ -140,11 +145,11 @@ def test_wandb_gets_everything_and_a_resume_is_the_same_run(
         ("digits", "run", "abc"),
     ]
     assert wandb.logged == [
-        ({"train/loss": 0.5}, 3),
-        ({"routed_patches/q": (4, 5, 3)}, 3),
-        ({"config": "<pre>a &lt; b</pre>"}, 0),
-        ({"speed/step_seconds": [0.1, 0.2]}, 3),
+        {"step": 3, "train/loss": 0.5, "routed_patches/q": (4, 5, 3)},
+        {"step": 0, "config": "<pre>a &lt; b</pre>"},
+        {"step": 3, "speed/step_seconds": [0.1, 0.2]},
     ]
+    assert wandb.axes == {"step": None, "*": "step"}  # a step that comes again is not dropped
     assert wandb.config == {"optim.lr": 0.1}
     assert wandb.finished
 

@@ -68,6 +68,17 @@ def test_a_run_that_evaluates_at_every_update_still_has_a_time_left() -> None:
     assert stream.getvalue().splitlines()[-2].endswith("left 0:00:10")
 
 
+def test_a_run_that_logs_every_step_has_a_time_left_from_the_second_on() -> None:
+    clock, stream = Clock(), io.StringIO()
+    progress = LineProgress(stream, clock)
+    progress.start(0, 10)
+    for step, now in ((1, 50.0), (2, 52.0), (3, 54.0)):
+        clock.now = now
+        progress.update(step, 1.0, 1e-3, 1.0)
+    left = [line.split()[-1] for line in stream.getvalue().splitlines()]
+    assert left == ["?", "0:00:16", "0:00:14"]
+
+
 def test_a_resumed_run_counts_only_its_own_steps() -> None:
     clock, stream = Clock(), io.StringIO()
     progress = LineProgress(stream, clock)

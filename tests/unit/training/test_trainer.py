@@ -118,6 +118,20 @@ def test_the_rate_of_a_step_follows_from_its_number(tmp_path):
     assert [resumed.scalars["train/learning_rate", step] for step in (4, 5, 6)] == rates[3:]
 
 
+def test_curves_are_on_disk_up_to_every_checkpoint(tmp_path):
+    """A run that is killed and resumed must not have a hole in them."""
+    sink, checkpoints = Sink(), tmp_path / "checkpoints"
+    written: list[set[int]] = []
+
+    def flush() -> None:
+        if not (checkpoints / "step_00000004").exists():
+            written.append({step for name, step in sink.scalars if name == "train/loss"})
+
+    sink.flush = flush
+    trainer(tmp_path, FakeEngine(), sink, RunState(), log_every=1).fit()
+    assert written[-1] == {1, 2, 3, 4}
+
+
 def test_the_best_metric_is_the_highest_one(tmp_path):
     evaluators = [Evaluator([10.0, 30.0, 20.0], every_steps=2)]
     summary = trainer(tmp_path, FakeEngine(), Sink(), RunState(), evaluators=evaluators).fit()
