@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from benchmarks.timing import interleave, report
 from routedvit.layers import RoutedBlock
 from routedvit.layers.router import decide_together
-from routedvit.ops import gather_tokens, prepend_prefix, scatter_add_tokens
+from routedvit.ops import gather_all, prepend_prefix, scatter_add_tokens
 
 DIM, HEADS, PREFIX = 768, 12, 4
 SHAPES = {"cpu": [(16, 14), (4, 28)], "cuda": [(256, 14), (64, 32)]}  # images, side of the grid
@@ -58,16 +58,17 @@ class SeedBlock(nn.Module):
 def routing_alone(block: RoutedBlock, x: Tensor) -> Tensor:
     """What `block` does to decide, fetch and put back, on normalised tokens x."""
     routers = [block.attn.q_router, block.attn.kv_router]
-    queries, keys = decide_together(routers, [router(x, PREFIX) for router in routers])
-    (q_index, q_gate, _), (kv_index, kv_gate, _) = queries, keys
+    decisions = decide_together(routers, [router(x, PREFIX) for router in routers])
+    (q_index, q_gate, _), (kv_index, kv_gate, _) = decisions
     q_index, q_gate = prepend_prefix(q_index.squeeze(1), q_gate.squeeze(1), PREFIX)
     kv_index, kv_gate = prepend_prefix(kv_index, kv_gate, PREFIX)
-    context = gather_tokens(x, kv_index) * kv_gate.unsqueeze(-1)
-    rows = gather_tokens(x, q_index)
+    x, (rows, keys) = gather_all(x, [q_index, kv_index])
+    context = keys * kv_gate.unsqueeze(-1)
     x = scatter_add_tokens(x, q_index, rows, q_gate)
     index, gate, _ = block.mlp.router.decide(block.mlp.router(x, PREFIX))
     index, gate = prepend_prefix(index.squeeze(1), gate.squeeze(1), PREFIX)
-    out = scatter_add_tokens(x, index, gather_tokens(x, index), gate)
+    x, (rows,) = gather_all(x, [index])
+    out = scatter_add_tokens(x, index, rows, gate)
     return out.sum() + context.sum()
 
 

@@ -1,4 +1,7 @@
-"""One line per measurement in `benchmarks/results.csv`, with what is needed to believe it."""
+"""One line per measurement in `benchmarks/results.csv`, with what is needed to believe it.
+
+The environment variable BENCHMARK_RESULTS names another file, for a trial that is not to be kept.
+"""
 
 import csv
 import datetime
@@ -10,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-FILE = Path(__file__).with_name("results.csv")
+FILE = Path(os.environ.get("BENCHMARK_RESULTS") or Path(__file__).with_name("results.csv"))
 COLUMNS = (
     "date", "benchmark", "case", "median", "min", "max", "rounds", "unit",
     "baseline", "ratio", "hardware", "python", "torch",

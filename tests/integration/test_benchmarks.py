@@ -1,0 +1,41 @@
+"""The benchmarks still run: few rounds of the quick ones, the results in a file of their own."""
+
+import csv
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+OFTEN = ["--set", "log.gradients_every_steps=4", "--set", "log.routing_every_steps=3"]
+MODULES = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py"))
+
+
+@pytest.mark.parametrize("module", sorted(set(MODULES) - {"bare_deepspeed"}))  # a script
+def test_every_benchmark_can_be_imported(module: str) -> None:
+    importlib.import_module(f"benchmarks.{module}")
+
+
+@pytest.mark.parametrize(
+    ("command", "rows"),
+    [
+        (["benchmarks.router", "--rounds", "1"], 18),
+        (["benchmarks.trainer", "--rounds", "1", "--steps", "12", *OFTEN], 3),
+    ],
+)
+def test_a_short_run_ends_in_rows_with_a_baseline(
+    command: list[str], rows: int, tmp_path: Path
+) -> None:
+    file = tmp_path / "results.csv"
+    environment = {**os.environ, "BENCHMARK_RESULTS": str(file), "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-m", *command], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    with file.open(newline="", encoding="utf-8") as lines:
+        found = list(csv.DictReader(lines))
+    assert len(found) == rows
+    assert all(row["baseline"] and float(row["ratio"]) > 0 and row["hardware"] for row in found)
