@@ -17,9 +17,8 @@ from typing import Any
 from PIL import Image
 from timm.data import ImageDataset, create_dataset
 
-from data.decode import EXTENSION_OF_FORMAT, MAX_PIXELS, open_image
 from data.errors import BadSample, DataError
-from data.sources import Encoded, FileReference, Reference, Split, divide, safe_key, unique_key
+from data.sources import FileReference, Reference, Split, divide, safe_key, unique_key
 
 
 def list_splits(
@@ -145,7 +144,7 @@ class DatasetReference:
     number: int
     label: int
 
-    def read(self) -> Encoded:
+    def read(self) -> bytes:
         image = _item(self.dataset, self.number)[0]
         if isinstance(image, dict):  # Hugging Face's Image(decode=False)
             image = image["bytes"]
@@ -155,8 +154,7 @@ class DatasetReference:
         if isinstance(image, Image.Image):
             buffer = io.BytesIO()
             image.save(buffer, format="PNG")
-            return Encoded(self.key, "png", buffer.getvalue(), self.label)
+            return buffer.getvalue()
         if not isinstance(image, bytes):
             raise BadSample(f"an item of type {type(image).__name__} is no image")
-        extension = EXTENSION_OF_FORMAT[open_image(image, MAX_PIXELS).format or ""]
-        return Encoded(self.key, extension, image, self.label)
+        return image

@@ -12,7 +12,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 from PIL import Image
@@ -21,23 +21,14 @@ from data.errors import DataError
 from data.tar_index import IMAGE_EXTENSIONS
 
 
-class Encoded(NamedTuple):
-    """One sample as it goes into a shard."""
-
-    key: str  # no dots: WebDataset ends the key at the first one
-    extension: str  # png, jpg, jpeg or webp
-    payload: bytes
-    label: int
-
-
 class Reference(Protocol):
     """A sample that has not been read yet."""
 
     @property
-    def key(self) -> str: ...
+    def key(self) -> str: ...  # no dots: WebDataset ends the key at the first one
     @property
     def label(self) -> int: ...
-    def read(self) -> Encoded: ...
+    def read(self) -> bytes: ...  # may raise anything; what it returns is not trusted either
 
 
 @dataclass(frozen=True)
@@ -56,10 +47,10 @@ class ArrayReference:
     pixels: np.ndarray
     label: int
 
-    def read(self) -> Encoded:
+    def read(self) -> bytes:
         buffer = io.BytesIO()
         Image.fromarray(self.pixels).save(buffer, format="PNG", optimize=True)
-        return Encoded(self.key, "png", buffer.getvalue(), self.label)
+        return buffer.getvalue()
 
 
 @dataclass(frozen=True)
@@ -70,8 +61,8 @@ class FileReference:
     path: Path
     label: int
 
-    def read(self) -> Encoded:
-        return Encoded(self.key, self.path.suffix[1:].lower(), self.path.read_bytes(), self.label)
+    def read(self) -> bytes:
+        return self.path.read_bytes()
 
 
 def mnist_splits() -> dict[str, Split]:

@@ -17,10 +17,11 @@ import argparse
 import sys
 from pathlib import Path
 
+from data.encoding import Encoding
 from data.errors import DataError
 from data.manifest import MANIFEST_NAME, Manifest, read_manifest
 from data.sources import Split, folder_splits, idx_splits, mnist_splits
-from data.writer import Encoding, write_split
+from data.writer import write_split
 
 SOURCES = ("mnist", "folder", "idx", "list", "dataset")
 

@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
-from data.decode import EXTENSION_OF_FORMAT, MAX_PIXELS, open_image
+from data.decode import MAX_PIXELS, open_image
+from data.encoding import Encoded, Encoding
 from data.errors import BadSample, DataError
-from data.index_file import SUFFIX, content_for, entry_for
+from data.index_file import SUFFIX, content_for, entry_for, unpack
 from data.manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -37,46 +37,10 @@ from data.manifest import (
     write_atomically,
     write_manifest,
 )
-from data.sources import Encoded, Reference, Split
+from data.sources import Reference, Split
 from data.statistics import ShardStatistics, combine
 
 PARTS = ".parts"
-FORMAT_OF_EXTENSION = {extension: name for name, extension in EXTENSION_OF_FORMAT.items()}
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """What is done to an image before it is stored; by default nothing: its bytes are copied."""
-
-    resize: int | None = None  # pixels of the shorter side; smaller images keep their size
-    kind: str | None = None  # encode anew as jpg, png or webp; None: only what was resized
-    quality: int = 90
-
-    def apply(self, sample: Encoded) -> Encoded:
-        """The sample as it goes into the shard. BadSample when it is no image we can read back."""
-        image = open_image(sample.payload, MAX_PIXELS)
-        shrink = self.resize is not None and min(image.size) > self.resize
-        if not shrink and self.kind in (None, EXTENSION_OF_FORMAT[image.format or ""]):
-            return sample
-        try:
-            return self._encoded(sample, image, shrink)
-        except Exception as error:  # as in data.decode: hostile bytes fail in many ways
-            raise BadSample(f"cannot be decoded ({type(error).__name__}: {error})") from error
-
-    def _encoded(self, sample: Encoded, image: Image.Image, shrink: bool) -> Encoded:
-        kind = self.kind or EXTENSION_OF_FORMAT[image.format or ""]
-        size = image.size
-        if shrink and self.resize is not None:
-            scale = self.resize / min(size)
-            size = (round(size[0] * scale), round(size[1] * scale))
-            # a JPEG is decoded at half or a quarter of its size while that is above the one wanted
-            image.draft(None, size)
-        pixels = image.convert("L" if image.mode in ("L", "1") else "RGB")
-        if pixels.size != size:
-            pixels = pixels.resize(size, Image.Resampling.BICUBIC)
-        buffer = io.BytesIO()
-        pixels.save(buffer, format=FORMAT_OF_EXTENSION[kind], quality=self.quality)
-        return sample._replace(extension=kind, payload=buffer.getvalue())
 
 
 @dataclass(frozen=True)
@@ -171,18 +135,29 @@ def _write_shard(job: _Job) -> dict[str, Any]:
         with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
             for reference in job.references:
                 try:
-                    sample = job.encoding.apply(reference.read())
-                    statistics.add(open_image(sample.payload, MAX_PIXELS), sample.label)
-                except (BadSample, OSError) as error:
+                    image = _read(reference, job.encoding)
+                    statistics.add(open_image(image.payload, MAX_PIXELS), reference.label)
+                except BadSample as error:
                     skipped.append({"key": reference.key, "reason": str(error)})
                     continue
-                _add(tar, f"{sample.key}.{sample.extension}", sample.payload)
-                _add(tar, f"{sample.key}.cls", str(sample.label).encode())
+                _add(tar, f"{reference.key}.{image.extension}", image.payload)
+                _add(tar, f"{reference.key}.cls", str(reference.label).encode())
         file.flush()
         os.fsync(file.fileno())
     note = _publish(job, temporary, statistics) | {"skipped": skipped}
     write_atomically(job.note, json.dumps(note).encode())
     return note
+
+
+def _read(reference: Reference, encoding: Encoding) -> Encoded:
+    """The image as it goes into the shard. BadSample when it cannot be used."""
+    try:
+        return encoding.apply(reference.read())
+    except BadSample:
+        raise
+    except Exception as error:  # whatever a disk or somebody's dataset raises costs this sample
+        first = str(error).partition("\n")[0]
+        raise BadSample(f"cannot be read ({type(error).__name__}: {first})") from error
 
 
 def _is(path: Path, entry: dict[str, Any]) -> bool:
@@ -195,11 +170,11 @@ def _index_of(shard: Path) -> Path:
 
 def _publish(job: _Job, temporary: Path, statistics: ShardStatistics) -> dict[str, Any]:
     """Give the shard its name, an index and a description; without a sample it is dropped."""
-    samples = sum(statistics.class_counts.values())
+    index = content_for(temporary)
+    samples = len(unpack(index))  # as found in the file, not as counted on the way there
     if not samples:
         temporary.unlink()
         return {"entry": {"samples": 0}}
-    index = content_for(temporary)
     write_atomically(_index_of(job.path), index)
     entry = ShardEntry(
         name=job.path.name,

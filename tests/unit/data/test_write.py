@@ -7,6 +7,7 @@ import json
 import struct
 import tarfile
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -14,11 +15,14 @@ import webdataset
 from PIL import Image
 
 from data import check, write
+from data.encoding import Encoding
 from data.listings import dataset_split
 from data.manifest import read_manifest, sha256_of
 from data.shards import resolve
-from data.sources import safe_key
+from data.sources import Split, safe_key
 from data.tar_index import read_index
+from data.writer import write_split
+from tests.unit.data.making import png
 
 
 @pytest.fixture(scope="session")
@@ -294,8 +298,9 @@ def test_items_of_any_dataset_object_keep_their_encoded_bytes(photographs):
     as_file = [(path.open("rb"), 1) for path in paths]
     for dataset in (as_bytes, as_file):
         split = dataset_split(dataset, "x", label_names=["a", "b"])
-        sample = split.references[3].read()
-        assert sample == ("x00000003", "jpg", paths[3].read_bytes(), 1)
+        reference = split.references[3]
+        assert (reference.key, reference.label) == ("x00000003", 1)
+        assert reference.read() == paths[3].read_bytes()
 
 
 def test_images_can_be_encoded_anew(photographs, tmp_path):
@@ -315,3 +320,39 @@ def test_a_folder_with_other_shards_is_not_mixed_into(photographs, tmp_path, cap
     command = ["--source", "folder", "--path", str(photographs), "--out", str(out)]
     assert write.main(command) == 2
     assert "precious.tar and 0 more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("decoded", [1, 256])
+def test_a_cut_image_is_in_neither_the_shard_nor_the_manifest(
+    photographs, tmp_path, monkeypatch, decoded
+):
+    """Also behind the images whose pixels are looked at for the mean."""
+    monkeypatch.setattr("data.statistics.PIXEL_SAMPLES", decoded)
+    for name in ("img.2.png", "img.3.jpg"):
+        path = photographs / "cat" / name
+        path.write_bytes(path.read_bytes()[:-3000])
+    out = tmp_path / "out"
+    command = ["--source", "folder", "--path", str(photographs), "--out", str(out)]
+    assert write.main(command) == 0
+    manifest = read_manifest(out / "train" / "manifest.json")
+    assert (manifest.samples, manifest.class_counts) == (22, [10, 12])
+    assert len(read_index(out / "train" / "000000.tar", 22)) == 22
+    skipped = [json.loads(line) for line in (out / "train/skipped.jsonl").open()]
+    assert {line["key"] for line in skipped} == {"cat/broken", "cat/img_2", "cat/img_3"}
+
+
+def test_whatever_a_dataset_raises_costs_that_sample_alone(tmp_path):
+    class Item(NamedTuple):
+        key: str
+        label: int = 0
+
+        def read(self) -> bytes:
+            if self.key == "bad":
+                raise KeyError("image")
+            return png(0)
+
+    split = Split([Item("good"), Item("bad")], ["x"])
+    manifest = write_split(split, tmp_path / "out", 10, Encoding())
+    assert manifest.samples == 1
+    skipped = json.loads((tmp_path / "out/skipped.jsonl").read_text())
+    assert skipped == {"key": "bad", "reason": "cannot be read (KeyError: 'image')"}
