@@ -53,6 +53,7 @@ class Manifest(BaseModel):
     modes: dict[str, int]  # Pillow mode -> images
     width: tuple[int, int]  # smallest, largest
     height: tuple[int, int]
+    recipe: dict[str, str] | None = None  # of `data.write`, see data.recipe
     shards: list[ShardEntry]
 
     @model_validator(mode="after")

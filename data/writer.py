@@ -15,8 +15,9 @@ import multiprocessing
 import os
 import shutil
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from data.manifest import (
     write_atomically,
     write_manifest,
 )
+from data.skipped import DEFAULT_SHARE, Skipped
 from data.sources import Reference, Split
 from data.statistics import ShardStatistics, combine
 
@@ -57,11 +59,19 @@ class _Job:
 
 
 def write_split(
-    split: Split, folder: Path, shard_size: int, encoding: Encoding, jobs: int = 1
+    split: Split,
+    folder: Path,
+    shard_size: int,
+    encoding: Encoding,
+    jobs: int = 1,
+    *,
+    max_skipped: float = DEFAULT_SHARE,
+    recipe: dict[str, str] | None = None,
 ) -> Manifest:
-    """Write `split` into `folder` as shards of `shard_size` samples; returns the manifest."""
-    if shard_size < 1:
-        raise DataError(f"--shard-size is {shard_size}; give at least 1")
+    """Write `split` into `folder` as shards of `shard_size` samples; returns the manifest.
+
+    `recipe` goes into it. DataError when more than the share `max_skipped` cannot be used.
+    """
     mixed = np.random.default_rng(0).permutation(len(split.references))
     references = [split.references[number] for number in mixed]
     chunks = [references[at : at + shard_size] for at in range(0, len(references), shard_size)]
@@ -69,20 +79,21 @@ def write_split(
     _refuse_strangers(folder, {f"{number:06d}.tar" for number in range(len(chunks))})
     (folder / MANIFEST_NAME).unlink(missing_ok=True)  # it would vouch for shards we replace
     _forget_other_plans(folder / PARTS, chunks, encoding)
+    skipped = Skipped(folder, len(references), max_skipped)
     work = [
         _Job(folder / f"{number:06d}.tar", chunk, encoding) for number, chunk in enumerate(chunks)
     ]
-    notes = list(
-        tqdm(_perform(work, jobs), total=len(work), unit="shard", desc=str(folder), disable=None)
-    )
-    notes = [note for note in notes if note["entry"]["samples"]]
-    skipped = [line for note in notes for line in note["skipped"]]
-    if skipped:
-        text = "".join(json.dumps(line) + "\n" for line in skipped)
-        write_atomically(folder / "skipped.jsonl", text.encode())
+    notes = []
+    with closing(_perform(work, jobs)) as performed:
+        bar = tqdm(performed, total=len(work), unit="shard", desc=str(folder), disable=None)
+        for note in bar:
+            skipped.add(note["skipped"])
+            if note["entry"]["samples"]:
+                notes.append(note)
+    skipped.save()
     if not notes:
-        raise DataError(f"{folder}: not one usable image; skipped.jsonl says what is wrong")
-    manifest = combine(notes, split.label_names)
+        raise DataError(f"{folder}: not one usable image; {skipped.path} says what is wrong")
+    manifest = combine(notes, split.label_names).model_copy(update={"recipe": recipe})
     write_manifest(folder, manifest)
     shutil.rmtree(folder / PARTS)
     return manifest
@@ -111,7 +122,7 @@ def _forget_other_plans(parts: Path, chunks: list[list[Reference]], encoding: En
         write_atomically(plan, digest.hexdigest().encode())
 
 
-def _perform(work: list[_Job], jobs: int) -> Iterator[dict[str, Any]]:
+def _perform(work: list[_Job], jobs: int) -> Generator[dict[str, Any]]:
     """The notes of all shards, in order."""
     if jobs == 1:
         yield from map(_write_shard, work)
@@ -124,10 +135,7 @@ def _write_shard(job: _Job) -> dict[str, Any]:
     """Write one shard and its note, unless an earlier run has; returns the note."""
     if job.note.exists():
         note = json.loads(job.note.read_text())
-        entry = note["entry"]
-        if not entry["samples"] or (
-            _is(job.path, entry) and _is(_index_of(job.path), entry["index"])
-        ):
+        if _stands(job.path, note["entry"]) and not _mended(job, note["skipped"]):
             return note
     statistics, skipped = ShardStatistics(), []
     temporary = job.path.with_name(f".{job.path.name}.{os.getpid()}")
@@ -158,6 +166,26 @@ def _read(reference: Reference, encoding: Encoding) -> Encoded:
     except Exception as error:  # whatever a disk or somebody's dataset raises costs this sample
         first = str(error).partition("\n")[0]
         raise BadSample(f"cannot be read ({type(error).__name__}: {first})") from error
+
+
+def _stands(path: Path, entry: dict[str, Any]) -> bool:
+    """Whether a shard is still what its note says; one without a sample was dropped."""
+    if not entry["samples"]:
+        return True
+    return _is(path, entry) and _is(_index_of(path), entry["index"])
+
+
+def _mended(job: _Job, skipped: list[dict[str, Any]]) -> bool:
+    """Whether a sample that an earlier run skipped can be used by now."""
+    keys = {line["key"] for line in skipped}
+    for reference in job.references:
+        if reference.key in keys:
+            try:
+                _read(reference, job.encoding)
+            except BadSample:
+                continue
+            return True
+    return False
 
 
 def _is(path: Path, entry: dict[str, Any]) -> bool:
