@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from data.errors import DataError
 
 MANIFEST_NAME = "manifest.json"
+MAX_CLASSES = 1_000_000  # a label above is an identifier, or damage; counts are kept as a list
 
 
 class IndexEntry(BaseModel):

@@ -25,7 +25,7 @@ OF_SOURCE = {
     "mnist": (),
     "folder": ("path", "held_out"),
     "idx": ("path",),
-    "list": ("path", "held_out", "image_column", "label_column"),
+    "list": ("path", "held_out", "image_column", "label_column", "labels_are_names"),
     "dataset": ("path", "name", "val_split", "image_column", "label_column"),
 }
 

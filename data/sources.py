@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import gzip
 import io
+import math
+import struct
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -200,7 +203,12 @@ def idx_splits(root: Path) -> dict[str, Split]:
         images = _read_idx(root, f"{prefix}-images-idx3-ubyte", dimensions=3)
         labels = _read_idx(root, f"{prefix}-labels-idx1-ubyte", dimensions=1)
         if len(images) != len(labels):
-            raise DataError(f"{root}: {len(images)} {prefix} images and {len(labels)} labels")
+            raise DataError(
+                f"{root}: {len(images)} {prefix} images and {len(labels)} labels; they are of "
+                "different sets, download both again"
+            )
+        if not len(labels):
+            raise DataError(f"{root}: the {prefix} files hold no images; download them again")
         references = [
             ArrayReference(f"{prefix}{number:06d}", image, int(label))
             for number, (image, label) in enumerate(zip(images, labels, strict=True))
@@ -214,13 +222,22 @@ def _read_idx(root: Path, name: str, dimensions: int) -> np.ndarray:
     """The uint8 array in an idx file: magic 0, 0, 8 (uint8), rank; then big-endian sizes."""
     plain, packed = root / name, root / f"{name}.gz"
     if plain.is_file():
-        content = plain.read_bytes()
+        path, content = plain, plain.read_bytes()
     elif packed.is_file():
-        content = gzip.decompress(packed.read_bytes())
+        path, content = packed, _unpacked(packed)
     else:
         raise DataError(f"--path {root} has neither {name} nor {name}.gz; download both there")
-    shape = np.frombuffer(content, ">i4", count=dimensions, offset=4)
-    pixels = np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions)
-    if content[:4] != bytes((0, 0, 8, dimensions)) or pixels.size != np.prod(shape):
-        raise DataError(f"{root / name} is no idx file of {dimensions} dimensions, or it is cut")
-    return pixels.reshape(shape)
+    begin = 4 + 4 * dimensions
+    shape = struct.unpack(f">{dimensions}I", content[4:begin].ljust(begin - 4, b"\0"))
+    if content[:4] != bytes((0, 0, 8, dimensions)) or len(content) - begin != math.prod(shape):
+        raise DataError(
+            f"{path} is no idx file of {dimensions} dimensions, or it is cut; download it again"
+        )
+    return np.frombuffer(content, np.uint8, offset=begin).reshape(shape)
+
+
+def _unpacked(path: Path) -> bytes:
+    try:
+        return gzip.decompress(path.read_bytes())
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"{path} is damaged or cut ({error}); download it again") from None

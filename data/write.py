@@ -65,11 +65,16 @@ def splits_of(arguments: argparse.Namespace) -> dict[str, Split]:
     from data.listings import list_splits, named_dataset_splits
 
     if arguments.source == "list":
-        return list_splits(path, arguments.image_column, arguments.label_column, held_out)
+        columns = arguments.image_column, arguments.label_column
+        return list_splits(path, *columns, held_out, arguments.labels_are_names)
     if arguments.name is None:
         raise DataError("--source dataset needs --name, timm's name of it, such as torch/cifar10")
     return named_dataset_splits(
-        arguments.name, path, {"train": "train", "val": arguments.val_split}
+        arguments.name,
+        path,
+        {"train": "train", "val": arguments.val_split},
+        arguments.image_column,
+        arguments.label_column,
     )
 
 
@@ -84,8 +89,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--path", type=Path, help="folder or file to read (all but mnist)")
     parser.add_argument("--name", help="dataset: timm's name, such as torch/cifar10 or hfds/mnist")
     parser.add_argument("--val-split", default="validation", help="dataset: the split for val")
-    parser.add_argument("--image-column", default="image", help="list: column with the paths")
-    parser.add_argument("--label-column", default="label", help="list: column with the classes")
+    parser.add_argument(
+        "--image-column", default="image", help="list, hfds: column with the images"
+    )
+    parser.add_argument(
+        "--label-column", default="label", help="list, hfds: column with the classes"
+    )
+    parser.add_argument(
+        "--labels-are-names",
+        action="store_true",
+        help="list: number the classes anew even where labels are numbers",
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder that gets train/ and val/")
     parser.add_argument(
         "--shard-size", type=whole(1), help="samples per shard (mnist: 250; else 1000)"

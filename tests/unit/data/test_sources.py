@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
+import struct
 from collections import Counter
 
 import pytest
 
 from data import write
 from data.errors import DataError
-from data.sources import folder_splits
+from data.sources import folder_splits, idx_splits
 from tests.unit.data.making import png
 
 
@@ -67,3 +69,41 @@ def test_jpegs_under_other_suffixes_are_found(tree):
     split = folder_splits(root, 0)["train"]
     assert len({reference.key for reference in split.references}) == 3
     assert split.ignored == Counter({".txt": 1})
+
+
+IMAGES = struct.pack(">4B3I", 0, 0, 8, 3, 2, 4, 4) + bytes(32)
+LABELS = struct.pack(">4BI", 0, 0, 8, 1, 2) + bytes(2)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("train-images-idx3-ubyte", IMAGES[:-1], "or it is cut"),
+        ("train-images-idx3-ubyte", IMAGES[:9], "or it is cut"),
+        ("train-images-idx3-ubyte", b"", "or it is cut"),
+        ("train-images-idx3-ubyte", IMAGES[:4] + b"\xff" * 12 + bytes(32), "or it is cut"),
+        ("train-images-idx3-ubyte", LABELS, "no idx file of 3 dimensions"),
+        ("train-images-idx3-ubyte.gz", gzip.compress(IMAGES)[:-9], "damaged or cut"),
+        ("train-images-idx3-ubyte.gz", b"<html>", "damaged or cut"),
+        ("train-images-idx3-ubyte.gz", b"\x1f\x8b\x08" + b"\xff" * 40, "damaged or cut"),
+        ("train-labels-idx1-ubyte", LABELS[:7] + b"\x01" + bytes(1), "2 train images and 1 labels"),
+    ],
+)
+def test_idx_files_that_are_damaged_are_named(tmp_path, name, content, words):
+    for prefix in ("train", "t10k"):
+        (tmp_path / f"{prefix}-images-idx3-ubyte").write_bytes(IMAGES)
+        (tmp_path / f"{prefix}-labels-idx1-ubyte").write_bytes(LABELS)
+    assert sizes(idx_splits(tmp_path)) == {"train": 2, "val": 2}
+    (tmp_path / name.removesuffix(".gz")).unlink()
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=words):
+        idx_splits(tmp_path)
+
+
+def test_an_empty_idx_set_is_refused(tmp_path):
+    for prefix in ("train", "t10k"):
+        header = struct.pack(">4B3I", 0, 0, 8, 3, 0, 4, 4)
+        (tmp_path / f"{prefix}-images-idx3-ubyte").write_bytes(header)
+        (tmp_path / f"{prefix}-labels-idx1-ubyte").write_bytes(struct.pack(">4BI", 0, 0, 8, 1, 0))
+    with pytest.raises(DataError, match="the train files hold no images"):
+        idx_splits(tmp_path)
