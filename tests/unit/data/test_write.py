@@ -306,6 +306,14 @@ def test_items_of_any_dataset_object_keep_their_encoded_bytes(photographs):
         assert reference.read() == paths[3].read_bytes()
 
 
+def test_a_folder_that_cannot_be_written_is_said_in_a_line(photographs, tmp_path, capsys):
+    (tmp_path / "taken").write_text("a file")
+    assert write.main(from_folder(photographs, tmp_path / "taken")) == 2
+    said = capsys.readouterr().err
+    assert "Not a directory" in said
+    assert said.count("\n") == 1
+
+
 def test_images_can_be_encoded_anew(photographs, tmp_path):
     out = tmp_path / "out"
     command = from_folder(photographs, out)
