@@ -23,10 +23,11 @@ from benchmarks.loader import photographs
 from benchmarks.results import append_result
 from benchmarks.timing import interleave
 from data.config import DataConfig
+from data.encoding import Encoding
 from data.loaders import TrainLoader, build_train_loader
 from data.manifest import read_manifest, write_manifest
 from data.sources import FileReference, Split
-from data.writer import Encoding, write_split
+from data.writer import write_split
 
 SHARDS, PER_SHARD, STREAMS, BATCH, SIZE = 48, 500, 8, 256, 96
 EPOCH = SHARDS * PER_SHARD

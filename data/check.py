@@ -26,11 +26,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data.decode import MAX_PIXELS, decode, open_image
+from data.arguments import whole
+from data.decode import MAX_IMAGE_BYTES, MAX_PIXELS, decode, open_image
 from data.errors import BadSample, DataError
 from data.index_file import SUFFIX, content_for, entry_for
 from data.manifest import (
     MANIFEST_NAME,
+    MAX_CLASSES,
     Manifest,
     ShardEntry,
     read_manifest,
@@ -39,6 +41,7 @@ from data.manifest import (
 )
 from data.manifest import write_manifest as save_manifest
 from data.remote import is_url
+from data.report import describe
 from data.shards import match
 from data.statistics import ShardStatistics, combine
 from data.tar_index import TarIndex, read_index
@@ -62,13 +65,19 @@ def examine(path: Path, full_decode: bool = True) -> ShardReport:
     """Read a shard from end to end. Never raises for what is in it."""
     report = ShardReport(path)
     try:
-        index = read_index(path)
+        _examine(report, full_decode)
     except FileNotFoundError:
         report.damage.append(f"{path}: missing")
-        return report
     except DataError as error:
         report.damage.append(str(error).partition("; replace the shard")[0])
-        return report
+    except OSError as error:
+        report.damage.append(f"{path}: cannot be read ({error.strerror})")
+    return report
+
+
+def _examine(report: ShardReport, full_decode: bool) -> None:
+    path = report.path
+    index = read_index(path)
     report.keys = [index.key(sample) for sample in range(len(index))]
     report.ignored = index.ignored
     statistics = ShardStatistics()
@@ -89,7 +98,6 @@ def examine(path: Path, full_decode: bool = True) -> ShardReport:
         report.note = statistics.note(entry)
     else:
         report.damage.append(f"{path}: no sample in it")
-    return report
 
 
 def _examine_sample(
@@ -97,12 +105,17 @@ def _examine_sample(
 ) -> None:
     if sample in index.faults:
         raise BadSample(index.faults[sample])
+    label, size = int(index.labels[sample]), int(index.sizes[sample])
+    if label >= MAX_CLASSES:
+        raise BadSample(f"label {label}; classes are numbered from 0 to {MAX_CLASSES - 1}")
+    if size > MAX_IMAGE_BYTES:
+        raise BadSample(f"an image of {size} encoded bytes; {MAX_IMAGE_BYTES} are allowed")
     file.seek(int(index.offsets[sample]))
-    payload = file.read(int(index.sizes[sample]))
+    payload = file.read(size)
     image = open_image(payload, MAX_PIXELS)
     if full_decode:
         decode(payload, 3, MAX_PIXELS)
-    statistics.add(image, int(index.labels[sample]))
+    statistics.add(image, label)
 
 
 def examine_all(paths: Sequence[Path], full_decode: bool, jobs: int) -> Iterator[ShardReport]:
@@ -152,30 +165,27 @@ def _about_index(path: Path, found: dict[str, Any], entry: ShardEntry) -> list[s
     return []
 
 
+def about_classes(folder: Path, reports: list[ShardReport], manifest: Manifest) -> list[str]:
+    """Where the classes that were found in a whole folder are not those of its manifest."""
+    whole_set = {report.path.name for report in reports} == {s.name for s in manifest.shards}
+    if not whole_set or any(report.damage or report.bad for report in reports):
+        return []  # then there are other findings, and the numbers must differ
+    found: Counter[int] = Counter()
+    for report in reports:
+        if report.note is not None:
+            found.update({int(label): n for label, n in report.note["class_counts"].items()})
+    wrong = [
+        f"{folder}: {found[label]} images of class {label}, the manifest says {count}"
+        for label, count in enumerate(manifest.class_counts)
+        if found[label] != count
+    ]
+    return [f"{wrong[0]} (and {len(wrong) - 1} more classes)"] if len(wrong) > 1 else wrong
+
+
 def repeated_keys(reports: list[ShardReport]) -> list[str]:
     """Keys that more than one shard holds."""
     counts = Counter(key for report in reports for key in report.keys)
     return [f"key {key} is in {count} shards" for key, count in counts.items() if count > 1]
-
-
-def describe(folder: Path, manifest: Manifest, ignored: int) -> str:
-    """The report's paragraph about what a folder holds."""
-    counts = manifest.class_counts
-    size = sum(entry.bytes for entry in manifest.shards)
-    (low, high), (short, tall) = manifest.width, manifest.height
-    mean, std = ([f"{value:.4f}" for value in values] for values in (manifest.mean, manifest.std))
-    lines = [
-        f"{folder}: {manifest.samples} samples in {len(manifest.shards)} shards, "
-        f"{size / 1e6:.1f} MB",
-        f"  classes   {len(counts)}, with {min(counts)} to {max(counts)} images each",
-        f"  images    {low} to {high} pixels wide, {short} to {tall} high; "
-        + ", ".join(f"{count} {mode}" for mode, count in manifest.modes.items()),
-        f"  pixels    mean {' '.join(mean)}, std {' '.join(std)} "
-        f"(of {manifest.pixel_samples} images)",
-    ]
-    if ignored:
-        lines.append(f"  ignored   {ignored} members that are neither image nor label")
-    return "\n".join(lines)
 
 
 def check_folder(
@@ -191,7 +201,12 @@ def check_folder(
     notes = [report.note for report in reports if report.note is not None]
     if any(note["class_counts"] for note in notes):
         found = combine(notes, label_names)
-        print(describe(folder, found, sum(report.ignored for report in reports)))
+        if label_names and len(found.class_counts) > len(label_names):
+            raise DataError(
+                f"--label-names has {len(label_names)} lines and {folder} has label "
+                f"{len(found.class_counts) - 1}; give one line per class, label 0 first"
+            )
+        print(*describe(folder, found, notes, sum(r.ignored for r in reports)), sep="\n")
         if write:
             for report in reports:
                 index = report.path.with_name(report.path.name + SUFFIX)
@@ -200,7 +215,9 @@ def check_folder(
             print(f"  wrote     {folder / MANIFEST_NAME}")
     elif write:
         raise DataError(f"{folder}: no usable sample; nothing to write a manifest about")
-    findings += against_manifest(reports, read_manifest(folder / MANIFEST_NAME))
+    manifest = read_manifest(folder / MANIFEST_NAME)
+    findings += against_manifest(reports, manifest)
+    findings += about_classes(folder, reports, manifest)
     return findings + [line for report in reports for line in report.bad]
 
 
@@ -211,10 +228,20 @@ def local(pattern: str) -> list[Path]:
     return [Path(name) for name in match(pattern)]
 
 
+def names_in(path: Path) -> list[str]:
+    """The class names in a file, one per line."""
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"--label-names {path}: {error}; name a UTF-8 file with one class name per line"
+        ) from None
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Check what the arguments name; returns the exit code."""
     paths = [path for pattern in arguments.shards for path in local(pattern)]
-    names = arguments.label_names.read_text().splitlines() if arguments.label_names else None
+    names = names_in(arguments.label_names) if arguments.label_names else None
     reports = list(
         tqdm(
             examine_all(paths, not arguments.headers_only, arguments.jobs),
@@ -231,7 +258,9 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"  WRONG     {line}")
     if len(findings) > MAX_LINES:
         print(f"  WRONG     ... and {len(findings) - MAX_LINES} more")
-    depth = "headers read" if arguments.headers_only else "every image decoded"
+    depth = (
+        "headers and 256 images a shard read" if arguments.headers_only else "every image decoded"
+    )
     print(f"{len(findings)} findings" if findings else f"all is well: {depth}")
     return 1 if findings else 0
 
@@ -248,8 +277,10 @@ def main(arguments: list[str] | None = None) -> int:
         "--write-manifest", action="store_true", help="make the manifest, from the shards as found"
     )
     parser.add_argument("--label-names", type=Path, help="file with one class name per line")
-    parser.add_argument("--headers-only", action="store_true", help="do not decode the images")
-    parser.add_argument("--jobs", type=int, default=1, help="processes that read shards")
+    parser.add_argument(
+        "--headers-only", action="store_true", help="decode only 256 images a shard"
+    )
+    parser.add_argument("--jobs", type=whole(1), default=1, help="processes that read shards")
     try:
         return run(parser.parse_args(arguments))
     except DataError as error:

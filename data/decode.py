@@ -17,6 +17,7 @@ from data.errors import BadSample
 EXTENSION_OF_FORMAT = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 FORMATS = tuple(EXTENSION_OF_FORMAT)
 MAX_PIXELS = 170_000_000  # for tools; Pillow itself refuses from 178,956,971 on
+MAX_IMAGE_BYTES = 1 << 28  # encoded; as in data.reader
 MODE_OF_CHANNELS = {1: "L", 3: "RGB"}
 # Deeper modes (I;16, I, F) convert to 8 bits by clipping, which whitens the image without a word.
 EIGHT_BIT_MODES = frozenset(
@@ -41,9 +42,23 @@ def open_image(payload: bytes, max_pixels: int) -> Image.Image:
     return image
 
 
+def is_jpeg(image: Image.Image) -> bool:
+    """Also an MPO, as phones write it: a JPEG with more pictures behind the first."""
+    return image.format in ("JPEG", "MPO")
+
+
+def extension_of(image: Image.Image) -> str:
+    """jpg, png or webp: what the image is, whatever its file is called."""
+    return EXTENSION_OF_FORMAT["JPEG" if is_jpeg(image) else image.format or ""]
+
+
 def decode(payload: bytes, channels: int, max_pixels: int) -> Image.Image:
     """The decoded image: mode 'L' for 1 channel, 'RGB' for 3. BadSample when it cannot be."""
-    image = open_image(payload, max_pixels)
+    return converted(open_image(payload, max_pixels), channels)
+
+
+def converted(image: Image.Image, channels: int) -> Image.Image:
+    """`decode`, from an image whose header has been read."""
     try:
         return image.convert(MODE_OF_CHANNELS[channels])
     except Exception as error:

@@ -30,6 +30,7 @@ MAGIC = b"routedvit-idx-1\n"
 SUFFIX = ".index"
 _COLUMNS = ("offsets", "sizes", "labels", "checks")
 _START = len(MAGIC) + 8
+CHUNK = 1 << 24  # bytes that are in memory while a sample is hashed
 
 
 def content_for(shard: Path) -> bytes:
@@ -46,10 +47,18 @@ def entry_for(content: bytes) -> IndexEntry:
 def with_checks(index: TarIndex, descriptor: int) -> TarIndex:
     """The index plus a CRC-32 per sample, of its image and the header block before it."""
     checks = [
-        zlib.crc32(os.pread(descriptor, size + BLOCK, offset - BLOCK)) if offset else 0
+        _crc(descriptor, offset - BLOCK, size + BLOCK) if offset else 0
         for offset, size in zip(index.offsets.tolist(), index.sizes.tolist(), strict=True)
     ]
     return replace(index, checks=np.array(checks, dtype=np.int64))
+
+
+def _crc(descriptor: int, offset: int, size: int) -> int:
+    """CRC-32 of a stretch of a file; in parts, as a hostile shard may hold an image of any size."""
+    crc, end = 0, offset + size
+    while chunk := os.pread(descriptor, min(CHUNK, end - offset), offset):
+        crc, offset = zlib.crc32(chunk, crc), offset + len(chunk)
+    return crc
 
 
 def pack(index: TarIndex) -> bytes:

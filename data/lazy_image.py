@@ -12,7 +12,7 @@ from functools import cached_property
 import numpy as np
 from PIL import Image
 
-from data.decode import MODE_OF_CHANNELS, open_image
+from data.decode import MODE_OF_CHANNELS, is_jpeg, open_image
 from data.errors import BadSample
 
 try:
@@ -35,7 +35,7 @@ class LazyImage:
 
     def largest_factor(self, crop: tuple[int, int], wanted: tuple[int, int]) -> int:
         """By how much the image may be reduced so that `crop` keeps `wanted` pixels (h, w)."""
-        if self.header.format != "JPEG":
+        if not is_jpeg(self.header):
             return 1
         room = min(crop[0] / wanted[0], crop[1] / wanted[1])
         return next((factor for factor in FACTORS if factor <= room), 1)
@@ -52,7 +52,7 @@ class LazyImage:
     @cached_property
     def _turbo_reads_it(self) -> bool:
         known = (self.header.mode, self.channels) in _COLORSPACE
-        if simplejpeg is None or self.header.format != "JPEG" or not known:
+        if simplejpeg is None or not is_jpeg(self.header) or not known:
             return False
         try:
             height, width = simplejpeg.decode_jpeg_header(self.payload)[:2]

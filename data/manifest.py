@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from data.errors import DataError
 
 MANIFEST_NAME = "manifest.json"
+MAX_CLASSES = 1_000_000  # a label above is an identifier, or damage; counts are kept as a list
 
 
 class IndexEntry(BaseModel):
@@ -53,6 +54,7 @@ class Manifest(BaseModel):
     modes: dict[str, int]  # Pillow mode -> images
     width: tuple[int, int]  # smallest, largest
     height: tuple[int, int]
+    recipe: dict[str, str] | None = None  # of `data.write`, see data.recipe
     shards: list[ShardEntry]
 
     @model_validator(mode="after")

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
+from data.arguments import whole
 from data.config import DataConfig
 from data.errors import DataError
 from data.mixture import Mixture, TrainSet, order_of, resolve_train
@@ -40,6 +41,10 @@ def rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     train = resolve_train(config)
     order = order_of(train, config, arguments.seed)
     check_world(order.streams, batch, world, arguments.pairs)
+    if arguments.rank is not None and arguments.rank >= world:
+        raise DataError(
+            f"--rank is {arguments.rank} and --world-size {world}; ranks are 0 to {world - 1}"
+        )
     micro = arguments.micro_batch_size or batch // world
     reader = ShardReader(train.shards, remote=config.remote)
     source_of = np.repeat(np.arange(len(train.parts)), [len(part.names) for part in train.parts])
@@ -106,12 +111,18 @@ def _from_run(arguments: argparse.Namespace) -> DataConfig:
         run = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"--config {path}: {error}; name a run config or a run folder") from None
-    run = run.get("config", run)  # a run folder keeps it beside the versions
+    if isinstance(run, dict):
+        run = run.get("config", run)  # a run folder keeps it beside the versions
+    if not isinstance(run, dict) or "data" not in run:
+        raise DataError(f"--config {path} has no data section; is it a run config?")
     train, loss = run.get("train", {}), run.get("loss", {})
     arguments.seed = run.get("seed", 0) if arguments.seed is None else arguments.seed
     arguments.batch_size = arguments.batch_size or train.get("batch_size")
-    if arguments.batch_size is None or "data" not in run:
-        raise DataError(f"--config {path} has no data or no train.batch_size; is it a run config?")
+    if not isinstance(arguments.batch_size, int) or arguments.batch_size < 1:
+        raise DataError(
+            f"--config {path}: train.batch_size is {arguments.batch_size}; give the run's global "
+            "batch there or as --batch-size"
+        )
     arguments.micro_batch_size = arguments.micro_batch_size or train.get("micro_batch_size")
     arguments.pairs = arguments.pairs or bool(loss.get("mixup") or loss.get("cutmix"))
     return _validated(run["data"], str(path))
@@ -134,27 +145,33 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--steps", type=_span, required=True, metavar="A:B", help="which steps")
-    parser.add_argument("--epoch", type=int, help="count --steps from this epoch's first step")
+    parser.add_argument("--epoch", type=whole(0), help="count --steps from this epoch's first step")
     run = parser.add_argument_group("the run")
     run.add_argument("--config", type=Path, help="run config or run folder, instead of the rest")
     run.add_argument(
         "--shards", nargs="+", action="append", help="as data.train.shards; again: one more source"
     )
     run.add_argument("--weight", type=float, action="append", help="of each source, in their order")
-    run.add_argument("--seed", type=int, help="the run's seed")
-    run.add_argument("--batch-size", type=int, help="the global batch")
-    run.add_argument("--streams", type=int, help="data.streams, if the config sets it")
-    run.add_argument("--shuffle-buffer", type=int, help="data.shuffle_buffer, if the config does")
-    run.add_argument("--repeats", type=int, default=1, help="data.augment.repeats (1)")
-    run.add_argument("--samples-per-epoch", type=int, help="data.samples_per_epoch, for --epoch")
+    run.add_argument("--seed", type=whole(0), help="the run's seed")
+    run.add_argument("--batch-size", type=whole(1), help="the global batch")
+    run.add_argument("--streams", type=whole(1), help="data.streams, if the config sets it")
+    run.add_argument(
+        "--shuffle-buffer", type=whole(0), help="data.shuffle_buffer, if the config does"
+    )
+    run.add_argument("--repeats", type=whole(1), default=1, help="data.augment.repeats (1)")
+    run.add_argument(
+        "--samples-per-epoch", type=whole(1), help="data.samples_per_epoch, for --epoch"
+    )
     run.add_argument("--replacement", action="store_true", help="if data.replacement is set")
     world = parser.add_argument_group("who read it")
-    world.add_argument("--world-size", type=int, default=1, help="ranks (1)")
-    world.add_argument("--rank", type=int, help="only the rows of this rank")
-    world.add_argument("--workers", type=int, default=0, help="data.num_workers")
-    world.add_argument("--micro-batch-size", type=int, help="rows per rank and forward pass")
+    world.add_argument("--world-size", type=whole(1), default=1, help="ranks (1)")
+    world.add_argument("--rank", type=whole(0), help="only the rows of this rank")
+    world.add_argument("--workers", type=whole(0), default=0, help="data.num_workers")
+    world.add_argument("--micro-batch-size", type=whole(1), help="rows per rank and forward pass")
     world.add_argument("--pairs", action="store_true", help="if loss.mixup or loss.cutmix is set")
-    world.add_argument("--begin", type=int, default=0, help="step at which the run was resumed")
+    world.add_argument(
+        "--begin", type=whole(0), default=0, help="step at which the run was resumed"
+    )
     return parser.parse_args(arguments)
 
 

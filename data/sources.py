@@ -9,35 +9,32 @@ from __future__ import annotations
 
 import gzip
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+import struct
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 from PIL import Image
 
 from data.errors import DataError
-from data.tar_index import IMAGE_EXTENSIONS
 
-
-class Encoded(NamedTuple):
-    """One sample as it goes into a shard."""
-
-    key: str  # no dots: WebDataset ends the key at the first one
-    extension: str  # png, jpg, jpeg or webp
-    payload: bytes
-    label: int
+# What a folder is searched for; the content decides what a file is.
+SUFFIXES = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp"))
 
 
 class Reference(Protocol):
     """A sample that has not been read yet."""
 
     @property
-    def key(self) -> str: ...
+    def key(self) -> str: ...  # no dots: WebDataset ends the key at the first one
     @property
     def label(self) -> int: ...
-    def read(self) -> Encoded: ...
+    def read(self) -> bytes: ...  # may raise anything; what it returns is not trusted either
 
 
 @dataclass(frozen=True)
@@ -46,6 +43,7 @@ class Split:
 
     references: Sequence[Reference]
     label_names: list[str]
+    ignored: Counter[str] = field(default_factory=Counter)  # what was passed over -> files
 
 
 @dataclass(frozen=True)
@@ -56,10 +54,10 @@ class ArrayReference:
     pixels: np.ndarray
     label: int
 
-    def read(self) -> Encoded:
+    def read(self) -> bytes:
         buffer = io.BytesIO()
         Image.fromarray(self.pixels).save(buffer, format="PNG", optimize=True)
-        return Encoded(self.key, "png", buffer.getvalue(), self.label)
+        return buffer.getvalue()
 
 
 @dataclass(frozen=True)
@@ -70,8 +68,8 @@ class FileReference:
     path: Path
     label: int
 
-    def read(self) -> Encoded:
-        return Encoded(self.key, self.path.suffix[1:].lower(), self.path.read_bytes(), self.label)
+    def read(self) -> bytes:
+        return self.path.read_bytes()
 
 
 def mnist_splits() -> dict[str, Split]:
@@ -91,23 +89,35 @@ def mnist_splits() -> dict[str, Split]:
 
 
 def divide(split: Split, held_out: float) -> dict[str, Split]:
-    """`train` and `val`, the same share of every class held out; always the same samples."""
+    """`train` and `val`, the same share of every class held out; always the same samples.
+
+    An image of each class stays in `train`. DataError when the share is too small for any class.
+    """
     labels = np.array([reference.label for reference in split.references])
     generator = np.random.default_rng(0)
     val: set[int] = set()
     for label in np.unique(labels):
         members = generator.permutation(np.flatnonzero(labels == label))
-        val.update(members[: round(len(members) * held_out)].tolist())
+        val.update(members[: min(round(len(members) * held_out), len(members) - 1)].tolist())
+    if held_out and not val:
+        raise DataError(
+            f"--held-out {held_out:g} holds nothing out: the largest class has "
+            f"{np.unique(labels, return_counts=True)[1].max()} images; give a larger share"
+        )
     parts: dict[str, list[Reference]] = {"train": [], "val": []}
     for number, reference in enumerate(split.references):
         parts["val" if number in val else "train"].append(reference)
-    return {name: Split(part, split.label_names) for name, part in parts.items() if part}
+    splits = {"train": Split(parts["train"], split.label_names, split.ignored)}
+    if val:
+        splits["val"] = Split(parts["val"], split.label_names)
+    return splits
 
 
 def folder_splits(root: Path, held_out: float) -> dict[str, Split]:
     """Images in one folder per class, as torchvision's ImageFolder reads them.
 
-    With `train` and `val` folders inside, those are the splits; else `held_out` of each class is.
+    With `train` and `val` folders inside, those are the splits; else `held_out` of each class is,
+    of those in `train` where there is one.
     """
     if not root.is_dir():
         raise DataError(f"--path {root} is no folder; name the folder that holds the class folders")
@@ -115,10 +125,26 @@ def folder_splits(root: Path, held_out: float) -> dict[str, Split]:
     if "train" not in named:
         return divide(_image_folder(root, None), held_out)
     train = _image_folder(root / "train", None)
-    splits = {"train": train}
-    if "val" in named:
-        splits["val"] = _image_folder(root / "val", train.label_names)
-    return splits
+    for path in set(root.iterdir()) - {root / name for name in named}:
+        files = [path] if path.is_file() else path.rglob("*")
+        train.ignored[f"in {path.name}/" if path.is_dir() else _kind(path)] += _number_of(files)
+    if "val" not in named:
+        return divide(train, held_out)
+    if held_out:
+        raise DataError(
+            f"--held-out is {held_out:g} and {root} has a val folder of its own; leave the option "
+            f"out, or take {root / 'train'} alone as --path"
+        )
+    return {"train": train, "val": _image_folder(root / "val", train.label_names)}
+
+
+def _number_of(paths: Iterable[Path]) -> int:
+    return sum(path.is_file() for path in paths)
+
+
+def _kind(path: Path) -> str:
+    """What a file that is passed over counts as."""
+    return path.suffix.lower() or "without a suffix"
 
 
 def _image_folder(root: Path, label_names: list[str] | None) -> Split:
@@ -128,17 +154,30 @@ def _image_folder(root: Path, label_names: list[str] | None) -> Split:
         raise DataError(f"{root} has classes that train lacks: {', '.join(sorted(unknown)[:5])}")
     references: list[Reference] = []
     keys: set[str] = set()
+    ignored: Counter[str] = Counter()
+    if beside := _number_of(root.iterdir()):
+        ignored["beside the class folders"] = beside
     for label, name in enumerate(label_names):
         for path in sorted((root / name).rglob("*")):
-            if path.suffix[1:].lower() in IMAGE_EXTENSIONS and path.is_file():
-                key = safe_key(str(path.relative_to(root).with_suffix("")))
-                references.append(FileReference(unique_key(key, keys), path, label))
+            if not path.is_file():
+                continue
+            if path.suffix.lower() not in SUFFIXES:
+                ignored[_kind(path)] += 1
+                continue
+            key = safe_key(str(path.relative_to(root).with_suffix("")))
+            references.append(FileReference(unique_key(key, keys), path, label))
     if not references:
+        there = f" (there: {listed(ignored)})" if ignored else ""
         raise DataError(
             f"{root} holds no images in class folders; expected {root}/CLASS/NAME with one of "
-            f"{', '.join(sorted(IMAGE_EXTENSIONS))}"
+            f"{' '.join(sorted(SUFFIXES))}{there}"
         )
-    return Split(references, label_names)
+    return Split(references, label_names, ignored)
+
+
+def listed(ignored: Counter[str]) -> str:
+    """'7 .txt, 3 .heic', the most first."""
+    return ", ".join(f"{count} {kind}" for kind, count in ignored.most_common())
 
 
 def safe_key(name: str) -> str:
@@ -164,7 +203,12 @@ def idx_splits(root: Path) -> dict[str, Split]:
         images = _read_idx(root, f"{prefix}-images-idx3-ubyte", dimensions=3)
         labels = _read_idx(root, f"{prefix}-labels-idx1-ubyte", dimensions=1)
         if len(images) != len(labels):
-            raise DataError(f"{root}: {len(images)} {prefix} images and {len(labels)} labels")
+            raise DataError(
+                f"{root}: {len(images)} {prefix} images and {len(labels)} labels; they are of "
+                "different sets, download both again"
+            )
+        if not len(labels):
+            raise DataError(f"{root}: the {prefix} files hold no images; download them again")
         references = [
             ArrayReference(f"{prefix}{number:06d}", image, int(label))
             for number, (image, label) in enumerate(zip(images, labels, strict=True))
@@ -178,13 +222,22 @@ def _read_idx(root: Path, name: str, dimensions: int) -> np.ndarray:
     """The uint8 array in an idx file: magic 0, 0, 8 (uint8), rank; then big-endian sizes."""
     plain, packed = root / name, root / f"{name}.gz"
     if plain.is_file():
-        content = plain.read_bytes()
+        path, content = plain, plain.read_bytes()
     elif packed.is_file():
-        content = gzip.decompress(packed.read_bytes())
+        path, content = packed, _unpacked(packed)
     else:
         raise DataError(f"--path {root} has neither {name} nor {name}.gz; download both there")
-    shape = np.frombuffer(content, ">i4", count=dimensions, offset=4)
-    pixels = np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions)
-    if content[:4] != bytes((0, 0, 8, dimensions)) or pixels.size != np.prod(shape):
-        raise DataError(f"{root / name} is no idx file of {dimensions} dimensions, or it is cut")
-    return pixels.reshape(shape)
+    begin = 4 + 4 * dimensions
+    shape = struct.unpack(f">{dimensions}I", content[4:begin].ljust(begin - 4, b"\0"))
+    if content[:4] != bytes((0, 0, 8, dimensions)) or len(content) - begin != math.prod(shape):
+        raise DataError(
+            f"{path} is no idx file of {dimensions} dimensions, or it is cut; download it again"
+        )
+    return np.frombuffer(content, np.uint8, offset=begin).reshape(shape)
+
+
+def _unpacked(path: Path) -> bytes:
+    try:
+        return gzip.decompress(path.read_bytes())
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"{path} is damaged or cut ({error}); download it again") from None

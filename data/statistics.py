@@ -13,8 +13,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from data.config import DataConfig
+from data.decode import converted
 from data.manifest import Manifest, ShardEntry
 
+MAX_TRAINED_PIXELS: int = DataConfig.model_fields["max_pixels"].default
 PIXEL_SAMPLES = 256  # images per shard that mean and std are taken from; headers are read of all
 
 
@@ -26,19 +29,23 @@ class ShardStatistics:
     modes: Counter[str] = field(default_factory=Counter)
     widths: list[int] = field(default_factory=list)
     heights: list[int] = field(default_factory=list)
+    large: int = 0  # images that training would refuse by default
     sums: np.ndarray = field(default_factory=lambda: np.zeros((2, 3)))  # of x and of x^2
     pixel_samples: int = 0
 
     def add(self, image: Image.Image, label: int) -> None:
-        """Count an image; decodes it while PIXEL_SAMPLES have not been reached."""
+        """Count an image; decodes it while PIXEL_SAMPLES have not been reached.
+
+        BadSample when it cannot be decoded; then nothing of it is counted.
+        """
+        if self.pixel_samples < PIXEL_SAMPLES:
+            self.sums += _moments(image)
+            self.pixel_samples += 1
         self.class_counts[label] += 1
         self.modes[image.mode] += 1
         self.widths.append(image.width)
         self.heights.append(image.height)
-        if self.pixel_samples < PIXEL_SAMPLES:
-            pixels = np.asarray(image.convert("RGB"), dtype=np.float64).reshape(-1, 3) / 255
-            self.sums += np.stack([pixels.mean(axis=0), (pixels**2).mean(axis=0)])
-            self.pixel_samples += 1
+        self.large += image.width * image.height > MAX_TRAINED_PIXELS
 
     def note(self, entry: ShardEntry) -> dict[str, Any]:
         """Everything `combine` needs, for a JSON file."""
@@ -48,9 +55,19 @@ class ShardStatistics:
             "modes": dict(self.modes),
             "width": [min(self.widths, default=0), max(self.widths, default=0)],
             "height": [min(self.heights, default=0), max(self.heights, default=0)],
+            "shorter_sides": dict(Counter(map(str, map(min, self.widths, self.heights)))),
+            "large": self.large,
             "sums": self.sums.tolist(),
             "pixel_samples": self.pixel_samples,
         }
+
+
+def _moments(image: Image.Image) -> np.ndarray:
+    """Mean of x and of x^2 per channel, [2, 3], for pixels x in 0 to 1; needs 3 bytes a pixel."""
+    counts = np.array(converted(image, 3).histogram(), dtype=np.int64).reshape(3, 256)
+    values = np.arange(256)
+    sums = np.stack([counts @ values / 255, counts @ values**2 / 255**2])
+    return sums / (image.width * image.height)
 
 
 def combine(notes: list[dict[str, Any]], label_names: list[str] | None) -> Manifest:

@@ -7,8 +7,12 @@
     python -m data.write --source dataset --name torch/cifar10 --path downloads --out shards/cifar
 
 Writes OUT/train and OUT/val, each with its manifest; a split whose manifest is there and whose
-shards have the right sizes is left alone, so a stopped run is simply started again. Samples are
-shuffled once, always alike: training shuffles within a window, which cannot mend sorted classes.
+shards have the right sizes is left alone, so a stopped run is simply started again. Another command
+is refused: what it holds out may have been trained on. Samples are shuffled once, always alike:
+training shuffles within a window, which cannot mend sorted classes.
+
+An image that cannot be decoded is left out and named in skipped.jsonl; more than --max-skipped of
+them stop the command.
 """
 
 from __future__ import annotations
@@ -17,12 +21,17 @@ import argparse
 import sys
 from pathlib import Path
 
+from data.arguments import share, whole
+from data.encoding import Encoding
 from data.errors import DataError
 from data.manifest import MANIFEST_NAME, Manifest, read_manifest
-from data.sources import Split, folder_splits, idx_splits, mnist_splits
-from data.writer import Encoding, write_split
+from data.recipe import recipe_of, refuse_another, refuse_unknown, with_samples
+from data.skipped import DEFAULT_SHARE, skipped_in
+from data.sources import SUFFIXES, Split, folder_splits, idx_splits, listed, mnist_splits
+from data.writer import write_split
 
 SOURCES = ("mnist", "folder", "idx", "list", "dataset")
+HOLD_OUT = ("folder", "list")
 
 
 def complete(folder: Path) -> Manifest | None:
@@ -39,6 +48,10 @@ def complete(folder: Path) -> Manifest | None:
 
 def splits_of(arguments: argparse.Namespace) -> dict[str, Split]:
     """The splits of the source that the arguments name."""
+    if arguments.held_out and arguments.source not in HOLD_OUT:
+        raise DataError(
+            f"--held-out is for {' and '.join(HOLD_OUT)}; {arguments.source} has its own val split"
+        )
     if arguments.source == "mnist":
         return mnist_splits()
     path, held_out = arguments.path, arguments.held_out
@@ -52,11 +65,16 @@ def splits_of(arguments: argparse.Namespace) -> dict[str, Split]:
     from data.listings import list_splits, named_dataset_splits
 
     if arguments.source == "list":
-        return list_splits(path, arguments.image_column, arguments.label_column, held_out)
+        columns = arguments.image_column, arguments.label_column
+        return list_splits(path, *columns, held_out, arguments.labels_are_names)
     if arguments.name is None:
         raise DataError("--source dataset needs --name, timm's name of it, such as torch/cifar10")
     return named_dataset_splits(
-        arguments.name, path, {"train": "train", "val": arguments.val_split}
+        arguments.name,
+        path,
+        {"train": "train", "val": arguments.val_split},
+        arguments.image_column,
+        arguments.label_column,
     )
 
 
@@ -71,60 +89,100 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--path", type=Path, help="folder or file to read (all but mnist)")
     parser.add_argument("--name", help="dataset: timm's name, such as torch/cifar10 or hfds/mnist")
     parser.add_argument("--val-split", default="validation", help="dataset: the split for val")
-    parser.add_argument("--image-column", default="image", help="list: column with the paths")
-    parser.add_argument("--label-column", default="label", help="list: column with the classes")
+    parser.add_argument(
+        "--image-column", default="image", help="list, hfds: column with the images"
+    )
+    parser.add_argument(
+        "--label-column", default="label", help="list, hfds: column with the classes"
+    )
+    parser.add_argument(
+        "--labels-are-names",
+        action="store_true",
+        help="list: number the classes anew even where labels are numbers",
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder that gets train/ and val/")
-    parser.add_argument("--shard-size", type=int, help="samples per shard (mnist: 250; else 1000)")
+    parser.add_argument(
+        "--shard-size", type=whole(1), help="samples per shard (mnist: 250; else 1000)"
+    )
     parser.add_argument(
         "--held-out",
-        type=_share,
+        type=share,
         default=0.0,
         help="folder, list: share of each class for val",
     )
     parser.add_argument(
-        "--resize", type=int, help="shrink the shorter side to this; those images are encoded anew"
+        "--max-skipped",
+        type=share,
+        default=DEFAULT_SHARE,
+        help="share of a split that may be unusable (0.01); more stops the command",
+    )
+    parser.add_argument(
+        "--resize",
+        type=whole(1),
+        help="shrink the shorter side to this; those images are encoded anew",
     )
     parser.add_argument("--encode", choices=("jpg", "png", "webp"), help="encode all images so")
-    parser.add_argument("--quality", type=int, default=90, help="quality of what is encoded anew")
-    parser.add_argument("--jobs", type=int, default=1, help="processes that write shards")
-    return parser.parse_args(arguments)
-
-
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no share; give a number from 0 to below 1")
-    return value
+    parser.add_argument(
+        "--quality", type=whole(1, 100), default=90, help="quality of what is encoded anew (90)"
+    )
+    parser.add_argument("--jobs", type=whole(1), default=1, help="processes that write shards")
+    parsed = parser.parse_args(arguments)
+    parsed.shard_size = parsed.shard_size or (250 if parsed.source == "mnist" else 1000)
+    return parsed
 
 
 def run(arguments: argparse.Namespace) -> list[str]:
-    """Write what is missing; one line per split that says what is there now."""
+    """Write what is missing; a line for each split that says what is there now."""
+    recipe = recipe_of(arguments)
+    folders = {name: arguments.out / name for name in ("train", "val")}
+    finished = {name: found for name in folders if (found := complete(folders[name]))}
+    for name, manifest in finished.items():
+        refuse_another(folders[name], manifest, recipe)
     # The digits cost seconds to parse: when both splits stand there is nothing to look at.
-    manifests = {name: complete(arguments.out / name) for name in ("train", "val")}
-    if all(manifests.values()):
+    if len(finished) == len(folders):
         return [
-            f"{arguments.out / name} is complete already (remove it to write it anew): "
-            f"{summary(manifest)}"
-            for name, manifest in manifests.items()
-            if manifest
+            f"{_told(folders[name], manifest)}; it is complete already (remove it to write it anew)"
+            for name, manifest in finished.items()
         ]
-    lines = []
-    for name, split in splits_of(arguments).items():
-        folder = arguments.out / name
-        manifest = complete(folder)
-        if manifest is None:
-            size = arguments.shard_size or (250 if arguments.source == "mnist" else 1000)
-            encoding = Encoding(arguments.resize, arguments.encode, arguments.quality)
-            manifest = write_split(split, folder, size, encoding, arguments.jobs)
-        lines.append(f"{folder}: {summary(manifest)}")
+    splits = splits_of(arguments)
+    read = " ".join(sorted(SUFFIXES))
+    lines = [
+        f"{arguments.path}: passed over {listed(split.ignored)} (read are {read})"
+        for split in splits.values()
+        if split.ignored
+    ]
+    for name, split in splits.items():
+        if name in finished:
+            refuse_another(folders[name], finished[name], with_samples(recipe, split))
+            for other in splits.keys() - finished:
+                refuse_unknown(folders[name], finished[name], other)
+    encoding = Encoding(arguments.resize, arguments.encode, arguments.quality)
+    for name, split in splits.items():
+        if name not in finished:
+            finished[name] = write_split(
+                split,
+                folders[name],
+                arguments.shard_size,
+                encoding,
+                arguments.jobs,
+                max_skipped=arguments.max_skipped,
+                recipe=with_samples(recipe, split),
+            )
+        lines.append(_told(folders[name], finished[name]))
     return lines
+
+
+def _told(folder: Path, manifest: Manifest) -> str:
+    return "; ".join(filter(None, (f"{folder}: {summary(manifest)}", skipped_in(folder))))
 
 
 def summary(manifest: Manifest) -> str:
     """Counts in words."""
     megabytes = sum(entry.bytes for entry in manifest.shards) / 1e6
+    empty = manifest.class_counts.count(0)
+    without = f" ({empty} of them empty)" if empty else ""
     return (
-        f"{manifest.samples} images of {len(manifest.class_counts)} classes in "
+        f"{manifest.samples} images of {len(manifest.class_counts)} classes{without} in "
         f"{len(manifest.shards)} shards, {megabytes:.1f} MB"
     )
 
@@ -132,9 +190,12 @@ def summary(manifest: Manifest) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns the exit code."""
     try:
-        print("; ".join(run(parse(arguments))))
+        print(*run(parse(arguments)), sep="\n")
     except DataError as error:
         print(f"data.write: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a full disk, a folder that is not ours
+        print(f"data.write: {error}; mend it and start the same command again", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("data.write: stopped; the same command goes on from here", file=sys.stderr)

@@ -15,19 +15,20 @@ import multiprocessing
 import os
 import shutil
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
-from data.decode import EXTENSION_OF_FORMAT, MAX_PIXELS, open_image
+from data.decode import MAX_PIXELS, open_image
+from data.encoding import Encoded, Encoding
 from data.errors import BadSample, DataError
-from data.index_file import SUFFIX, content_for, entry_for
+from data.index_file import SUFFIX, content_for, entry_for, unpack
 from data.manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -37,46 +38,11 @@ from data.manifest import (
     write_atomically,
     write_manifest,
 )
-from data.sources import Encoded, Reference, Split
+from data.skipped import DEFAULT_SHARE, Skipped
+from data.sources import Reference, Split
 from data.statistics import ShardStatistics, combine
 
 PARTS = ".parts"
-FORMAT_OF_EXTENSION = {extension: name for name, extension in EXTENSION_OF_FORMAT.items()}
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """What is done to an image before it is stored; by default nothing: its bytes are copied."""
-
-    resize: int | None = None  # pixels of the shorter side; smaller images keep their size
-    kind: str | None = None  # encode anew as jpg, png or webp; None: only what was resized
-    quality: int = 90
-
-    def apply(self, sample: Encoded) -> Encoded:
-        """The sample as it goes into the shard. BadSample when it is no image we can read back."""
-        image = open_image(sample.payload, MAX_PIXELS)
-        shrink = self.resize is not None and min(image.size) > self.resize
-        if not shrink and self.kind in (None, EXTENSION_OF_FORMAT[image.format or ""]):
-            return sample
-        try:
-            return self._encoded(sample, image, shrink)
-        except Exception as error:  # as in data.decode: hostile bytes fail in many ways
-            raise BadSample(f"cannot be decoded ({type(error).__name__}: {error})") from error
-
-    def _encoded(self, sample: Encoded, image: Image.Image, shrink: bool) -> Encoded:
-        kind = self.kind or EXTENSION_OF_FORMAT[image.format or ""]
-        size = image.size
-        if shrink and self.resize is not None:
-            scale = self.resize / min(size)
-            size = (round(size[0] * scale), round(size[1] * scale))
-            # a JPEG is decoded at half or a quarter of its size while that is above the one wanted
-            image.draft(None, size)
-        pixels = image.convert("L" if image.mode in ("L", "1") else "RGB")
-        if pixels.size != size:
-            pixels = pixels.resize(size, Image.Resampling.BICUBIC)
-        buffer = io.BytesIO()
-        pixels.save(buffer, format=FORMAT_OF_EXTENSION[kind], quality=self.quality)
-        return sample._replace(extension=kind, payload=buffer.getvalue())
 
 
 @dataclass(frozen=True)
@@ -93,11 +59,19 @@ class _Job:
 
 
 def write_split(
-    split: Split, folder: Path, shard_size: int, encoding: Encoding, jobs: int = 1
+    split: Split,
+    folder: Path,
+    shard_size: int,
+    encoding: Encoding,
+    jobs: int = 1,
+    *,
+    max_skipped: float = DEFAULT_SHARE,
+    recipe: dict[str, str] | None = None,
 ) -> Manifest:
-    """Write `split` into `folder` as shards of `shard_size` samples; returns the manifest."""
-    if shard_size < 1:
-        raise DataError(f"--shard-size is {shard_size}; give at least 1")
+    """Write `split` into `folder` as shards of `shard_size` samples; returns the manifest.
+
+    `recipe` goes into it. DataError when more than the share `max_skipped` cannot be used.
+    """
     mixed = np.random.default_rng(0).permutation(len(split.references))
     references = [split.references[number] for number in mixed]
     chunks = [references[at : at + shard_size] for at in range(0, len(references), shard_size)]
@@ -105,20 +79,21 @@ def write_split(
     _refuse_strangers(folder, {f"{number:06d}.tar" for number in range(len(chunks))})
     (folder / MANIFEST_NAME).unlink(missing_ok=True)  # it would vouch for shards we replace
     _forget_other_plans(folder / PARTS, chunks, encoding)
+    skipped = Skipped(folder, len(references), max_skipped)
     work = [
         _Job(folder / f"{number:06d}.tar", chunk, encoding) for number, chunk in enumerate(chunks)
     ]
-    notes = list(
-        tqdm(_perform(work, jobs), total=len(work), unit="shard", desc=str(folder), disable=None)
-    )
-    notes = [note for note in notes if note["entry"]["samples"]]
-    skipped = [line for note in notes for line in note["skipped"]]
-    if skipped:
-        text = "".join(json.dumps(line) + "\n" for line in skipped)
-        write_atomically(folder / "skipped.jsonl", text.encode())
+    notes = []
+    with closing(_perform(work, jobs)) as performed:
+        bar = tqdm(performed, total=len(work), unit="shard", desc=str(folder), disable=None)
+        for note in bar:
+            skipped.add(note["skipped"])
+            if note["entry"]["samples"]:
+                notes.append(note)
+    skipped.save()
     if not notes:
-        raise DataError(f"{folder}: not one usable image; skipped.jsonl says what is wrong")
-    manifest = combine(notes, split.label_names)
+        raise DataError(f"{folder}: not one usable image; {skipped.path} says what is wrong")
+    manifest = combine(notes, split.label_names).model_copy(update={"recipe": recipe})
     write_manifest(folder, manifest)
     shutil.rmtree(folder / PARTS)
     return manifest
@@ -147,7 +122,7 @@ def _forget_other_plans(parts: Path, chunks: list[list[Reference]], encoding: En
         write_atomically(plan, digest.hexdigest().encode())
 
 
-def _perform(work: list[_Job], jobs: int) -> Iterator[dict[str, Any]]:
+def _perform(work: list[_Job], jobs: int) -> Generator[dict[str, Any]]:
     """The notes of all shards, in order."""
     if jobs == 1:
         yield from map(_write_shard, work)
@@ -160,10 +135,7 @@ def _write_shard(job: _Job) -> dict[str, Any]:
     """Write one shard and its note, unless an earlier run has; returns the note."""
     if job.note.exists():
         note = json.loads(job.note.read_text())
-        entry = note["entry"]
-        if not entry["samples"] or (
-            _is(job.path, entry) and _is(_index_of(job.path), entry["index"])
-        ):
+        if _stands(job.path, note["entry"]) and not _mended(job, note["skipped"]):
             return note
     statistics, skipped = ShardStatistics(), []
     temporary = job.path.with_name(f".{job.path.name}.{os.getpid()}")
@@ -171,18 +143,49 @@ def _write_shard(job: _Job) -> dict[str, Any]:
         with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
             for reference in job.references:
                 try:
-                    sample = job.encoding.apply(reference.read())
-                    statistics.add(open_image(sample.payload, MAX_PIXELS), sample.label)
-                except (BadSample, OSError) as error:
+                    image = _read(reference, job.encoding)
+                    statistics.add(open_image(image.payload, MAX_PIXELS), reference.label)
+                except BadSample as error:
                     skipped.append({"key": reference.key, "reason": str(error)})
                     continue
-                _add(tar, f"{sample.key}.{sample.extension}", sample.payload)
-                _add(tar, f"{sample.key}.cls", str(sample.label).encode())
+                _add(tar, f"{reference.key}.{image.extension}", image.payload)
+                _add(tar, f"{reference.key}.cls", str(reference.label).encode())
         file.flush()
         os.fsync(file.fileno())
     note = _publish(job, temporary, statistics) | {"skipped": skipped}
     write_atomically(job.note, json.dumps(note).encode())
     return note
+
+
+def _read(reference: Reference, encoding: Encoding) -> Encoded:
+    """The image as it goes into the shard. BadSample when it cannot be used."""
+    try:
+        return encoding.apply(reference.read())
+    except BadSample:
+        raise
+    except Exception as error:  # whatever a disk or somebody's dataset raises costs this sample
+        first = str(error).partition("\n")[0]
+        raise BadSample(f"cannot be read ({type(error).__name__}: {first})") from error
+
+
+def _stands(path: Path, entry: dict[str, Any]) -> bool:
+    """Whether a shard is still what its note says; one without a sample was dropped."""
+    if not entry["samples"]:
+        return True
+    return _is(path, entry) and _is(_index_of(path), entry["index"])
+
+
+def _mended(job: _Job, skipped: list[dict[str, Any]]) -> bool:
+    """Whether a sample that an earlier run skipped can be used by now."""
+    keys = {line["key"] for line in skipped}
+    for reference in job.references:
+        if reference.key in keys:
+            try:
+                _read(reference, job.encoding)
+            except BadSample:
+                continue
+            return True
+    return False
 
 
 def _is(path: Path, entry: dict[str, Any]) -> bool:
@@ -195,11 +198,11 @@ def _index_of(shard: Path) -> Path:
 
 def _publish(job: _Job, temporary: Path, statistics: ShardStatistics) -> dict[str, Any]:
     """Give the shard its name, an index and a description; without a sample it is dropped."""
-    samples = sum(statistics.class_counts.values())
+    index = content_for(temporary)
+    samples = len(unpack(index))  # as found in the file, not as counted on the way there
     if not samples:
         temporary.unlink()
         return {"entry": {"samples": 0}}
-    index = content_for(temporary)
     write_atomically(_index_of(job.path), index)
     entry = ShardEntry(
         name=job.path.name,

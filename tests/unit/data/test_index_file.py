@@ -57,6 +57,13 @@ def test_an_index_file_says_what_the_walk_says(tmp_path):
     assert sorted(kept.faults) == [2, 3]
 
 
+def test_a_large_image_is_hashed_in_parts(tmp_path, monkeypatch):
+    write_tar(tmp_path / "0.tar", [*pair("a", 0, 2), *pair("b", 1, 1)])
+    at_once = content_for(tmp_path / "0.tar")
+    monkeypatch.setattr("data.index_file.CHUNK", 7)
+    assert content_for(tmp_path / "0.tar") == at_once
+
+
 def test_nothing_is_walked_where_an_index_file_is(indexed, make_config, monkeypatch):
     folder = indexed([6, 6])
     walked = epoch(make_config(folder, streams=2))

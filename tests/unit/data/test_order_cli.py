@@ -124,13 +124,28 @@ def test_the_quickstart_can_be_asked(capsys):
         (["--config", "nowhere.json"], "nowhere.json"),
         (["--config", "pyproject.toml"], "name a run config or a run folder"),
         (["--config", "configs/schema.json"], "is it a run config?"),
+        (["--config", "LIST"], "has no data section; is it a run config?"),
+        (["--config", "NO BATCH"], "train.batch_size is 0; give the run's global batch"),
     ],
 )
-def test_what_is_not_said_or_not_there_is_named(capsys, command, words):
+def test_what_is_not_said_or_not_there_is_named(tmp_path, capsys, command, words):
+    contents = {"LIST": [], "NO BATCH": {"data": {}, "train": {"batch_size": 0}}}
+    for name in contents.keys() & set(command):
+        (tmp_path / name).write_text(json.dumps(contents[name]))
+        command = [str(tmp_path / name) if word == name else word for word in command]
     assert order_cli.main([*command, "--steps", "0:1"]) == 2
     said = capsys.readouterr().err
     assert words in said
     assert said.count("\n") == 1
+
+
+def test_a_rank_that_the_world_lacks_is_refused(make_set, capsys):
+    command = ["--shards", str(make_set([5] * 4)), "--seed", "0", "--batch-size", "8"]
+    command += ["--steps", "0:1", "--world-size", "4"]
+    assert order_cli.main([*command, "--rank", "3"]) == 0
+    assert order_cli.main([*command, "--rank", "4"]) == 2
+    said = capsys.readouterr().err
+    assert "--rank is 4 and --world-size 4; ranks are 0 to 3" in said
 
 
 def test_every_set_of_a_mixture_needs_a_weight_or_none(make_set, capsys):

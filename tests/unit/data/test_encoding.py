@@ -1,0 +1,64 @@
+"""What gets into a shard can be decoded, and is called what it is."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data.encoding import Encoding
+from data.errors import BadSample
+from data.lazy_image import LazyImage
+
+
+def encoded(form: str, size: tuple[int, int] = (64, 48), **options: object) -> bytes:
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format=form, **options)
+    return buffer.getvalue()
+
+
+def phone_photograph() -> bytes:
+    """An MPO: two JPEGs in one file."""
+    return encoded("MPO", save_all=True, append_images=[Image.new("RGB", (64, 48), "blue")])
+
+
+@pytest.mark.parametrize(
+    ("payload", "extension"),
+    [
+        (encoded("JPEG"), "jpg"),
+        (encoded("PNG"), "png"),
+        (encoded("WEBP"), "webp"),
+        (phone_photograph(), "jpg"),
+    ],
+)
+def test_bytes_are_copied_under_the_extension_of_their_content(payload, extension):
+    assert Encoding().apply(payload) == (extension, payload)
+    assert Encoding(kind=extension).apply(payload) == (extension, payload)
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("share", [0.5, 0.9, 0.99])
+def test_a_cut_image_is_refused_whether_or_not_it_is_encoded_anew(form, share):
+    payload = encoded(form)
+    cut = payload[: int(len(payload) * share)]
+    for encoding in (Encoding(), Encoding(resize=16), Encoding(kind="jpg"), Encoding(kind="png")):
+        with pytest.raises(BadSample):
+            encoding.apply(cut)
+
+
+def test_the_photograph_of_a_phone_shrinks_like_any_jpeg():
+    kind, payload = Encoding(resize=24).apply(phone_photograph())
+    image = Image.open(io.BytesIO(payload))
+    assert (kind, image.format, image.size) == ("jpg", "JPEG", (32, 24))
+
+
+def test_the_photograph_of_a_phone_is_decoded_as_the_jpeg_in_it():
+    phone, alone = (
+        LazyImage(payload, 3, 10**6) for payload in (phone_photograph(), encoded("JPEG"))
+    )
+    assert phone.largest_factor((48, 64), (12, 12)) == alone.largest_factor((48, 64), (12, 12)) == 4
+    for factor in (1, 4):
+        np.testing.assert_array_equal(phone.pixels(factor), alone.pixels(factor))

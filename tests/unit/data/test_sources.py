@@ -1,0 +1,109 @@
+"""Sources hold out what they are told to, or say why they cannot."""
+
+from __future__ import annotations
+
+import gzip
+import struct
+from collections import Counter
+
+import pytest
+
+from data import write
+from data.errors import DataError
+from data.sources import folder_splits, idx_splits
+from tests.unit.data.making import png
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """tree('train/a', 'val/a', count=4) -> a folder with these class folders."""
+
+    def make(*folders: str, count: int = 4):
+        for name in folders:
+            (tmp_path / "tree" / name).mkdir(parents=True)
+            for number in range(count):
+                (tmp_path / "tree" / name / f"{number}.png").write_bytes(png(number))
+        return tmp_path / "tree"
+
+    return make
+
+
+def sizes(splits):
+    return {name: len(split.references) for name, split in splits.items()}
+
+
+def test_train_without_val_is_what_is_held_out_from(tree):
+    root = tree("train/a", "train/b", "test/a")
+    splits = folder_splits(root, 0.25)
+    assert sizes(splits) == {"train": 6, "val": 2}
+    assert splits["train"].ignored == Counter({"in test/": 4})
+
+
+def test_holding_out_beside_a_val_folder_is_refused(tree):
+    root = tree("train/a", "val/a")
+    assert sizes(folder_splits(root, 0)) == {"train": 4, "val": 4}
+    with pytest.raises(DataError, match="has a val folder of its own; leave the option out"):
+        folder_splits(root, 0.25)
+
+
+def test_a_share_that_holds_nothing_out_is_refused(tree):
+    with pytest.raises(DataError, match="holds nothing out: the largest class has 4 images"):
+        folder_splits(tree("a", "b"), 0.1)
+
+
+def test_no_class_is_held_out_as_a_whole(tree):
+    assert sizes(folder_splits(tree("a", "b", count=2), 0.9)) == {"train": 2, "val": 2}
+
+
+@pytest.mark.parametrize("source", ["mnist", "idx", "dataset"])
+def test_holding_out_of_a_source_with_a_val_split_is_refused(tmp_path, capsys, source):
+    command = ["--source", source, "--path", str(tmp_path), "--held-out", "0.1"]
+    assert write.main([*command, "--out", str(tmp_path / "out")]) == 2
+    assert f"--held-out is for folder and list; {source} has its own" in capsys.readouterr().err
+
+
+def test_jpegs_under_other_suffixes_are_found(tree):
+    root = tree("a", count=0)
+    for name in ("x.jfif", "x.JPE", "x.mpo", "x.txt"):
+        (root / "a" / name).write_bytes(b"")
+    split = folder_splits(root, 0)["train"]
+    assert len({reference.key for reference in split.references}) == 3
+    assert split.ignored == Counter({".txt": 1})
+
+
+IMAGES = struct.pack(">4B3I", 0, 0, 8, 3, 2, 4, 4) + bytes(32)
+LABELS = struct.pack(">4BI", 0, 0, 8, 1, 2) + bytes(2)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("train-images-idx3-ubyte", IMAGES[:-1], "or it is cut"),
+        ("train-images-idx3-ubyte", IMAGES[:9], "or it is cut"),
+        ("train-images-idx3-ubyte", b"", "or it is cut"),
+        ("train-images-idx3-ubyte", IMAGES[:4] + b"\xff" * 12 + bytes(32), "or it is cut"),
+        ("train-images-idx3-ubyte", LABELS, "no idx file of 3 dimensions"),
+        ("train-images-idx3-ubyte.gz", gzip.compress(IMAGES)[:-9], "damaged or cut"),
+        ("train-images-idx3-ubyte.gz", b"<html>", "damaged or cut"),
+        ("train-images-idx3-ubyte.gz", b"\x1f\x8b\x08" + b"\xff" * 40, "damaged or cut"),
+        ("train-labels-idx1-ubyte", LABELS[:7] + b"\x01" + bytes(1), "2 train images and 1 labels"),
+    ],
+)
+def test_idx_files_that_are_damaged_are_named(tmp_path, name, content, words):
+    for prefix in ("train", "t10k"):
+        (tmp_path / f"{prefix}-images-idx3-ubyte").write_bytes(IMAGES)
+        (tmp_path / f"{prefix}-labels-idx1-ubyte").write_bytes(LABELS)
+    assert sizes(idx_splits(tmp_path)) == {"train": 2, "val": 2}
+    (tmp_path / name.removesuffix(".gz")).unlink()
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=words):
+        idx_splits(tmp_path)
+
+
+def test_an_empty_idx_set_is_refused(tmp_path):
+    for prefix in ("train", "t10k"):
+        header = struct.pack(">4B3I", 0, 0, 8, 3, 0, 4, 4)
+        (tmp_path / f"{prefix}-images-idx3-ubyte").write_bytes(header)
+        (tmp_path / f"{prefix}-labels-idx1-ubyte").write_bytes(struct.pack(">4BI", 0, 0, 8, 1, 0))
+    with pytest.raises(DataError, match="the train files hold no images"):
+        idx_splits(tmp_path)
