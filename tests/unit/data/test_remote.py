@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import s3fs
 
 from data.cache import ShardCache
 from data.config import RemoteConfig
@@ -244,10 +245,7 @@ def test_the_next_shard_is_fetched_before_it_is_needed(make_set, make_config, se
         time.sleep(0.05)
 
 
-@pytest.mark.slow
 def test_shards_in_s3_are_listed_fetched_and_verified(make_set, remote, monkeypatch):
-    s3fs = pytest.importorskip("s3fs")
-    pytest.importorskip("moto.server")
     folder = make_set([4, 2])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
