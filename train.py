@@ -40,7 +40,7 @@ from routedvit.training.model import create_model
 from routedvit.training.native_config import split_batch
 from routedvit.training.offline import evaluate_offline
 from routedvit.training.report import closing, opening
-from routedvit.training.run_folder import RunFolder, open_folder, versions
+from routedvit.training.run_folder import RunFolder, check_same_data, open_folder, versions
 from routedvit.training.signals import REQUEUE_EXIT_CODE
 from routedvit.training.world import World
 
@@ -148,6 +148,8 @@ def run(config: RunConfig, args: argparse.Namespace, console: Console) -> int:
     state = state or RunState(
         config=record, versions=versions(), warm_start=asdict(started) if started else None
     )
+    check_same_data(folder, state.data, loader.fingerprint)
+    state.data = loader.fingerprint
     trainer = build_trainer(
         config, engine, schedules, loader, eval_loaders,
         checkpoints=checkpoints, state=state, folder=folder.path, console=console,

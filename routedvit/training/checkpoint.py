@@ -62,6 +62,7 @@ class RunState:
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)  # evaluated at this step
     skipped_steps: int = 0  # steps whose loss or gradient was not finite
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    data: str = ""  # the training shards, in a line; empty in checkpoints that did not say
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
     warm_start: dict[str, Any] | None = None  # what weights the run began from
     world_size: int = 0

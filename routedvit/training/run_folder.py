@@ -97,6 +97,26 @@ def claim(folder: RunFolder, config: dict[str, Any], *, free: tuple[str, ...] = 
     part.replace(folder.config)
 
 
+def check_same_data(folder: RunFolder, before: str, now: str) -> None:
+    """The order of samples follows from the shards, so a run that goes on needs the same ones.
+
+    A run that only begins from another's checkpoint may take others.
+
+    Args:
+        before: the shards that the checkpoint was trained on; empty if it does not say.
+        now: those that the run would go on with.
+
+    Raises:
+        ConfigError: they are not the same.
+    """
+    if folder.has_checkpoint() and before not in ("", now):
+        raise ConfigError(
+            f"data.train: {folder.path} was trained on {before}, and now there are {now}; bring "
+            "the earlier shards back, give this run another name (--set name=...) or start over "
+            "with --fresh"
+        )
+
+
 def move_aside(folder: RunFolder) -> Path | None:
     """Rename an existing run folder to the first free NAME.1, NAME.2, ...; returns the new path."""
     if not folder.path.exists():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -113,6 +114,27 @@ def test_folder_of_another_run(config: Path) -> None:
     assert "already finished" in again[1]
     assert fresh[0] == 0
     assert "run.1" in fresh[1]
+
+
+def test_shards_that_changed_since_the_checkpoint(config: Path, tmp_path: Path) -> None:
+    run = json.loads(config.read_text())
+    shutil.copytree(run["data"]["train"]["shards"], tmp_path / "train")
+    run["data"]["train"]["shards"] = str(tmp_path / "train")
+    run["output_dir"] = str(tmp_path / "run")
+    (tmp_path / "config.json").write_text(json.dumps(run))
+    command = ["--config", tmp_path / "config.json"]
+    (first,) = run_train(command)
+    assert first[0] == 0, first[1]
+    manifest = json.loads((tmp_path / "train" / "manifest.json").read_text())
+    manifest["shards"].reverse()
+    (tmp_path / "train" / "manifest.json").write_text(json.dumps(manifest))
+    other, fresh = run_train(command, [*command, "--fresh"])
+    code, printed = other
+    # the folder is open by the time that its checkpoint can tell
+    opened, _, mistake = printed.partition("\n")
+    assert opened.startswith("run folder")
+    assert_mistake(code, mistake, "was trained on 4,000 samples", "bring the earlier", "--fresh")
+    assert fresh[0] == 0, fresh[1]
 
 
 def test_under_the_launcher_one_rank_speaks(config: Path) -> None:

@@ -61,6 +61,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(claimed))
         self.send_header("Content-Type", "text/html")
         self.end_headers()
+        if fault == "slow":
+            self.wfile.write(content[:half])
+            time.sleep(0.8)
+            content, claimed = content[half:], claimed - half
         self.wfile.write(content[: half if fault in ("reset", "stall", "truncate") else claimed])
         self.wfile.flush()
         if fault == "stall":

@@ -10,6 +10,7 @@ import pytest
 
 from data import check
 from data.config import RemoteConfig
+from data.errors import BadShard
 from data.index_file import SUFFIX, content_for, unpack
 from data.manifest import read_manifest
 from data.reader import ShardReader
@@ -121,6 +122,31 @@ def test_a_swapped_shard_of_equal_size_gives_no_sample(indexed):
         assert reader.read(0, sample).key == f"train/{sample:04d}"
         with pytest.raises(Exception, match="not those that were written"):
             reader.read(1, sample)
+
+
+def test_without_index_files_a_swapped_shard_of_equal_size_is_refused(make_set):
+    folder = make_set([6, 6])
+    os.replace(folder / "000.tar", folder / "001.tar")
+    (folder / "000.tar").write_bytes((folder / "001.tar").read_bytes())
+    shards = resolve(str(folder))
+    assert shards.entries[0].bytes == shards.entries[1].bytes
+    reader = ShardReader(shards)
+    assert reader.read(0, 5).key == "train/0005"
+    with pytest.raises(BadShard, match=r"001\.tar: offset 0: its SHA-256"):
+        reader.read(1, 5)
+
+
+@pytest.mark.parametrize("claimed", [5, 7])
+def test_a_manifest_with_another_count_than_the_index_is_named(indexed, claimed):
+    """And not an IndexError at the sample that is not there, or one that never comes."""
+    folder = indexed([6])
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["samples"] = manifest["shards"][0]["samples"] = claimed
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    reader = ShardReader(resolve(str(folder)))
+    for ask in (reader.key, reader.read):
+        with pytest.raises(BadShard, match=rf"6 samples found and the manifest says {claimed}"):
+            ask(0, claimed - 1)
 
 
 def test_remote_index_files_are_fetched_and_verified(indexed, make_config, tmp_path, monkeypatch):

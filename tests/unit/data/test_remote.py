@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import socket
@@ -12,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import s3fs
 
 from data.cache import ShardCache
 from data.config import RemoteConfig
@@ -20,6 +22,8 @@ from data.manifest import MANIFEST_NAME
 from data.shards import resolve
 from tests.unit.data.serving import FaultyServer
 from tests.unit.data.test_loaders import train_loader
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture
@@ -125,6 +129,84 @@ def test_the_cache_stays_below_its_limit_and_drops_the_longest_unused(make_set, 
         fetched(server, remote.model_copy(update={"cache_gb": 1e-9}), "001.tar")
 
 
+FETCH = """
+import sys
+from data.cache import ShardCache
+from data.config import RemoteConfig
+from data.shards import resolve
+remote = RemoteConfig.model_validate_json(sys.argv[2])
+shards = resolve(sys.argv[1], remote=remote)
+cache = ShardCache(remote)
+print("ready", flush=True)
+for number in map(int, sys.stdin.readline().split()):
+    with cache.open(shards.names[number], shards.entries[number]) as file:
+        print(len(file.read()) == shards.entries[number].bytes, flush=True)
+"""
+
+
+def test_two_processes_share_a_cache_that_is_too_small_for_both(make_set, server, remote):
+    """The room that one fetches into is not given to the other, nor its half shard removed."""
+    size = (make_set([3, 3, 3]) / "000.tar").stat().st_size
+    server.faults["000.tar"] = ["slow"]
+    small = remote.model_copy(update={"cache_gb": 1.5 * size / 1e9})
+    command = [sys.executable, "-c", FETCH, f"{server.url}/train", small.model_dump_json()]
+    processes = [
+        subprocess.Popen(
+            command, cwd=ROOT, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    for process in processes:
+        assert process.stdout.readline() == "ready\n", process.stderr.read()
+    for process, order in zip(processes, ("0 1 2 0 1 2", "1 2 0 1 2 0"), strict=True):
+        process.stdin.write(order + "\n")
+        process.stdin.flush()
+        while ("000.tar", None) not in server.requests:
+            time.sleep(0.01)
+    while any(process.poll() is None for process in processes):
+        names = [path for path in os.listdir(small.cache_dir) if not path.startswith("lock")]
+        assert len([name for name in names if name.endswith(".tar")]) <= 1
+        time.sleep(0.01)
+    for process in processes:
+        said, error = process.communicate()
+        assert (process.returncode, said.split()) == (0, ["True"] * 6), error
+
+
+def test_a_fetch_that_was_killed_keeps_no_room(make_set, server, remote):
+    folder = make_set([3, 3])
+    size = (folder / "000.tar").stat().st_size
+    small = remote.model_copy(update={"cache_gb": 1.5 * size / 1e9})
+    server.faults["000.tar"] = ["stall"]
+    command = [sys.executable, "-c", FETCH, f"{server.url}/train", small.model_dump_json()]
+    with subprocess.Popen(
+        command, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        process.stdin.write("0\n")
+        process.stdin.flush()
+        while not list(Path(small.cache_dir).glob("*.part")):
+            time.sleep(0.01)
+        process.kill()
+    assert fetched(server, small, "001.tar") == (folder / "001.tar").read_bytes()
+
+
+def test_a_cache_that_fails_is_no_fault_of_the_shard(make_set, server, remote, monkeypatch):
+    """A shard may be quarantined on one rank only if it is bad for all; a full disk is not that."""
+    make_set([6])
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("data.cache._write", full)
+    with pytest.raises(Unreachable, match=r"cache_dir: .* fails \(No space left .*; make room"):
+        fetched(server, remote)
+    assert [name for name, _ in server.requests].count("000.tar") == 1
+    monkeypatch.setattr("data.cache.os.replace", lambda *_: os.stat("/nowhere"))
+    monkeypatch.setattr("data.cache._write", lambda file, chunk: file.write(chunk))
+    with pytest.raises(Unreachable, match=r"cache_dir: .* fails"):
+        fetched(server, remote)
+
+
 @pytest.mark.parametrize(
     "pattern", ["", "/manifest.json", "/{000..002}.tar", "/*.tar", "/00[0-2].tar", "/?token=1"]
 )
@@ -163,10 +245,7 @@ def test_the_next_shard_is_fetched_before_it_is_needed(make_set, make_config, se
         time.sleep(0.05)
 
 
-@pytest.mark.slow
 def test_shards_in_s3_are_listed_fetched_and_verified(make_set, remote, monkeypatch):
-    s3fs = pytest.importorskip("s3fs")
-    pytest.importorskip("moto.server")
     folder = make_set([4, 2])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

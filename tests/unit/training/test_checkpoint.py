@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from routedvit.training import checkpoint as module
-from routedvit.training.checkpoint import Checkpoints, RunState, SaveError
+from routedvit.training.checkpoint import Checkpoints, RunState, SaveError, read_run_state
 from routedvit.training.config import ConfigError
 from routedvit.training.manifest import read_manifest
 from routedvit.training.retention import Retention
@@ -41,14 +42,24 @@ def load(folder: Path, told: list[str] | None = None) -> tuple[RunState | None, 
 
 
 def test_what_is_saved_comes_back(engine, tmp_path):
-    state = RunState(step=3, samples_seen=24, best={"val/top1": 7.5}, config={"a": [1]})
+    state = RunState(
+        step=3, samples_seen=24, best={"val/top1": 7.5}, config={"a": [1]}, data="9 shards"
+    )
     engine.value = 3
     Checkpoints(tmp_path / "new" / "folder", engine, keep=1).save(state)
     loaded, engine = load(tmp_path / "new" / "folder")
     assert loaded.best == {"val/top1": 7.5}
     assert (loaded.step, loaded.samples_seen, loaded.config) == (3, 24, {"a": [1]})
+    assert loaded.data == "9 shards"
     assert (loaded.world_size, loaded.zero_stage) == (1, 2)
     assert engine.value == 3
+
+
+def test_a_run_state_from_before_a_field_was_added_still_loads(tmp_path):
+    state = dataclasses.asdict(RunState(step=3))
+    del state["data"]
+    (tmp_path / "run_state.json").write_text(json.dumps(state))
+    assert read_run_state(tmp_path) == RunState(step=3)
 
 
 def test_an_empty_folder_has_none(tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from routedvit.training.config import ConfigError
-from routedvit.training.run_folder import RunFolder, claim, move_aside
+from routedvit.training.run_folder import RunFolder, check_same_data, claim, move_aside
 
 CONFIG = {"optim": {"lr": 0.1, "betas": (0.9, 0.95)}, "log": {"every_steps": 10}, "seed": 0}
 
@@ -51,6 +51,16 @@ def test_every_differing_key_is_counted(folder: RunFolder) -> None:
     saved_run(folder)
     with pytest.raises(ConfigError, match=r"optim.betas was \[0.9, 0.95\].*and 2 more"):
         claim(folder, {"optim": {"lr": 0.2}, "seed": 1})
+
+
+def test_other_shards_are_refused_where_a_run_goes_on(folder: RunFolder) -> None:
+    claim(folder, CONFIG)
+    check_same_data(folder, "9 samples", "8 samples")  # begins from the checkpoint of another run
+    saved_run(folder)
+    for before in ("", "8 samples"):  # checkpoints of earlier versions do not say
+        check_same_data(folder, before, "8 samples")
+    with pytest.raises(ConfigError, match=r"trained on 9 samples, and now .* 8 samples.*--fresh"):
+        check_same_data(folder, "9 samples", "8 samples")
 
 
 def test_starting_over_moves_the_old_run_aside(folder: RunFolder) -> None:
