@@ -150,8 +150,9 @@ def test_a_damaged_newest_is_named_and_the_one_before_is_used(engine, tmp_path, 
 
 def test_all_damaged_is_an_error_and_not_a_silent_fresh_start(engine, tmp_path):
     flip_a_bit(save(engine, tmp_path, 1))
-    with pytest.raises(ConfigError, match="--fresh"):
-        load(tmp_path)
+    for _ in range(2):  # a second start must not find an empty folder
+        with pytest.raises(ConfigError, match="--fresh"):
+            load(tmp_path)
 
 
 def test_a_full_disk_is_named_with_the_need_and_the_mend_and_nothing_is_left(engine, tmp_path):
@@ -222,6 +223,65 @@ def test_going_back_moves_the_data_for_good_and_deletes_what_came_later(engine, 
     assert load(tmp_path)[0].samples_seen == 80
     save(engine, tmp_path, 4)
     assert load(tmp_path)[0].samples_seen == 32  # what its own run state says
+
+
+def spell_with_dots(folder: Path) -> Path:
+    return folder / ".." / folder.name / "step_00000002"
+
+
+def spell_from_here(folder: Path) -> Path:
+    return Path(os.path.relpath(folder)) / "step_00000002"
+
+
+def spell_through_a_link(folder: Path) -> Path:
+    link = folder.with_name("link")
+    link.symlink_to(folder)
+    return link / "step_00000002"
+
+
+@pytest.mark.parametrize("spell", [spell_with_dots, spell_from_here, spell_through_a_link])
+def test_however_its_path_is_spelt_a_named_checkpoint_is_the_runs_own(engine, tmp_path, spell):
+    folder = tmp_path / "checkpoints"
+    for step in (1, 2):
+        save(engine, folder, step)
+    checkpoints = Checkpoints(folder, engine, keep=3)
+    checkpoints.roll_back(before=3, resume_at=40)
+    save(engine, folder, 3)
+    assert checkpoints.load_named(spell(folder)).samples_seen == 40
+    assert (folder / "latest").read_text() == "step_00000002\n"
+
+
+def test_another_run_from_a_checkpoint_that_was_gone_back_to_passes_the_bad_data_too(
+    engine, tmp_path
+):
+    source = save(engine, tmp_path / "old", 2)
+    Checkpoints(tmp_path / "old", engine, keep=3).roll_back(before=3, resume_at=40)
+    fork = Checkpoints(tmp_path / "new", engine, keep=3)
+    assert fork.load_named(source).samples_seen == 40
+    assert fork.rollbacks() == []  # it has not gone back itself
+
+
+def load_newest(checkpoints: Checkpoints) -> None:
+    checkpoints.load_newest()
+
+
+def load_the_first(checkpoints: Checkpoints) -> None:
+    checkpoints.load_named(Path("step_00000001"))
+
+
+@pytest.mark.parametrize("load", [load_newest, load_the_first])
+def test_latest_is_right_while_a_load_moves_things_aside(engine, tmp_path, monkeypatch, load):
+    save(engine, tmp_path, 1)
+    flip_a_bit(save(engine, tmp_path, 2))
+    rename, named = Path.rename, []
+
+    def watched(self: Path, target: Path) -> Path:
+        named.append((tmp_path / "latest").read_text())
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", watched)
+    load(Checkpoints(tmp_path, engine, keep=3, tell=lambda line: None))
+    assert named == ["step_00000001\n"]
 
 
 def test_there_may_be_nothing_to_go_back_to(engine, tmp_path):
