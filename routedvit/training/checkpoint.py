@@ -9,7 +9,8 @@
 A checkpoint is written into a hidden sibling folder; every rank syncs and hashes its own files,
 rank 0 writes the manifest, and ONE rename makes the folder visible. `latest` is replaced after
 that, so at every instant it names a complete checkpoint. When the disk fails one rank, all of them
-give up the save together and the half-written folder goes.
+give up the save together and the half-written folder goes. After the rename nothing fails a save:
+what goes wrong with `latest` or with deleting old ones is told, and the next save tries again.
 
 A load checks every hash before anything is read, and nothing in a checkpoint is a pickle. A damaged
 checkpoint is named and moved aside, and the one before it is used. All ranks must see one file
@@ -92,8 +93,12 @@ class Checkpoints:
         self.retention = Retention(keep) if isinstance(keep, int) else keep
         self.tell = tell
 
-    def save(self, state: RunState) -> Path:
+    def save(self, state: RunState, *, bad_since: int | None = None) -> Path:
         """Write the checkpoint of `state.step`; a step that is already saved is left alone.
+
+        Args:
+            state: what to save.
+            bad_since: the first of the present bad steps; the newest one before it stays.
 
         Raises:
             SaveError: the disk is full or fails; nothing is left of it and the others are whole.
@@ -108,6 +113,9 @@ class Checkpoints:
         parts = self._on_all_ranks(lambda: self._write(temporary, state), temporary, size)
         files = {name: entry for part in parts for name, entry in sorted(part.items())}
         self._on_all_ranks(lambda: self._publish(temporary, state.step, files), temporary, size)
+        if engine.rank == 0:
+            self._tidy(state.step, bad_since)
+        engine.barrier()
         return final
 
     def path_of(self, step: int) -> Path:
@@ -119,7 +127,8 @@ class Checkpoints:
         value = state.metrics.get(self.retention.metric)
         if value is None or not self.retention.keep_best:
             return False
-        return self.engine.broadcast(self.retention.is_among_best(value, self._values()))
+        wanted = self.engine.rank == 0 and self.retention.is_among_best(value, self._values())
+        return self.engine.broadcast(wanted)
 
     def load_newest(self) -> RunState | None:
         """Restore the newest checkpoint that is whole, whatever ranks and ZeRO stage wrote it.
@@ -261,7 +270,7 @@ class Checkpoints:
         """The hidden folder, without what an interrupted save left; rank 0."""
         if self.engine.rank == 0:
             for leftover in self.folder.glob(".step_*.tmp"):
-                shutil.rmtree(leftover)
+                shutil.rmtree(leftover, ignore_errors=leftover != temporary)
             temporary.mkdir(parents=True)
             if _free_bytes(self.folder) < size:  # logs and ledgers want the rest of the disk
                 raise OSError("no space left")
@@ -282,7 +291,7 @@ class Checkpoints:
         return {str(path.relative_to(temporary)): fingerprint(path) for path in own}
 
     def _publish(self, temporary: Path, step: int, files: dict[str, Fingerprint]) -> None:
-        """Manifest, rename, `latest`; then the old ones go. Rank 0."""
+        """Manifest and rename. Rank 0."""
         if self.engine.rank != 0:
             return
         write_json(temporary / MANIFEST, Manifest(step=step, files=files).model_dump())
@@ -290,24 +299,37 @@ class Checkpoints:
             sync(folder)
         sync(temporary)
         temporary.rename(self.path_of(step))
-        sync(self.folder)
-        self._point_to(step_name(step))
-        for old in self.retention.surplus(self._values()):
+
+    def _tidy(self, step: int, bad_since: int | None) -> None:
+        """`latest` and retention after a save. Rank 0; the checkpoint is there whatever fails."""
+        try:
+            sync(self.folder)
+            self._point_to(step_name(step))
+        except OSError as error:
+            self.tell(f"{step_name(step)} was saved, but {LATEST} does not name it yet: {error}")
+        for old in self.retention.surplus(self._values(), before=bad_since):
             self._delete(self.path_of(old))
 
     def _delete(self, folder: Path) -> None:
-        # Renamed first: half a deletion must not look like a checkpoint.
-        shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}.tmp")))
+        """Delete a checkpoint; what cannot be deleted (NFS keeps open files) is told."""
+        try:
+            # Renamed first: half a deletion must not look like a checkpoint.
+            shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}.tmp")))
+        except OSError as error:
+            self.tell(f"checkpoint {folder.name} could not be deleted: {error}")
 
     def _values(self) -> dict[int, float | None]:
-        """The kept metric of every checkpoint by its step, None where it was not evaluated."""
-        metric = self.retention.metric if self.retention.keep_best else None
-        return {
-            int(path.name.removeprefix("step_")): read_run_state(path).metrics.get(metric)
-            if metric
-            else None
-            for path in self._visible()
-        }
+        """The kept metric of every checkpoint by its step, None where there is none to read."""
+        values: dict[int, float | None] = {}
+        for path in self._visible():
+            value = None
+            if self.retention.keep_best:
+                try:
+                    value = read_run_state(path).metrics.get(self.retention.metric)
+                except (OSError, ValueError, TypeError):  # damaged, which a load will name
+                    pass
+            values[int(path.name.removeprefix("step_"))] = value
+        return values
 
     def _visible(self) -> list[Path]:
         return sorted(path for path in self.folder.glob("step_*") if path.is_dir())

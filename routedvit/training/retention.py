@@ -27,9 +27,16 @@ class Retention:
     metric: str = "val/top1"
     mode: Literal["max", "min"] = "max"
 
-    def surplus(self, values: Mapping[int, float | None]) -> list[int]:
-        """Steps that may go, given the metric of every step that has a checkpoint (or None)."""
+    def surplus(
+        self, values: Mapping[int, float | None], *, before: int | None = None
+    ) -> list[int]:
+        """Steps that may go, given the metric of every step that has a checkpoint (or None).
+
+        The newest one before step `before` stays in any case: the run may have to go back to it.
+        """
         stay = set(sorted(values)[-self.keep :])
+        if before is not None:
+            stay |= set(sorted(step for step in values if step < before)[-1:])
         stay |= {step for step in values if self.keep_every and step % self.keep_every == 0}
         stay |= set(self._best(values))
         return sorted(values.keys() - stay)

@@ -146,7 +146,8 @@ class Trainer:
                     for evaluator in self.evaluators:
                         if last or (evaluator.every_steps and step % evaluator.every_steps == 0):
                             self.evaluate(evaluator)
-                            save = save or self.checkpoints.wants(self.state)
+                            best = not self.guard.bad_steps and self.checkpoints.wants(self.state)
+                            save = save or best
                     if step % settings.routing_every == 0 or step == first or last:
                         self.watch_routing()
                 if save or last or stop:
@@ -191,8 +192,9 @@ class Trainer:
 
     def save(self, *, must: bool) -> None:
         """Save a checkpoint; if the disk refuses one that need not be, warn and go on."""
+        bad_since = self.guard.bad_steps[0] if self.guard.bad_steps else None
         try:
-            self.checkpoints.save(self.state)
+            self.checkpoints.save(self.state, bad_since=bad_since)
         except SaveError as error:
             if must:
                 raise

@@ -302,6 +302,54 @@ def test_the_best_by_a_metric_stay(engine, tmp_path):
     assert [path.name[-1] for path in sorted(tmp_path.glob("step_*"))] == ["2", "3", "5"]
 
 
+def test_a_checkpoint_that_cannot_be_deleted_is_told_and_fails_no_save(
+    engine, tmp_path, monkeypatch
+):
+    save(engine, tmp_path, 1)
+    remove, told = shutil.rmtree, []
+
+    def busy(path: Path, ignore_errors: bool = False) -> None:
+        if path.name != ".step_00000001.tmp":
+            remove(path, ignore_errors)
+        elif not ignore_errors:
+            raise OSError("Directory not empty: .nfs0001")
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    checkpoints = Checkpoints(tmp_path, engine, keep=1, tell=told.append)
+    for step in (2, 3):
+        assert checkpoints.save(RunState(step=step)).is_dir()
+    assert (tmp_path / "latest").read_text() == "step_00000003\n"
+    assert not (tmp_path / "step_00000002").exists()
+    assert len(told) == 1
+    assert "step_00000001" in told[0]
+    assert ".nfs0001" in told[0]
+
+
+def test_a_disk_that_is_full_after_the_rename_fails_no_save(engine, tmp_path, monkeypatch):
+    save(engine, tmp_path, 1)
+    told: list[str] = []
+
+    def full(path: Path, text: str) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(module, "replace_text", full)
+    checkpoints = Checkpoints(tmp_path, engine, keep=3, tell=told.append)
+    assert checkpoints.save(RunState(step=2)).is_dir()
+    assert "step_00000002 was saved" in told[0]
+
+
+@pytest.mark.parametrize("text", ['{"metrics"', "[]", '{"unknown": 1}'])
+def test_a_damaged_run_state_has_no_metric(engine, tmp_path, text):
+    retention = Retention(keep=1, keep_best=1, metric="val/loss", mode="min")
+    checkpoints = Checkpoints(tmp_path, engine, keep=retention)
+    folder = checkpoints.save(RunState(step=1, metrics={"val/loss": 1.0}))
+    (folder / "run_state.json").write_text(text)
+    state = RunState(step=2, metrics={"val/loss": 2.0})
+    assert checkpoints.wants(state)
+    checkpoints.save(state)
+    assert not folder.exists()
+
+
 class Killed(BaseException):
     pass
 

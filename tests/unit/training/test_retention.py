@@ -14,6 +14,12 @@ def test_the_newest_stay():
     assert Retention(keep=2).surplus(dict.fromkeys((10, 20, 30, 40))) == [10, 20]
 
 
+def test_the_newest_before_a_step_stays_to_go_back_to():
+    values = dict.fromkeys((10, 20, 30, 40))
+    assert Retention(keep=1).surplus(values, before=30) == [10, 30]
+    assert Retention(keep=1).surplus(values, before=10) == [10, 20, 30]
+
+
 def test_every_kth_stays_for_good():
     values = dict.fromkeys(range(10, 110, 10))
     assert Retention(keep=1, keep_every=50).surplus(values) == [10, 20, 30, 40, 60, 70, 80, 90]

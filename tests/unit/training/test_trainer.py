@@ -262,6 +262,30 @@ def test_a_checkpoint_is_not_taken_amid_bad_steps(tmp_path):
     assert sorted(path.name[-1] for path in tmp_path.glob("checkpoints/step_*")) == ["8", "9"]
 
 
+def test_a_best_amid_bad_steps_is_not_kept_as_one(tmp_path):
+    engine = FakeEngine()
+    engine.losses = {12: float("nan")}  # step 4, which evaluates
+    keep = Retention(keep=9, keep_best=1)
+    evaluators = [Evaluator([50.0, 10.0, 10.0], every_steps=4)]
+    run = {"total_steps": 9, "evaluators": evaluators, "keep": keep, "checkpoint_every": 99}
+    trainer(tmp_path, engine, Sink(), RunState(), **run).fit()
+    assert sorted(path.name[-1] for path in tmp_path.glob("checkpoints/step_*")) == ["8", "9"]
+
+
+def test_a_stop_amid_bad_steps_leaves_a_checkpoint_to_go_back_to(tmp_path):
+    engine = FakeEngine()
+    engine.losses = dict.fromkeys((20, 24, 28, 32), float("nan"))  # steps 6 to 9
+    run = trainer(tmp_path, engine, Sink(), RunState(), total_steps=20, keep=1)
+    train_step = run.train_step
+
+    def stopped_in_step_7(batches: Any) -> Any:
+        return train_step(batches)._replace(stop=run.state.step == 7)
+
+    run.train_step = stopped_in_step_7
+    assert run.fit().step == 7
+    assert sorted(path.name[-1] for path in tmp_path.glob("checkpoints/step_*")) == ["4", "7"]
+
+
 def test_a_full_disk_does_not_stop_the_run_but_the_last_save_must_succeed(tmp_path):
     engine, sink = FakeEngine(), Sink()
     engine.full_disks = 1
