@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from routedvit.training.checkpoint import Checkpoints, RunState, SaveError
+from routedvit.training.checkpoint import Checkpoints, RunState, SaveError, read_run_state
 from routedvit.training.config import ConfigError
 from routedvit.training.guard import Guard
 from routedvit.training.optim import build_schedule
@@ -244,6 +244,37 @@ def test_a_run_that_goes_back_too_often_ends_in_words(tmp_path):
     run = trainer(tmp_path, engine, Sink(), RunState(), total_steps=99)
     with pytest.raises(ConfigError, match=r"steps 5 to 7 .* gone back 2 times.*optim\.lr"):
         run.fit()
+
+
+def test_going_back_keeps_the_config_of_this_start(tmp_path):
+    engine = FakeEngine()
+    engine.losses = dict.fromkeys((20, 24, 28), float("nan"))
+    run = trainer(tmp_path, engine, Sink(), RunState(config={"name": "old"}), total_steps=4)
+    run.fit()
+    state = run.checkpoints.load_newest()
+    state.config, state.versions = {"name": "new"}, {"torch": "3"}
+    run = trainer(tmp_path, engine, Sink(), state, total_steps=9)
+    run.fit()
+    saved = read_run_state(run.checkpoints.path_of(9))
+    assert (saved.config, saved.versions) == ({"name": "new"}, {"torch": "3"})
+
+
+def test_a_run_that_was_killed_does_not_look_stopped(tmp_path):
+    class Killed(BaseException):
+        pass
+
+    engine, status = FakeEngine(), tmp_path / "status.json"
+    trainer(tmp_path, engine, Sink(), RunState(), total_steps=4).fit()
+    assert json.loads(status.read_text()) == {"status": "finished", "step": 4}
+    run = trainer(tmp_path, engine, Sink(), RunState(step=4, samples_seen=16))
+
+    def die(*args: Any, **kwargs: Any) -> Any:
+        raise Killed
+
+    engine.train_step = die
+    with pytest.raises(Killed):
+        run.fit()
+    assert json.loads(status.read_text()) == {"status": "running", "step": 4}
 
 
 def test_without_a_checkpoint_to_go_back_to_the_run_ends_in_words(tmp_path):
