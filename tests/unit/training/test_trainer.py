@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,13 @@ import numpy as np
 import pytest
 import torch
 
-from routedvit.training.checkpoint import Checkpoints, RunState, SaveError
+from routedvit.training.checkpoint import Checkpoints, RunState, SaveError, read_run_state
 from routedvit.training.config import ConfigError
 from routedvit.training.guard import Guard
 from routedvit.training.optim import build_schedule
 from routedvit.training.retention import Retention
 from routedvit.training.schedules import Schedules
+from routedvit.training.signals import StopSignals
 from routedvit.training.trainer import Trainer, TrainerSettings, seed_step
 from tests.unit.training.fake_engine import FakeEngine
 
@@ -67,6 +70,7 @@ def trainer(folder: Path, engine: FakeEngine, sink: Sink, state: RunState, **cha
         "log_every": 2, "checkpoint_every": 4, "routing_every": 4,
     }  # fmt: skip
     keep = changes.pop("keep", 2)
+    signals = changes.pop("signals", None) or StopSignals()
     guard = {"max_bad_steps": 3, "max_rollbacks": 2} | changes.pop("guard", {})
     return Trainer(
         engine,
@@ -89,6 +93,7 @@ def trainer(folder: Path, engine: FakeEngine, sink: Sink, state: RunState, **cha
         ),
         settings=TrainerSettings(**(settings | changes)),
         state=state,
+        signals=signals,
     )
 
 
@@ -237,14 +242,12 @@ def test_a_resume_right_after_going_back_does_not_meet_the_bad_data_again(tmp_pa
     engine = FakeEngine()
     engine.losses = dict.fromkeys((20, 24, 28), float("nan"))
     run = trainer(tmp_path, engine, Sink(), RunState(), total_steps=9)
-    run.signals.__enter__()
     batches = run.loader.batches(0)
     while not run.guard.alarm:
         run.train_step(batches)
         if run.state.step == 4:
             run.save(must=True)
     run.go_back()  # and the machine dies
-    run.signals.__exit__(None, None, None)
     state = Checkpoints(tmp_path / "checkpoints", engine, keep=2).load_newest()
     assert (state.step, state.samples_seen) == (4, 32)
     engine.seen.clear()
@@ -258,6 +261,37 @@ def test_a_run_that_goes_back_too_often_ends_in_words(tmp_path):
     run = trainer(tmp_path, engine, Sink(), RunState(), total_steps=99)
     with pytest.raises(ConfigError, match=r"steps 5 to 7 .* gone back 2 times.*optim\.lr"):
         run.fit()
+
+
+def test_going_back_keeps_the_config_of_this_start(tmp_path):
+    engine = FakeEngine()
+    engine.losses = dict.fromkeys((20, 24, 28), float("nan"))
+    run = trainer(tmp_path, engine, Sink(), RunState(config={"name": "old"}), total_steps=4)
+    run.fit()
+    state = run.checkpoints.load_newest()
+    state.config, state.versions = {"name": "new"}, {"torch": "3"}
+    run = trainer(tmp_path, engine, Sink(), state, total_steps=9)
+    run.fit()
+    saved = read_run_state(run.checkpoints.path_of(9))
+    assert (saved.config, saved.versions) == ({"name": "new"}, {"torch": "3"})
+
+
+def test_a_run_that_was_killed_does_not_look_stopped(tmp_path):
+    class Killed(BaseException):
+        pass
+
+    engine, status = FakeEngine(), tmp_path / "status.json"
+    trainer(tmp_path, engine, Sink(), RunState(), total_steps=4).fit()
+    assert json.loads(status.read_text()) == {"status": "finished", "step": 4}
+    run = trainer(tmp_path, engine, Sink(), RunState(step=4, samples_seen=16))
+
+    def die(*args: Any, **kwargs: Any) -> Any:
+        raise Killed
+
+    engine.train_step = die
+    with pytest.raises(Killed):
+        run.fit()
+    assert json.loads(status.read_text()) == {"status": "running", "step": 4}
 
 
 def test_without_a_checkpoint_to_go_back_to_the_run_ends_in_words(tmp_path):
@@ -274,6 +308,64 @@ def test_a_checkpoint_is_not_taken_amid_bad_steps(tmp_path):
     engine.losses = {12: float("nan")}  # step 4, which would save
     trainer(tmp_path, engine, Sink(), RunState(), total_steps=9, keep=9).fit()
     assert sorted(path.name[-1] for path in tmp_path.glob("checkpoints/step_*")) == ["8", "9"]
+
+
+def test_a_best_amid_bad_steps_is_not_kept_as_one(tmp_path):
+    engine = FakeEngine()
+    engine.losses = {12: float("nan")}  # step 4, which evaluates
+    keep = Retention(keep=9, keep_best=1)
+    evaluators = [Evaluator([50.0, 10.0, 10.0], every_steps=4)]
+    run = {"total_steps": 9, "evaluators": evaluators, "keep": keep, "checkpoint_every": 99}
+    trainer(tmp_path, engine, Sink(), RunState(), **run).fit()
+    assert sorted(path.name[-1] for path in tmp_path.glob("checkpoints/step_*")) == ["8", "9"]
+
+
+def test_a_stop_amid_bad_steps_leaves_a_checkpoint_to_go_back_to(tmp_path):
+    engine = FakeEngine()
+    engine.losses = dict.fromkeys((20, 24, 28, 32), float("nan"))  # steps 6 to 9
+    run = trainer(tmp_path, engine, Sink(), RunState(), total_steps=20, keep=1)
+    train_step = run.train_step
+
+    def stopped_in_step_7(batches: Any) -> Any:
+        return train_step(batches)._replace(stop=run.state.step == 7)
+
+    run.train_step = stopped_in_step_7
+    assert run.fit().step == 7
+    assert sorted(path.name[-1] for path in tmp_path.glob("checkpoints/step_*")) == ["4", "7"]
+
+
+def test_a_wish_to_stop_before_the_first_step_takes_none(tmp_path):
+    engine = FakeEngine()
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGTERM)  # while a checkpoint is loaded, say
+        state = RunState(step=2, samples_seen=8)
+        summary = trainer(tmp_path, engine, Sink(), state, signals=signals).fit()
+    assert not summary.finished
+    assert engine.seen == []
+    assert json.loads((tmp_path / "status.json").read_text())["status"] == "stopped"
+
+
+def test_a_wish_to_stop_amid_evaluations_waits_for_the_present_one_alone(tmp_path):
+    ran: list[str] = []
+
+    class Long(Evaluator):
+        def run(self, model: torch.nn.Module) -> Iterator[tuple[str, float]]:
+            ran.append("long")
+            os.kill(os.getpid(), signal.SIGUSR1)
+            yield from super().run(model)
+
+    class Next(Evaluator):
+        def run(self, model: torch.nn.Module) -> Iterator[tuple[str, float]]:
+            ran.append("next")
+            yield from super().run(model)
+
+    engine = FakeEngine()
+    with StopSignals() as signals:
+        evaluators = [Long([1.0], 2), Next([1.0], 2)]
+        run = trainer(tmp_path, engine, Sink(), RunState(), evaluators=evaluators, signals=signals)
+        summary = run.fit()
+    assert (summary.step, summary.finished, ran) == (2, False, ["long"])
+    assert summary.checkpoint.is_dir()
 
 
 def test_a_full_disk_does_not_stop_the_run_but_the_last_save_must_succeed(tmp_path):
