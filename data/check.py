@@ -206,7 +206,9 @@ def check_folder(
                 f"--label-names has {len(label_names)} lines and {folder} has label "
                 f"{len(found.class_counts) - 1}; give one line per class, label 0 first"
             )
-        print(*describe(folder, found, notes, sum(r.ignored for r in reports)), sep="\n")
+        ignored = sum(report.ignored for report in reports)
+        names = label_names or (None if write else _known_names(folder))
+        print(*describe(folder, found, names, notes, ignored), sep="\n")
         if write:
             for report in reports:
                 index = report.path.with_name(report.path.name + SUFFIX)
@@ -219,6 +221,12 @@ def check_folder(
     findings += against_manifest(reports, manifest)
     findings += about_classes(folder, reports, manifest)
     return findings + [line for report in reports for line in report.bad]
+
+
+def _known_names(folder: Path) -> list[str] | None:
+    """The class names that the manifest of a folder has, if there is one."""
+    path = folder / MANIFEST_NAME
+    return read_manifest(path).label_names if path.exists() else None
 
 
 def local(pattern: str) -> list[Path]:

@@ -17,9 +17,14 @@ BAR = 40  # characters, for the largest class
 
 
 def describe(
-    folder: Path, manifest: Manifest, notes: list[dict[str, Any]], ignored: int
+    folder: Path,
+    manifest: Manifest,
+    names: list[str] | None,
+    notes: list[dict[str, Any]],
+    ignored: int,
 ) -> list[str]:
-    """The lines about what a folder holds; `notes` are those of its shards."""
+    """The lines about what a folder holds: as `manifest` describes what was found in its shards,
+    `names` call the classes, and `notes` tell of each shard."""
     size = sum(entry.bytes for entry in manifest.shards)
     (low, high), (short, tall) = manifest.width, manifest.height
     mean, std = ([f"{value:.4f}" for value in values] for values in (manifest.mean, manifest.std))
@@ -28,10 +33,10 @@ def describe(
         f"{size / 1e6:.1f} MB",
         f"  images    {low} to {high} pixels wide, {short} to {tall} high; "
         + ", ".join(f"{count} {mode}" for mode, count in manifest.modes.items()),
-        f"            shorter side: {_spread(notes)}",
+        *_spread(notes),
         f"  pixels    mean {' '.join(mean)}, std {' '.join(std)} "
         f"(of {manifest.pixel_samples} images)",
-        *histogram(manifest.class_counts, manifest.label_names),
+        *histogram(manifest.class_counts, names),
     ]
     if ignored:
         lines.append(f"  ignored   {ignored} members that are neither image nor label")
@@ -43,17 +48,21 @@ def describe(
     return lines
 
 
-def _spread(notes: list[dict[str, Any]]) -> str:
-    """Where the shorter sides of the images lie."""
+def _spread(notes: list[dict[str, Any]]) -> list[str]:
+    """A line on where the shorter sides of the images lie; none where they are all alike."""
     counts: Counter[int] = Counter()
     for note in notes:
         counts.update({int(side): count for side, count in note["shorter_sides"].items()})
+    if len(counts) == 1:
+        return []
     sides = np.array(sorted(counts))
     up_to = np.cumsum([counts[side] for side in sides.tolist()])
     tenth, half, most = (
         sides[np.searchsorted(up_to, share * up_to[-1])] for share in (0.1, 0.5, 0.9)
     )
-    return f"median {half}, a tenth up to {tenth}, a tenth from {most} on"
+    return [
+        f"            shorter side: median {half}, a tenth up to {tenth}, a tenth from {most} on"
+    ]
 
 
 def histogram(counts: list[int], names: list[str] | None) -> list[str]:

@@ -32,6 +32,7 @@ from data.writer import write_split
 
 SOURCES = ("mnist", "folder", "idx", "list", "dataset")
 HOLD_OUT = ("folder", "list")
+COMPLETE = "; it is complete already (remove it to write it anew)"
 
 
 def complete(folder: Path) -> Manifest | None:
@@ -140,14 +141,11 @@ def run(arguments: argparse.Namespace) -> list[str]:
         refuse_another(folders[name], manifest, recipe)
     # The digits cost seconds to parse: when both splits stand there is nothing to look at.
     if len(finished) == len(folders):
-        return [
-            f"{_told(folders[name], manifest)}; it is complete already (remove it to write it anew)"
-            for name, manifest in finished.items()
-        ]
+        return [f"{_told(folders[name], found)}{COMPLETE}" for name, found in finished.items()]
     splits = splits_of(arguments)
     read = " ".join(sorted(SUFFIXES))
     lines = [
-        f"{arguments.path}: passed over {listed(split.ignored)} (read are {read})"
+        f"{arguments.path}: passed over {listed(split.ignored)} (only {read} are read)"
         for split in splits.values()
         if split.ignored
     ]
@@ -158,17 +156,20 @@ def run(arguments: argparse.Namespace) -> list[str]:
                 refuse_unknown(folders[name], finished[name], other)
     encoding = Encoding(arguments.resize, arguments.encode, arguments.quality)
     for name, split in splits.items():
-        if name not in finished:
-            finished[name] = write_split(
+        folder = folders[name]
+        if name in finished:
+            lines.append(f"{_told(folder, finished[name])}{COMPLETE}")
+        else:
+            manifest = write_split(
                 split,
-                folders[name],
+                folder,
                 arguments.shard_size,
                 encoding,
                 arguments.jobs,
                 max_skipped=arguments.max_skipped,
                 recipe=with_samples(recipe, split),
             )
-        lines.append(_told(folders[name], finished[name]))
+            lines.append(_told(folder, manifest))
     return lines
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from data import check
 from data.report import BAR, histogram
-from tests.unit.data.making import png, write_tar
+from tests.unit.data.making import pair, png, write_tar
 
 
 def test_few_classes_are_all_listed_the_most_frequent_first():
@@ -28,6 +28,19 @@ def test_a_class_name_cannot_steer_the_terminal_nor_fill_it():
     line = histogram([1, 1], ["\x1b[2J", "x" * 1000])
     assert "\x1b" not in "".join(line)
     assert max(map(len, line)) < 100
+
+
+def test_classes_have_the_names_that_the_manifest_knows(tmp_path, capsys):
+    write_tar(tmp_path / "a.tar", [*pair("x", 0, 0), *pair("y", 1, 1)])
+    (tmp_path / "names").write_text("ant\nbee\n")
+    command = [str(tmp_path / "a.tar"), "--label-names", str(tmp_path / "names")]
+    assert check.main(["--write-manifest", *command]) == 0
+    capsys.readouterr()
+    assert check.main([str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "0 ant  1" in said
+    assert "1 bee  1" in said
+    assert "shorter side" not in said  # all images are alike
 
 
 def test_sizes_are_told_by_the_shorter_side(tmp_path, capsys):
