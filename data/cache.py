@@ -24,7 +24,7 @@ from pathlib import Path
 from data.config import RemoteConfig
 from data.errors import BadShard, DataError, Unreachable
 from data.manifest import IndexEntry, ShardEntry
-from data.remote import CHUNK, is_url, persist, stream
+from data.remote import CHUNK, Progress, is_url, persist, stream
 
 GIGABYTE = 10**9
 _ROOM_PAUSE = 0.1  # seconds between two looks while others' fetches take all the room
@@ -98,10 +98,12 @@ class ShardCache:
     def _fetch(self, url: str, entry: ShardEntry | IndexEntry, file: io.FileIO) -> None:
         wrong: list[str] = []
 
-        def attempt() -> None:
-            digest = self._receive(url, entry, file)
+        def attempt(progress: Progress) -> None:
+            digest = self._receive(url, entry, file, progress)
             if digest != entry.sha256:
                 file.truncate(0)
+                if not wrong:
+                    progress.restart()
                 wrong.append(digest)
                 # once may be the network, twice the same is what the server has
                 if wrong.count(digest) == 2:
@@ -114,7 +116,9 @@ class ShardCache:
 
         persist(attempt, url, self.remote)
 
-    def _receive(self, url: str, entry: ShardEntry | IndexEntry, file: io.FileIO) -> str:
+    def _receive(
+        self, url: str, entry: ShardEntry | IndexEntry, file: io.FileIO, progress: Progress
+    ) -> str:
         """Go on with `file` until it has entry.bytes; returns the SHA-256 of all of it."""
         digest = hashlib.sha256()
         with self._own_disk():
@@ -123,7 +127,7 @@ class ShardCache:
                 digest.update(chunk)
             have = file.tell()
         if have < entry.bytes:
-            for chunk in stream(url, have, self.remote):
+            for chunk in stream(url, have, self.remote, progress):
                 have += len(chunk)
                 if have > entry.bytes:
                     break

@@ -162,7 +162,9 @@ class RemoteConfig(_Section):
         default=30.0, gt=0, description="Seconds without a byte after which a read has failed."
     )
     give_up_after: float = Field(
-        default=300.0, gt=0, description="Seconds, retries included, that one shard may take."
+        default=300.0,
+        gt=0,
+        description="Seconds, retries included, that the next MiB of a shard may take.",
     )
 
 

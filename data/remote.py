@@ -2,9 +2,11 @@
 
 fsspec brings the clients; what is added here is what training needs of them. A read that brings
 nothing for `read_timeout` seconds is over. A failed transfer goes on at the byte it had reached,
-after a pause that grows and is jittered (a thousand ranks must not knock at once); it is given up
-`give_up_after` seconds after it began. Answers that no wait mends (404, 403) end it at once. Of all
-failures only "there is no such thing" holds for every rank alike; the rest are Unreachable.
+after a pause that grows and is jittered (a thousand ranks must not knock at once). It is given up
+when the next MiB, or the rest, takes more than `give_up_after` seconds, failures or none: so a
+server that drips is noticed, and a long transfer that comes along well may fail late. Answers that
+no wait mends (404, 403) end it at once. Of all failures only "there is no such thing" holds for
+every rank alike; the rest are Unreachable.
 
 Credentials and endpoints come from where the clients look for them: AWS_*,
 GOOGLE_APPLICATION_CREDENTIALS, FSSPEC_*. A config is saved and shown, so it holds no secrets.
@@ -39,6 +41,34 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|pipe:")
 _filesystems: dict[tuple[int, str, float], Any] = {}
 
 
+class Progress:
+    """How far a transfer has got, over all its attempts, and since when it has not got further."""
+
+    def __init__(self, url: str, limit: float) -> None:
+        self.url = url
+        self.limit = limit
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin anew, for good reason: what was fetched is of no use."""
+        self.mark, self.since = 0, time.monotonic()
+
+    def reached(self, position: int) -> None:
+        """So many bytes of the file have come in this attempt. Unreachable when that is too few."""
+        if position >= self.mark + CHUNK:  # bytes that came before are no progress
+            self.mark, self.since = position, time.monotonic()
+        elif self.ends_within(0):
+            raise Unreachable(
+                f"{self.url}: given up at byte {position}, since the last {CHUNK >> 20} MiB took "
+                f"more than {self.limit:g} s; mend the server or raise data.remote.give_up_after, "
+                "then start the same command again"
+            )
+
+    def ends_within(self, seconds: float) -> bool:
+        """Whether the time for the next MiB is over by then."""
+        return time.monotonic() + seconds - self.since > self.limit
+
+
 def is_url(name: str) -> bool:
     """Whether `name` is meant as a URL (of any scheme) and not as a path."""
     return _URL.match(name) is not None
@@ -69,9 +99,9 @@ def read_bytes(url: str, remote: RemoteConfig, limit: int) -> bytes:
     """A small file, whole. DataError when it cannot be had or is longer than `limit` bytes."""
     content = bytearray()
 
-    def attempt() -> None:
+    def attempt(progress: Progress) -> None:
         content.clear()
-        for chunk in stream(url, 0, remote):
+        for chunk in stream(url, 0, remote, progress):
             content.extend(chunk)
             if len(content) > limit:
                 raise DataError(f"{url}: longer than {limit} bytes, so no file of ours")
@@ -84,7 +114,7 @@ def find(pattern: str, remote: RemoteConfig) -> list[str]:
     """The URLs that a glob names, where the file system can list; sorted."""
     found: list[str] = []
 
-    def attempt() -> None:
+    def attempt(_: Progress) -> None:
         filesystem = _filesystem(urlsplit(pattern).scheme, remote)
         found[:] = sorted(filesystem.unstrip_protocol(name) for name in filesystem.glob(pattern))
 
@@ -93,15 +123,15 @@ def find(pattern: str, remote: RemoteConfig) -> list[str]:
     return [url for url in found if url.startswith(fixed)]  # a listing may point anywhere
 
 
-def persist(attempt: Callable[[], None], url: str, remote: RemoteConfig) -> None:
+def persist(attempt: Callable[[Progress], None], url: str, remote: RemoteConfig) -> None:
     """Call `attempt` until it returns. BadShard where there is nothing, Unreachable for what no
     wait mends, or when time is up.
     """
-    began, failures = time.monotonic(), 0
+    progress, failures = Progress(url, remote.give_up_after), 0
     jitter = random.Random()  # not the global generator: that one is the augmentation's
     while True:
         try:
-            return attempt()
+            return attempt(progress)
         except DataError:
             raise
         except Exception as error:  # each client library has exceptions of its own
@@ -109,7 +139,7 @@ def persist(attempt: Callable[[], None], url: str, remote: RemoteConfig) -> None
                 raise permanent(f"{url}: {_said(error)}; correct the URL or the rights") from error
             failures += 1
             pause = min(MAX_PAUSE, 0.5 * 2**failures) * jitter.uniform(0.5, 1)
-            if time.monotonic() + pause - began > remote.give_up_after:
+            if progress.ends_within(pause):
                 raise Unreachable(
                     f"{url}: given up after {failures} attempts ({_said(error)}); mend the server "
                     "or raise data.remote.give_up_after, then start the same command again"
@@ -118,20 +148,26 @@ def persist(attempt: Callable[[], None], url: str, remote: RemoteConfig) -> None
         time.sleep(pause)
 
 
-def stream(url: str, start: int, remote: RemoteConfig) -> Iterator[bytes]:
-    """The bytes of `url` from `start` on, in chunks; raises whatever the client raises."""
+def stream(url: str, start: int, remote: RemoteConfig, progress: Progress) -> Iterator[bytes]:
+    """The bytes of `url` from `start` on, in chunks; raises whatever the client raises, and
+    Unreachable when they come too slowly.
+    """
     filesystem = _filesystem(urlsplit(url).scheme, remote)
     if urlsplit(url).scheme in ("s3", "gs"):
         with filesystem.open(url, "rb", block_size=8 * CHUNK, cache_type="readahead") as file:
             file.seek(start)
             while chunk := file.read(CHUNK):
+                progress.reached(file.tell())
                 yield chunk
         return
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
     # block_size 0 streams one answer; a size spares the extra request that would ask for it
     with filesystem.open(url, "rb", block_size=0, size=1, headers=headers) as file:
         skip = start if file.r.status != 206 else 0  # a server without ranges sends all again
+        position = start - skip
         while chunk := file.read(CHUNK):
+            position += len(chunk)
+            progress.reached(position)
             skip, chunk = max(0, skip - len(chunk)), chunk[skip:]
             if chunk:
                 yield chunk
@@ -143,11 +179,13 @@ def _filesystem(scheme: str, remote: RemoteConfig) -> Any:
     if name not in _filesystems:
         wait = remote.read_timeout
         options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
+        patience = aiohttp.ClientTimeout(total=None, sock_connect=wait, sock_read=wait)
         if scheme == "s3":
             once = {"connect_timeout": wait, "read_timeout": wait, "retries": {"max_attempts": 1}}
             options["config_kwargs"] = once
-        elif scheme != "gs":
-            patience = aiohttp.ClientTimeout(total=None, sock_connect=wait, sock_read=wait)
+        elif scheme == "gs":
+            options["requests_timeout"] = patience  # gcsfs hands it to aiohttp with each request
+        else:
             options["client_kwargs"] = {"timeout": patience}
         try:
             _filesystems[name] = fsspec.filesystem(scheme, **options)

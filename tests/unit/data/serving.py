@@ -61,6 +61,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(claimed))
         self.send_header("Content-Type", "text/html")
         self.end_headers()
+        if fault.startswith("drip"):  # so many bytes, each after a little wait
+            for byte in range(int(fault.removeprefix("drip"))):
+                self.wfile.write(content[byte : byte + 1])
+                time.sleep(0.01)
+            fault = "reset"
+            content = b""
         if fault == "slow":
             self.wfile.write(content[:half])
             time.sleep(0.8)

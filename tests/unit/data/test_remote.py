@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from data.cache import ShardCache
 from data.config import RemoteConfig
 from data.errors import BadShard, DataError, Unreachable
 from data.manifest import MANIFEST_NAME
+from data.remote import _filesystem
 from data.shards import resolve
 from tests.unit.data.serving import FaultyServer
 from tests.unit.data.test_loaders import train_loader
@@ -77,6 +79,47 @@ def test_a_server_that_never_recovers_is_given_up_in_time(make_set, server, remo
     with pytest.raises(Unreachable, match=r"000\.tar: given up after \d+ attempts .*give_up_after"):
         fetched(server, remote.model_copy(update={"give_up_after": 1.0}))
     assert time.monotonic() - began < 4
+
+
+def test_a_server_that_drips_is_given_up_in_time(make_set, server, remote):
+    """Each byte comes in time, and none of its reads fails."""
+    make_set([6])
+    server.faults["000.tar"] = ["drip5000"]
+    began = time.monotonic()
+    with pytest.raises(Unreachable, match=r"000\.tar: given up at byte \d+, .*give_up_after"):
+        fetched(server, remote.model_copy(update={"give_up_after": 0.5}))
+    assert time.monotonic() - began < 2
+
+
+def test_a_transfer_that_comes_along_may_fail_late(make_set, server, remote, monkeypatch):
+    """What was reached before a failure is worth the whole time anew; here 50 bytes in 0.5 s."""
+    content = (make_set([6]) / "000.tar").read_bytes()
+    monkeypatch.setattr("data.remote.CHUNK", 50)
+    server.faults["000.tar"] = ["drip60", "drip60", "drip60", "truncate"]
+    began = time.monotonic()
+    assert fetched(server, remote.model_copy(update={"give_up_after": 1.2})) == content
+    assert time.monotonic() - began > 1.2
+
+
+def test_bytes_that_come_again_are_no_progress(make_set, server, remote, monkeypatch):
+    """A server without ranges that always fails at the same byte would else be tried for ever."""
+    make_set([6])
+    server.ranges = False
+    monkeypatch.setattr("data.remote.CHUNK", 10)
+    server.faults["000.tar"] = ["drip20"] * 99
+    began = time.monotonic()
+    with pytest.raises(Unreachable, match=r"000\.tar: given up"):
+        fetched(server, remote.model_copy(update={"give_up_after": 1.0}))
+    assert time.monotonic() - began < 4
+
+
+@pytest.mark.parametrize("scheme", ["http", "s3", "gs"])
+def test_every_client_is_told_how_long_a_read_may_take(monkeypatch, remote, scheme):
+    told = []
+    monkeypatch.setattr("data.remote._filesystems", {})
+    monkeypatch.setattr("fsspec.filesystem", lambda name, **options: told.append(str(options)))
+    _filesystem(scheme, remote)
+    assert re.search(r"(sock_read=|'read_timeout': )0\.5", told[0])
 
 
 def test_a_server_that_is_not_there_is_given_up_in_time(remote):
