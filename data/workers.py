@@ -3,16 +3,19 @@
 Schedulers and launchers signal whole process trees. A worker that dies of a SIGTERM takes the main
 process down before it can save, so workers ignore SIGTERM and SIGINT; they end when the main
 process closes them or is gone (torch's workers watch their parent). A DataError travels as a value,
-because torch would wrap it in a many-line traceback.
+because torch would wrap it in a many-line traceback. The death of a worker is a DataError too,
+though torch tells it from a signal handler, in the midst of whatever the main process is doing.
 """
 
 from __future__ import annotations
 
 import atexit
 import signal
+import threading
 import weakref
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
+from typing import Any, NoReturn
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -64,6 +67,7 @@ def batches_of(
     batches = iter(loader)
     if workers:
         _LIVE.add(batches)
+        _explain_deaths()
     try:
         while (batch := _next(batches)) is not None:
             if isinstance(batch, DataError):
@@ -81,17 +85,44 @@ def _next(batches: Iterator[Any]) -> Any:
     try:
         return next(batches, None)
     except RuntimeError as error:
-        first_line = str(error).partition("\n")[0]
-        if "DataLoader timed out" in first_line:
-            mend = "a loader process hangs: look at the disk that the shards are on"
-        elif "DataLoader worker" in first_line:
-            mend = (
-                "a killed loader process often means that memory or /dev/shm ran out: lower "
-                "data.num_workers or data.prefetch_factor"
-            )
-        else:
-            raise
-        raise DataError(f"{first_line}; {mend}, then start again") from error
+        _raise_in_words(error)
+
+
+def _raise_in_words(error: RuntimeError) -> NoReturn:
+    """What torch says of its workers as a DataError with the mend; any other error as it is."""
+    first_line = str(error).partition("\n")[0]
+    if "DataLoader timed out" in first_line:
+        mend = "a loader process hangs: look at the disk that the shards are on"
+    elif "DataLoader worker" in first_line:
+        mend = (
+            "a killed loader process often means that memory or /dev/shm ran out: lower "
+            "data.num_workers or data.prefetch_factor"
+        )
+    else:
+        raise error
+    raise DataError(f"{first_line}; {mend}, then start again") from error
+
+
+def _explain_deaths() -> None:
+    """Put words to what torch's handler of SIGCHLD raises; it is there once a loader has begun."""
+    torchs = signal.getsignal(signal.SIGCHLD)
+    if not callable(torchs) or isinstance(torchs, _Explained):
+        return
+    if threading.current_thread() is threading.main_thread():  # others may set no handler
+        signal.signal(signal.SIGCHLD, _Explained(torchs))
+
+
+class _Explained:
+    """A signal handler whose RuntimeError comes as a DataError."""
+
+    def __init__(self, handler: Callable[[int, FrameType | None], Any]) -> None:
+        self.handler = handler
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        try:
+            self.handler(number, frame)
+        except RuntimeError as error:
+            _raise_in_words(error)
 
 
 def _begin_worker(worker: int) -> None:

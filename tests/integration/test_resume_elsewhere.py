@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from safetensors.torch import load_file
 from tests.integration.launching import HERE, ROOT, run_script
 
 STEPS, STOP_AT = 6, 3
+# 40 images in 4 shards: the third step ends an epoch and begins the next, the fifth one more.
+FEW = "train/00000[0-3].tar"
 # fp32 sums in another order, divided by Adam's root of small second moments in the first steps.
 WEIGHT_TOLERANCE = 1e-5
 
@@ -30,10 +33,11 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: Any) -> tuple[Path, l
     """The folder with all runs, and the numbers of ranks that went on."""
     out = tmp_path_factory.mktemp("resume")
     command = [sys.executable, "-m", "data.write", "--source", "mnist", "--out", str(out / "data")]
+    command += ["--shard-size", "10"]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     config = json.loads((ROOT / "configs" / "quickstart.json").read_text())
-    config["data"]["train"]["shards"] = str(out / "data" / "train")
-    config["data"] |= {"val": None, "num_workers": 0}
+    config["data"]["train"]["shards"] = str(out / "data" / FEW)
+    config["data"] |= {"val": None, "num_workers": 0, "log_samples": True}
     config["train"] = {"batch_size": 16, "steps": STEPS}
     config["model"]["kwargs"]["depth"] = 1
     config["schedule"]["warmup_epochs"] = 0
@@ -44,10 +48,10 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: Any) -> tuple[Path, l
     return out, ranks
 
 
-def seen(out: Path, name: str) -> list[set[str]]:
-    """The keys of each step, of all ranks together."""
+def seen(out: Path, name: str) -> list[list[str]]:
+    """The keys of each step, of all ranks together. Where an epoch ends, one may come twice."""
     ranks = [path.read_text().splitlines() for path in sorted(out.glob(f"{name}.seen_*.jsonl"))]
-    return [set().union(*map(json.loads, lines)) for lines in zip(*ranks, strict=True)]
+    return [sorted(chain(*map(json.loads, lines))) for lines in zip(*ranks, strict=True)]
 
 
 def test_a_signal_to_one_rank_stops_all_with_the_code_that_requeues(runs: Any) -> None:
@@ -76,3 +80,15 @@ def test_the_model_is_that_of_the_uninterrupted_run(runs: Any) -> None:
         weights = load_file(out / f"on_{number}" / "weights" / "model.safetensors")
         for name, value in expected.items():
             torch.testing.assert_close(weights[name], value, rtol=0, atol=WEIGHT_TOLERANCE)
+
+
+def test_every_sample_came_exactly_once_in_each_epoch(runs: Any) -> None:
+    """As a user asks it: from the logs of both starts, on other numbers of ranks."""
+    out, ranks = runs
+    for number in ranks:
+        command = [sys.executable, "-m", "data.audit", str(out / f"on_{number}")]
+        said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert said.returncode == 0, said.stdout + said.stderr
+        for epoch in (0, 1):
+            assert f"epoch {epoch}: 40 of 40 samples, each exactly once" in said.stdout
+        assert f"{16 * STEPS} samples taken" in said.stdout

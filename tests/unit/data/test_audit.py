@@ -75,7 +75,7 @@ def test_what_was_lost_doubled_or_exchanged_is_named(make_set, make_config, run,
     write_config(run, config)
     run_steps(run, config, 2, 0, 2)
     path = run / "logs" / "samples.rank0.jsonl"
-    lines = [json.loads(line) for line in path.read_text().split("\n")[1:]]
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
     lines[1]["key"][0] = "someone"  # position 4
     del lines[2]  # positions 8 and 10
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"position": [3')

@@ -112,17 +112,24 @@ def test_both_decoders_refuse_what_is_cut(monkeypatch, with_turbo):
         LazyImage(payload[: len(payload) // 2], 3, PIXELS).pixels()
 
 
-def test_a_second_header_does_not_get_past_the_pixel_cap():
-    """Turbo goes by the first frame header, so one that Pillow did not see must not reach it."""
-    small, large = photograph((40, 40)), photograph((400, 400))
+def frame(payload: bytes) -> bytes:
+    """The header that says how large a JPEG is."""
+    at = payload.index(b"\xff\xc0")
+    return payload[at : at + 2 + int.from_bytes(payload[at + 2 : at + 4], "big")]
 
-    def frame(payload: bytes) -> bytes:
-        at = payload.index(b"\xff\xc0")
-        return payload[at : at + 2 + int.from_bytes(payload[at + 2 : at + 4], "big")]
 
-    twice = small.replace(frame(small), frame(large) + frame(small))
-    try:
-        pixels = LazyImage(twice, 3, 2000).pixels()
-    except BadSample:
-        return
-    assert pixels.shape[:2] == (40, 40)
+@pytest.mark.parametrize("order", [(400, 40), (40, 400)])
+def test_an_image_of_two_sizes_is_a_bad_sample(order):
+    small = photograph((40, 40))
+    frames = b"".join(frame(photograph((size, size))) for size in order)
+    with pytest.raises(BadSample):
+        LazyImage(small.replace(frame(small), frames), 3, 2000).pixels()
+
+
+def test_turbo_decodes_nothing_whose_size_it_reads_differently(monkeypatch):
+    """Else an image that Pillow's reading of the header let pass could be any size."""
+    simplejpeg = pytest.importorskip("simplejpeg")
+    image = LazyImage(photograph((40, 40)), 3, 2000)
+    monkeypatch.setattr(simplejpeg, "decode_jpeg_header", lambda _: (400, 400, "YCbCr", "420"))
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", None)
+    assert image.pixels().shape == (40, 40, 3)

@@ -8,14 +8,17 @@ import random
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from data import lazy_image
 from data.decode import decode
 from data.errors import BadSample, DataError
+from data.lazy_image import LazyImage
 from data.tar_index import read_index
 from tests.unit.data.making import pair, write_tar
 from tests.unit.data.test_faults import bomb
@@ -68,6 +71,35 @@ def test_mutated_images_decode_or_are_bad_samples(kind):
     for _ in range(400):
         with contextlib.suppress(BadSample):
             decode(mutated(content, rng), 3, 1_000_000)
+
+
+@pytest.mark.parametrize(("mode", "channels"), [("RGB", 3), ("L", 1), ("L", 3), ("CMYK", 3)])
+def test_mutated_jpegs_become_pixels_of_their_size_or_bad_samples(monkeypatch, mode, channels):
+    """Through turbo and its fallback, whole and reduced: 4,000 images, and both decoders met."""
+    content, rng = encoded("JPEG", mode), random.Random(0)
+    asked = Counter()
+    for name in ("_turbo", "_pillow"):
+        monkeypatch.setattr(LazyImage, name, counted(getattr(LazyImage, name), asked, name))
+    for number in range(1000):
+        factor = (1, 2, 4, 8)[number % 4]
+        with contextlib.suppress(BadSample):
+            image = LazyImage(mutated(content, rng), channels, 1_000_000)
+            height, width = (-(-length // factor) for length in image.size[::-1])
+            assert image.pixels(factor).shape == (height, width, channels)
+            asked["pixels"] += 1
+    assert asked["pixels"] > 300
+    assert asked["_pillow"] > 100
+    assert asked["_turbo"] > 300 or mode == "CMYK" or lazy_image.simplejpeg is None
+
+
+def counted(method, counts, name):
+    """The method, with its calls counted."""
+
+    def call(*arguments):
+        counts[name] += 1
+        return method(*arguments)
+
+    return call
 
 
 def test_mutated_shards_are_indexed_or_refused(tmp_path):
