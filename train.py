@@ -145,9 +145,8 @@ def run(config: RunConfig, args: argparse.Namespace, console: Console) -> int:
         console.print(str(started))
     checkpoints = build_checkpoints(config, engine, folder.checkpoints, console)
     state = checkpoints.load_named(args.resume) if args.resume else checkpoints.load_newest()
-    state = state or RunState(
-        config=record, versions=versions(), warm_start=asdict(started) if started else None
-    )
+    state = state or RunState(warm_start=asdict(started) if started else None)
+    state.config, state.versions = record, versions()  # of this start: a resume may change some
     trainer = build_trainer(
         config, engine, schedules, loader, eval_loaders,
         checkpoints=checkpoints, state=state, folder=folder.path, console=console,

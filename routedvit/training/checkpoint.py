@@ -4,12 +4,13 @@
                               run_state.json   step, samples seen, metrics, config, versions
                               shards/...       weights and optimiser state, see shards.py
                 latest                         the name of the newest one
-                rollbacks.json                 where the run went back to, and what it passed over
+                rollbacks.json                 where the run went back to, see rollbacks.py
 
 A checkpoint is written into a hidden sibling folder; every rank syncs and hashes its own files,
 rank 0 writes the manifest, and ONE rename makes the folder visible. `latest` is replaced after
 that, so at every instant it names a complete checkpoint. When the disk fails one rank, all of them
-give up the save together and the half-written folder goes.
+give up the save together and the half-written folder goes. After the rename nothing fails a save:
+what goes wrong with `latest` or with deleting old ones is told, and the next save tries again.
 
 A load checks every hash before anything is read, and nothing in a checkpoint is a pickle. A damaged
 checkpoint is named and moved aside, and the one before it is used. All ranks must see one file
@@ -39,9 +40,10 @@ from routedvit.training.manifest import (
     write_json,
 )
 from routedvit.training.retention import Retention
+from routedvit.training.rollbacks import note_jump, position_after, read_jumps
 
 T = TypeVar("T")
-RUN_STATE, LATEST, ROLLBACKS = "run_state.json", "latest", "rollbacks.json"
+RUN_STATE, LATEST = "run_state.json", "latest"
 
 
 class SaveError(ConfigError):
@@ -91,8 +93,12 @@ class Checkpoints:
         self.retention = Retention(keep) if isinstance(keep, int) else keep
         self.tell = tell
 
-    def save(self, state: RunState) -> Path:
+    def save(self, state: RunState, *, bad_since: int | None = None) -> Path:
         """Write the checkpoint of `state.step`; a step that is already saved is left alone.
+
+        Args:
+            state: what to save.
+            bad_since: the first of the present bad steps; the newest one before it stays.
 
         Raises:
             SaveError: the disk is full or fails; nothing is left of it and the others are whole.
@@ -107,6 +113,9 @@ class Checkpoints:
         parts = self._on_all_ranks(lambda: self._write(temporary, state), temporary, size)
         files = {name: entry for part in parts for name, entry in sorted(part.items())}
         self._on_all_ranks(lambda: self._publish(temporary, state.step, files), temporary, size)
+        if engine.rank == 0:
+            self._tidy(state.step, bad_since)
+        engine.barrier()
         return final
 
     def path_of(self, step: int) -> Path:
@@ -118,7 +127,8 @@ class Checkpoints:
         value = state.metrics.get(self.retention.metric)
         if value is None or not self.retention.keep_best:
             return False
-        return self.engine.broadcast(self.retention.is_among_best(value, self._values()))
+        wanted = self.engine.rank == 0 and self.retention.is_among_best(value, self._values())
+        return self.engine.broadcast(wanted)
 
     def load_newest(self) -> RunState | None:
         """Restore the newest checkpoint that is whole, whatever ranks and ZeRO stage wrote it.
@@ -145,16 +155,19 @@ class Checkpoints:
             ConfigError: it is not there or not whole, or it is another run's and this one has some.
         """
         folder = self.folder / path if (self.folder / path).is_dir() else path
+        # A link or '..' on the way must not make this run's own checkpoint another's.
+        folder = folder.parent.resolve() / folder.name
         fault = self._first_fault(folder)
         if fault is not None:
             raise ConfigError(f"--resume {path}: {folder} is no whole checkpoint ({fault})")
         names = self.engine.broadcast([path.name for path in self._visible()])
-        if folder.parent.resolve() != self.folder.resolve() and names:
+        if names and not self._is_own(folder):
             raise ConfigError(
                 f"--resume {path}: this run has checkpoints of its own in {self.folder}; give it "
                 "another name (--set name=...) or start over with --fresh"
             )
-        if self.engine.rank == 0:
+        if self.engine.rank == 0 and names:
+            self._point_to(folder.name)  # before what it names goes
             for name in (name for name in names if name > folder.name):
                 aside = (self.folder / name).rename(self._free_name(f"abandoned_{name}"))
                 self.tell(f"checkpoint {name} is later and was moved to {aside}")
@@ -170,44 +183,56 @@ class Checkpoints:
         state = self._load_newest_of([name for name in names if name < step_name(before)])
         if state is None:
             return None
-        jumps = self.rollbacks()
         if self.engine.rank == 0:
             for later in (path for path in self._visible() if path.name >= step_name(before)):
                 self._delete(later)
             start = read_run_state(self.path_of(state.step)).samples_seen
-            jumps.append({"step": state.step, "from": start, "to": resume_at})
-            replace_text(self.folder / ROLLBACKS, json.dumps(jumps))
+            note_jump(self.folder, step=state.step, start=start, end=resume_at)
         state.samples_seen = resume_at
         return state
 
     def rollbacks(self) -> list[dict[str, int]]:
-        """Each time the run went back: to which `step`, and the positions it passed over."""
-        path = self.folder / ROLLBACKS
-        text = path.read_text(encoding="utf-8") if path.exists() else "[]"
-        return json.loads(self.engine.broadcast(text))
+        """Each time this run went back, see `read_jumps`."""
+        return self.engine.broadcast(read_jumps(self.folder))
 
     def _load_newest_of(self, names: list[str]) -> RunState | None:
+        """The newest whole one; those after it are set aside, but if none is whole all stay."""
+        faults: dict[str, str] = {}
         for name in reversed(names):
-            folder = self.folder / name
-            fault = self._first_fault(folder)
+            fault = self._first_fault(self.folder / name)
             if fault is None:
-                return self._load(folder)
-            if self.engine.rank == 0:
-                aside = folder.rename(self._free_name(f"damaged_{name}"))
-                self.tell(f"checkpoint {name} is damaged ({fault}); moved to {aside}")
+                self._set_aside(faults, whole=name)
+                return self._load(self.folder / name)
+            faults[name] = fault
+        self._set_aside(faults, whole=None)
         return None
+
+    def _set_aside(self, faults: dict[str, str], whole: str | None) -> None:
+        """Name the damaged ones and, if there is a whole one to go on from, move them; rank 0."""
+        if self.engine.rank != 0:
+            return
+        if whole is not None:
+            self._point_to(whole)  # before what it names goes
+        for name, fault in faults.items():
+            moved = ""
+            if whole is not None:
+                aside = (self.folder / name).rename(self._free_name(f"damaged_{name}"))
+                moved = f"; moved to {aside}"
+            self.tell(f"checkpoint {name} is damaged ({fault}){moved}")
 
     def _load(self, folder: Path) -> RunState:
         state = read_run_state(folder)
         self.engine.load_state(folder)
-        if folder.parent == self.folder:
-            here = state.step, state.samples_seen
-            for jump in self.rollbacks():
-                if (jump["step"], jump["from"]) == here:
-                    state.samples_seen = jump["to"]
-            if self.engine.rank == 0:
-                replace_text(self.folder / LATEST, folder.name + "\n")
+        jumps = self.engine.broadcast(read_jumps(folder.parent))
+        state.samples_seen = position_after(jumps, state.step, state.samples_seen)
         return state
+
+    def _is_own(self, folder: Path) -> bool:
+        return folder.parent.resolve() == self.folder.resolve()
+
+    def _point_to(self, name: str) -> None:
+        """Make `latest` name this checkpoint; rank 0."""
+        replace_text(self.folder / LATEST, name + "\n")
 
     def _first_fault(self, folder: Path) -> str | None:
         """What is wrong with a checkpoint, in words; each rank checks its share of the files."""
@@ -245,7 +270,7 @@ class Checkpoints:
         """The hidden folder, without what an interrupted save left; rank 0."""
         if self.engine.rank == 0:
             for leftover in self.folder.glob(".step_*.tmp"):
-                shutil.rmtree(leftover)
+                shutil.rmtree(leftover, ignore_errors=leftover != temporary)
             temporary.mkdir(parents=True)
             if _free_bytes(self.folder) < size:  # logs and ledgers want the rest of the disk
                 raise OSError("no space left")
@@ -266,7 +291,7 @@ class Checkpoints:
         return {str(path.relative_to(temporary)): fingerprint(path) for path in own}
 
     def _publish(self, temporary: Path, step: int, files: dict[str, Fingerprint]) -> None:
-        """Manifest, rename, `latest`; then the old ones go. Rank 0."""
+        """Manifest and rename. Rank 0."""
         if self.engine.rank != 0:
             return
         write_json(temporary / MANIFEST, Manifest(step=step, files=files).model_dump())
@@ -274,24 +299,37 @@ class Checkpoints:
             sync(folder)
         sync(temporary)
         temporary.rename(self.path_of(step))
-        sync(self.folder)
-        replace_text(self.folder / LATEST, step_name(step) + "\n")
-        for old in self.retention.surplus(self._values()):
+
+    def _tidy(self, step: int, bad_since: int | None) -> None:
+        """`latest` and retention after a save. Rank 0; the checkpoint is there whatever fails."""
+        try:
+            sync(self.folder)
+            self._point_to(step_name(step))
+        except OSError as error:
+            self.tell(f"{step_name(step)} was saved, but {LATEST} does not name it yet: {error}")
+        for old in self.retention.surplus(self._values(), before=bad_since):
             self._delete(self.path_of(old))
 
     def _delete(self, folder: Path) -> None:
-        # Renamed first: half a deletion must not look like a checkpoint.
-        shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}.tmp")))
+        """Delete a checkpoint; what cannot be deleted (NFS keeps open files) is told."""
+        try:
+            # Renamed first: half a deletion must not look like a checkpoint.
+            shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}.tmp")))
+        except OSError as error:
+            self.tell(f"checkpoint {folder.name} could not be deleted: {error}")
 
     def _values(self) -> dict[int, float | None]:
-        """The kept metric of every checkpoint by its step, None where it was not evaluated."""
-        metric = self.retention.metric if self.retention.keep_best else None
-        return {
-            int(path.name.removeprefix("step_")): read_run_state(path).metrics.get(metric)
-            if metric
-            else None
-            for path in self._visible()
-        }
+        """The kept metric of every checkpoint by its step, None where there is none to read."""
+        values: dict[int, float | None] = {}
+        for path in self._visible():
+            value = None
+            if self.retention.keep_best:
+                try:
+                    value = read_run_state(path).metrics.get(self.retention.metric)
+                except (OSError, ValueError, TypeError):  # damaged, which a load will name
+                    pass
+            values[int(path.name.removeprefix("step_"))] = value
+        return values
 
     def _visible(self) -> list[Path]:
         return sorted(path for path in self.folder.glob("step_*") if path.is_dir())

@@ -1,5 +1,9 @@
-"""Which checkpoints stay: the newest ones, every k-th for good, the best by a metric."""
+"""Which checkpoints stay: the newest ones, every k-th for good, the best by a metric.
 
+A metric that is not finite says nothing about its checkpoint: it counts as one not evaluated.
+"""
+
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -23,9 +27,16 @@ class Retention:
     metric: str = "val/top1"
     mode: Literal["max", "min"] = "max"
 
-    def surplus(self, values: Mapping[int, float | None]) -> list[int]:
-        """Steps that may go, given the metric of every step that has a checkpoint (or None)."""
+    def surplus(
+        self, values: Mapping[int, float | None], *, before: int | None = None
+    ) -> list[int]:
+        """Steps that may go, given the metric of every step that has a checkpoint (or None).
+
+        The newest one before step `before` stays in any case: the run may have to go back to it.
+        """
         stay = set(sorted(values)[-self.keep :])
+        if before is not None:
+            stay |= set(sorted(step for step in values if step < before)[-1:])
         stay |= {step for step in values if self.keep_every and step % self.keep_every == 0}
         stay |= set(self._best(values))
         return sorted(values.keys() - stay)
@@ -36,11 +47,17 @@ class Retention:
         return newest in self._best({**values, newest: value})
 
     def better(self, one: float, other: float) -> float:
-        """The better of two values."""
+        """The better of two values, the finite one if only one is."""
+        if not (math.isfinite(one) and math.isfinite(other)):
+            return one if math.isfinite(one) else other
         return max(one, other) if self.mode == "max" else min(one, other)
 
     def _best(self, values: Mapping[int, float | None]) -> list[int]:
         """Best first; of equal ones the older."""
         sign = -1 if self.mode == "max" else 1
-        known = [(sign * value, step) for step, value in values.items() if value is not None]
+        known = [
+            (sign * value, step)
+            for step, value in values.items()
+            if value is not None and math.isfinite(value)
+        ]
         return [step for _, step in sorted(known)[: self.keep_best]]

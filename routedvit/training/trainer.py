@@ -6,6 +6,7 @@ screen or disk is a null object on ranks other than 0.
 """
 
 import dataclasses
+import json
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from routedvit.training.checkpoint import Checkpoints, RunState, SaveError, write_json
+from routedvit.training.checkpoint import Checkpoints, RunState, SaveError
 from routedvit.training.engine import Engine, StepResult
 from routedvit.training.evaluators import record
 from routedvit.training.gauges import ForwardCounter, memory, weight_decay
@@ -28,6 +29,7 @@ from routedvit.training.interfaces import (
     RoutingMonitor,
     TrainLoader,
 )
+from routedvit.training.manifest import replace_text
 from routedvit.training.meter import Meter
 from routedvit.training.optim import learning_rate
 from routedvit.training.profiler import ProfilerWindow
@@ -125,6 +127,7 @@ class Trainer:
         first, total, stop = self.state.step + 1, settings.total_steps, False
         self.began = time.perf_counter()
         self.progress.start(self.state.step, total)
+        self.note("running")
         with self.signals:  # before the loader forks its workers, so that they survive them too
             batches = self.loader.batches(start=self.state.samples_seen)
             while self.state.step < total and not stop:
@@ -146,7 +149,8 @@ class Trainer:
                     for evaluator in self.evaluators:
                         if last or (evaluator.every_steps and step % evaluator.every_steps == 0):
                             self.evaluate(evaluator)
-                            save = save or self.checkpoints.wants(self.state)
+                            best = not self.guard.bad_steps and self.checkpoints.wants(self.state)
+                            save = save or best
                     if step % settings.routing_every == 0 or step == first or last:
                         self.watch_routing()
                 if save or last or stop:
@@ -186,14 +190,20 @@ class Trainer:
             raise self.guard.give_up("there is no checkpoint from before them")
         first = self.checkpoints.rollbacks()[-1]["from"]
         self.guard.went_back(state.step, (first, before.samples_seen))
-        self.state = dataclasses.replace(state, skipped_steps=before.skipped_steps)
+        self.state = dataclasses.replace(
+            state,
+            skipped_steps=before.skipped_steps,
+            config=before.config,
+            versions=before.versions,
+        )
         return self.loader.batches(start=state.samples_seen)
 
     def save(self, *, must: bool) -> None:
         """Save a checkpoint; if the disk refuses one that need not be, warn and go on."""
         self.writer.flush()  # a resume from here goes on where the curves end
+        bad_since = self.guard.bad_steps[0] if self.guard.bad_steps else None
         try:
-            self.checkpoints.save(self.state)
+            self.checkpoints.save(self.state, bad_since=bad_since)
         except SaveError as error:
             if must:
                 raise
@@ -269,21 +279,14 @@ class Trainer:
                 self.monitor.run(model, self.state.step)
 
     def finish(self) -> Summary:
-        """Close what is open and leave a word for whoever started the run.
-
-        The launcher's exit code cannot tell a run that was stopped and saved from a crash
-        (DeepSpeed's is 1 for both), so `status.json` in the run folder does.
-        """
+        """Close what is open and leave a word for whoever started the run."""
         if self.profiler is not None:
             self.profiler.close()
         self.progress.close()
         self.writer.flush()
         state = self.state
         finished = state.step >= self.settings.total_steps
-        folder = self.checkpoints.folder
-        if self.engine.rank == 0:
-            status = {"status": "finished" if finished else "stopped", "step": state.step}
-            write_json(folder.parent / "status.json", status)
+        self.note("finished" if finished else "stopped")
         return Summary(
             step=state.step,
             finished=finished,
@@ -294,6 +297,18 @@ class Trainer:
             seconds=time.perf_counter() - self.began,
             data_wait_share=self.meter.average_wait(),
         )
+
+    def note(self, status: str) -> None:
+        """Leave `status.json` in the run folder.
+
+        The launcher's exit code cannot tell a run that was stopped and saved from a crash
+        (DeepSpeed's is 1 for both); 'running' without a process is a run that was killed.
+        """
+        if self.engine.rank == 0:
+            folder = self.checkpoints.folder.parent
+            folder.mkdir(parents=True, exist_ok=True)
+            content = json.dumps({"status": status, "step": self.state.step})
+            replace_text(folder / "status.json", content + "\n")
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

@@ -150,8 +150,9 @@ def test_a_damaged_newest_is_named_and_the_one_before_is_used(engine, tmp_path, 
 
 def test_all_damaged_is_an_error_and_not_a_silent_fresh_start(engine, tmp_path):
     flip_a_bit(save(engine, tmp_path, 1))
-    with pytest.raises(ConfigError, match="--fresh"):
-        load(tmp_path)
+    for _ in range(2):  # a second start must not find an empty folder
+        with pytest.raises(ConfigError, match="--fresh"):
+            load(tmp_path)
 
 
 def test_a_full_disk_is_named_with_the_need_and_the_mend_and_nothing_is_left(engine, tmp_path):
@@ -224,6 +225,65 @@ def test_going_back_moves_the_data_for_good_and_deletes_what_came_later(engine, 
     assert load(tmp_path)[0].samples_seen == 32  # what its own run state says
 
 
+def spell_with_dots(folder: Path) -> Path:
+    return folder / ".." / folder.name / "step_00000002"
+
+
+def spell_from_here(folder: Path) -> Path:
+    return Path(os.path.relpath(folder)) / "step_00000002"
+
+
+def spell_through_a_link(folder: Path) -> Path:
+    link = folder.with_name("link")
+    link.symlink_to(folder)
+    return link / "step_00000002"
+
+
+@pytest.mark.parametrize("spell", [spell_with_dots, spell_from_here, spell_through_a_link])
+def test_however_its_path_is_spelt_a_named_checkpoint_is_the_runs_own(engine, tmp_path, spell):
+    folder = tmp_path / "checkpoints"
+    for step in (1, 2):
+        save(engine, folder, step)
+    checkpoints = Checkpoints(folder, engine, keep=3)
+    checkpoints.roll_back(before=3, resume_at=40)
+    save(engine, folder, 3)
+    assert checkpoints.load_named(spell(folder)).samples_seen == 40
+    assert (folder / "latest").read_text() == "step_00000002\n"
+
+
+def test_another_run_from_a_checkpoint_that_was_gone_back_to_passes_the_bad_data_too(
+    engine, tmp_path
+):
+    source = save(engine, tmp_path / "old", 2)
+    Checkpoints(tmp_path / "old", engine, keep=3).roll_back(before=3, resume_at=40)
+    fork = Checkpoints(tmp_path / "new", engine, keep=3)
+    assert fork.load_named(source).samples_seen == 40
+    assert fork.rollbacks() == []  # it has not gone back itself
+
+
+def load_newest(checkpoints: Checkpoints) -> None:
+    checkpoints.load_newest()
+
+
+def load_the_first(checkpoints: Checkpoints) -> None:
+    checkpoints.load_named(Path("step_00000001"))
+
+
+@pytest.mark.parametrize("load", [load_newest, load_the_first])
+def test_latest_is_right_while_a_load_moves_things_aside(engine, tmp_path, monkeypatch, load):
+    save(engine, tmp_path, 1)
+    flip_a_bit(save(engine, tmp_path, 2))
+    rename, named = Path.rename, []
+
+    def watched(self: Path, target: Path) -> Path:
+        named.append((tmp_path / "latest").read_text())
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", watched)
+    load(Checkpoints(tmp_path, engine, keep=3, tell=lambda line: None))
+    assert named == ["step_00000001\n"]
+
+
 def test_there_may_be_nothing_to_go_back_to(engine, tmp_path):
     save(engine, tmp_path, 5)
     assert Checkpoints(tmp_path, engine, keep=3).roll_back(before=5, resume_at=40) is None
@@ -240,6 +300,54 @@ def test_the_best_by_a_metric_stay(engine, tmp_path):
         checkpoints.save(state)
     assert wanted == [True, True, True, False, False]
     assert [path.name[-1] for path in sorted(tmp_path.glob("step_*"))] == ["2", "3", "5"]
+
+
+def test_a_checkpoint_that_cannot_be_deleted_is_told_and_fails_no_save(
+    engine, tmp_path, monkeypatch
+):
+    save(engine, tmp_path, 1)
+    remove, told = shutil.rmtree, []
+
+    def busy(path: Path, ignore_errors: bool = False) -> None:
+        if path.name != ".step_00000001.tmp":
+            remove(path, ignore_errors)
+        elif not ignore_errors:
+            raise OSError("Directory not empty: .nfs0001")
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    checkpoints = Checkpoints(tmp_path, engine, keep=1, tell=told.append)
+    for step in (2, 3):
+        assert checkpoints.save(RunState(step=step)).is_dir()
+    assert (tmp_path / "latest").read_text() == "step_00000003\n"
+    assert not (tmp_path / "step_00000002").exists()
+    assert len(told) == 1
+    assert "step_00000001" in told[0]
+    assert ".nfs0001" in told[0]
+
+
+def test_a_disk_that_is_full_after_the_rename_fails_no_save(engine, tmp_path, monkeypatch):
+    save(engine, tmp_path, 1)
+    told: list[str] = []
+
+    def full(path: Path, text: str) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(module, "replace_text", full)
+    checkpoints = Checkpoints(tmp_path, engine, keep=3, tell=told.append)
+    assert checkpoints.save(RunState(step=2)).is_dir()
+    assert "step_00000002 was saved" in told[0]
+
+
+@pytest.mark.parametrize("text", ['{"metrics"', "[]", '{"unknown": 1}'])
+def test_a_damaged_run_state_has_no_metric(engine, tmp_path, text):
+    retention = Retention(keep=1, keep_best=1, metric="val/loss", mode="min")
+    checkpoints = Checkpoints(tmp_path, engine, keep=retention)
+    folder = checkpoints.save(RunState(step=1, metrics={"val/loss": 1.0}))
+    (folder / "run_state.json").write_text(text)
+    state = RunState(step=2, metrics={"val/loss": 2.0})
+    assert checkpoints.wants(state)
+    checkpoints.save(state)
+    assert not folder.exists()
 
 
 class Killed(BaseException):

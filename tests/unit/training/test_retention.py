@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -10,6 +12,12 @@ from routedvit.training.retention import Retention
 
 def test_the_newest_stay():
     assert Retention(keep=2).surplus(dict.fromkeys((10, 20, 30, 40))) == [10, 20]
+
+
+def test_the_newest_before_a_step_stays_to_go_back_to():
+    values = dict.fromkeys((10, 20, 30, 40))
+    assert Retention(keep=1).surplus(values, before=30) == [10, 30]
+    assert Retention(keep=1).surplus(values, before=10) == [10, 20, 30]
 
 
 def test_every_kth_stays_for_good():
@@ -28,9 +36,18 @@ def test_a_tie_for_the_best_keeps_the_older():
     assert not Retention(keep=1, keep_best=1).is_among_best(5.0, {1: 5.0})
 
 
+def test_what_is_not_finite_is_no_best():
+    rule = Retention(keep=1, keep_best=1, mode="min")
+    assert rule.surplus({1: 2.0, 2: math.nan, 3: 1.0, 4: 9.0}) == [1, 2]
+    assert rule.surplus({1: 2.0, 2: -math.inf, 3: 1.0, 4: 9.0}) == [1, 2]
+    assert not rule.is_among_best(math.nan, {})
+    assert rule.better(math.nan, 90.0) == rule.better(90.0, math.nan) == 90.0
+    assert Retention().better(math.inf, 90.0) == 90.0
+
+
 @settings(suppress_health_check=[HealthCheck.too_slow], deadline=None, max_examples=50)
 @given(
-    st.dictionaries(st.integers(1, 1000), st.none() | st.floats(-9, 9), min_size=1),
+    st.dictionaries(st.integers(1, 1000), st.none() | st.floats(), min_size=1),
     st.integers(1, 4),
     st.none() | st.integers(1, 50),
     st.integers(0, 3),
@@ -41,3 +58,7 @@ def test_whatever_the_rule_the_newest_stays(values, keep, every, best, mode):
     assert max(values) not in surplus
     assert set(surplus) <= set(values)
     assert len(values) - len(surplus) >= min(len(values), keep)
+    finite = [value for value in values.values() if value is not None and math.isfinite(value)]
+    if best and finite:
+        kept = [values[step] for step in values.keys() - set(surplus)]
+        assert (max if mode == "max" else min)(finite) in kept

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from routedvit.training.checkpoint import Checkpoints, RunState, SaveError
+from routedvit.training.checkpoint import Checkpoints, RunState, SaveError, read_run_state
 from routedvit.training.config import ConfigError
 from routedvit.training.guard import Guard
 from routedvit.training.optim import build_schedule
@@ -260,6 +260,37 @@ def test_a_run_that_goes_back_too_often_ends_in_words(tmp_path):
         run.fit()
 
 
+def test_going_back_keeps_the_config_of_this_start(tmp_path):
+    engine = FakeEngine()
+    engine.losses = dict.fromkeys((20, 24, 28), float("nan"))
+    run = trainer(tmp_path, engine, Sink(), RunState(config={"name": "old"}), total_steps=4)
+    run.fit()
+    state = run.checkpoints.load_newest()
+    state.config, state.versions = {"name": "new"}, {"torch": "3"}
+    run = trainer(tmp_path, engine, Sink(), state, total_steps=9)
+    run.fit()
+    saved = read_run_state(run.checkpoints.path_of(9))
+    assert (saved.config, saved.versions) == ({"name": "new"}, {"torch": "3"})
+
+
+def test_a_run_that_was_killed_does_not_look_stopped(tmp_path):
+    class Killed(BaseException):
+        pass
+
+    engine, status = FakeEngine(), tmp_path / "status.json"
+    trainer(tmp_path, engine, Sink(), RunState(), total_steps=4).fit()
+    assert json.loads(status.read_text()) == {"status": "finished", "step": 4}
+    run = trainer(tmp_path, engine, Sink(), RunState(step=4, samples_seen=16))
+
+    def die(*args: Any, **kwargs: Any) -> Any:
+        raise Killed
+
+    engine.train_step = die
+    with pytest.raises(Killed):
+        run.fit()
+    assert json.loads(status.read_text()) == {"status": "running", "step": 4}
+
+
 def test_without_a_checkpoint_to_go_back_to_the_run_ends_in_words(tmp_path):
     engine = FakeEngine()
     engine.skip_from = 1
@@ -274,6 +305,30 @@ def test_a_checkpoint_is_not_taken_amid_bad_steps(tmp_path):
     engine.losses = {12: float("nan")}  # step 4, which would save
     trainer(tmp_path, engine, Sink(), RunState(), total_steps=9, keep=9).fit()
     assert sorted(path.name[-1] for path in tmp_path.glob("checkpoints/step_*")) == ["8", "9"]
+
+
+def test_a_best_amid_bad_steps_is_not_kept_as_one(tmp_path):
+    engine = FakeEngine()
+    engine.losses = {12: float("nan")}  # step 4, which evaluates
+    keep = Retention(keep=9, keep_best=1)
+    evaluators = [Evaluator([50.0, 10.0, 10.0], every_steps=4)]
+    run = {"total_steps": 9, "evaluators": evaluators, "keep": keep, "checkpoint_every": 99}
+    trainer(tmp_path, engine, Sink(), RunState(), **run).fit()
+    assert sorted(path.name[-1] for path in tmp_path.glob("checkpoints/step_*")) == ["8", "9"]
+
+
+def test_a_stop_amid_bad_steps_leaves_a_checkpoint_to_go_back_to(tmp_path):
+    engine = FakeEngine()
+    engine.losses = dict.fromkeys((20, 24, 28, 32), float("nan"))  # steps 6 to 9
+    run = trainer(tmp_path, engine, Sink(), RunState(), total_steps=20, keep=1)
+    train_step = run.train_step
+
+    def stopped_in_step_7(batches: Any) -> Any:
+        return train_step(batches)._replace(stop=run.state.step == 7)
+
+    run.train_step = stopped_in_step_7
+    assert run.fit().step == 7
+    assert sorted(path.name[-1] for path in tmp_path.glob("checkpoints/step_*")) == ["4", "7"]
 
 
 def test_a_full_disk_does_not_stop_the_run_but_the_last_save_must_succeed(tmp_path):
