@@ -40,7 +40,7 @@ from routedvit.training.manifest import (
     write_json,
 )
 from routedvit.training.retention import Retention
-from routedvit.training.rollbacks import note_jump, position_after, read_jumps
+from routedvit.training.rollbacks import forget_jumps, note_jump, position_after, read_jumps
 
 T = TypeVar("T")
 RUN_STATE, LATEST = "run_state.json", "latest"
@@ -171,6 +171,7 @@ class Checkpoints:
             for name in (name for name in names if name > folder.name):
                 aside = (self.folder / name).rename(self._free_name(f"abandoned_{name}"))
                 self.tell(f"checkpoint {name} is later and was moved to {aside}")
+            forget_jumps(self.folder, after=int(folder.name.removeprefix("step_")))
         return self._load(folder)
 
     def roll_back(self, before: int, resume_at: int) -> RunState | None:
@@ -184,10 +185,10 @@ class Checkpoints:
         if state is None:
             return None
         if self.engine.rank == 0:
-            for later in (path for path in self._visible() if path.name >= step_name(before)):
-                self._delete(later)
             start = read_run_state(self.path_of(state.step)).samples_seen
             note_jump(self.folder, step=state.step, start=start, end=resume_at)
+            for later in (path for path in self._visible() if path.name >= step_name(before)):
+                self._delete(later)  # after the note: else a death here meets the bad data again
         state.samples_seen = resume_at
         return state
 
@@ -307,6 +308,7 @@ class Checkpoints:
             self._point_to(step_name(step))
         except OSError as error:
             self.tell(f"{step_name(step)} was saved, but {LATEST} does not name it yet: {error}")
+            return  # what `latest` still names must not go
         for old in self.retention.surplus(self._values(), before=bad_since):
             self._delete(self.path_of(old))
 

@@ -24,6 +24,14 @@ def note_jump(folder: Path, *, step: int, start: int, end: int) -> None:
     replace_text(folder / ROLLBACKS, json.dumps(jumps))
 
 
+def forget_jumps(folder: Path, *, after: int) -> None:
+    """Drop the returns to later steps than `after`: the run will reach those steps anew."""
+    jumps = read_jumps(folder)
+    kept = [jump for jump in jumps if jump["step"] <= after]
+    if kept != jumps:
+        replace_text(folder / ROLLBACKS, json.dumps(kept))
+
+
 def position_after(jumps: list[dict[str, int]], step: int, position: int) -> int:
     """Where the data of a checkpoint go on, which were at `position` when it was saved."""
     ends = [jump["to"] for jump in jumps if (jump["step"], jump["from"]) == (step, position)]

@@ -17,6 +17,14 @@ from routedvit.training.retention import Retention
 from tests.unit.training.fake_engine import FakeEngine
 
 
+class Killed(BaseException):
+    pass
+
+
+def die(*args: object) -> None:
+    raise Killed
+
+
 @pytest.fixture(autouse=True)
 def _one_writer(monkeypatch):
     """The fake writes the files of two ranks, so it must also seal those of the second."""
@@ -261,6 +269,28 @@ def test_another_run_from_a_checkpoint_that_was_gone_back_to_passes_the_bad_data
     assert fork.rollbacks() == []  # it has not gone back itself
 
 
+def test_a_run_that_returned_by_name_meets_a_later_step_as_new(engine, tmp_path):
+    """What it passed over on the old way does not move the data of the new one."""
+    for step in (1, 2):
+        save(engine, tmp_path, step)
+    checkpoints = Checkpoints(tmp_path, engine, keep=3, tell=lambda line: None)
+    checkpoints.roll_back(before=3, resume_at=40)
+    checkpoints.load_named(Path("step_00000001"))
+    save(engine, tmp_path, 2)
+    assert load(tmp_path)[0].samples_seen == 16
+
+
+def test_a_death_amid_going_back_does_not_meet_the_bad_data_again(engine, tmp_path, monkeypatch):
+    for step in (1, 2, 3):
+        save(engine, tmp_path, step)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", die)
+        with pytest.raises(Killed):
+            Checkpoints(tmp_path, engine, keep=3).roll_back(before=3, resume_at=40)
+    jumps = json.loads((tmp_path / "rollbacks.json").read_text())
+    assert [(jump["step"], jump["to"]) for jump in jumps] == [(2, 40)]
+
+
 def load_newest(checkpoints: Checkpoints) -> None:
     checkpoints.load_newest()
 
@@ -333,9 +363,10 @@ def test_a_disk_that_is_full_after_the_rename_fails_no_save(engine, tmp_path, mo
         raise OSError("No space left on device")
 
     monkeypatch.setattr(module, "replace_text", full)
-    checkpoints = Checkpoints(tmp_path, engine, keep=3, tell=told.append)
+    checkpoints = Checkpoints(tmp_path, engine, keep=1, tell=told.append)
     assert checkpoints.save(RunState(step=2)).is_dir()
     assert "step_00000002 was saved" in told[0]
+    assert (tmp_path / "step_00000001").is_dir()  # which `latest` still names
 
 
 @pytest.mark.parametrize("text", ['{"metrics"', "[]", '{"unknown": 1}'])
@@ -348,10 +379,6 @@ def test_a_damaged_run_state_has_no_metric(engine, tmp_path, text):
     assert checkpoints.wants(state)
     checkpoints.save(state)
     assert not folder.exists()
-
-
-class Killed(BaseException):
-    pass
 
 
 def test_a_kill_at_any_moment_of_a_save_leaves_a_loadable_checkpoint(tmp_path, monkeypatch):
@@ -401,10 +428,7 @@ def test_a_kill_at_any_moment_of_a_save_leaves_a_loadable_checkpoint(tmp_path, m
 def test_latest_never_names_what_is_not_there(engine, tmp_path, monkeypatch):
     save(engine, tmp_path, 1)
 
-    def crash(self, target):
-        raise Killed
-
-    monkeypatch.setattr(Path, "rename", crash)
+    monkeypatch.setattr(Path, "rename", die)
     with pytest.raises(Killed):
         save(engine, tmp_path, 2)
     assert (tmp_path / "latest").read_text() == "step_00000001\n"
