@@ -40,7 +40,7 @@ from routedvit.training.manifest import (
     write_json,
 )
 from routedvit.training.retention import Retention
-from routedvit.training.rollbacks import forget_jumps, note_jump, position_after, read_jumps
+from routedvit.training.rollbacks import forget_jumps, last_jump, note_jump, read_jumps
 
 T = TypeVar("T")
 RUN_STATE, LATEST = "run_state.json", "latest"
@@ -63,6 +63,7 @@ class RunState:
     best: dict[str, float] = dataclasses.field(default_factory=dict)  # best value per metric
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)  # evaluated at this step
     skipped_steps: int = 0  # steps whose loss or gradient was not finite
+    guard: dict[str, Any] = dataclasses.field(default_factory=dict)  # see `Guard.state`
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
     warm_start: dict[str, Any] | None = None  # what weights the run began from
@@ -149,7 +150,8 @@ class Checkpoints:
     def load_named(self, path: Path) -> RunState:
         """Restore this checkpoint, of this run or another's folder.
 
-        Later ones of this run, which the steps to come would contradict, are set aside.
+        Later ones of this run, which the steps to come would contradict, are set aside. Whoever
+        names one has looked into what went wrong, so earlier returns no longer count.
 
         Raises:
             ConfigError: it is not there or not whole, or it is another run's and this one has some.
@@ -172,13 +174,15 @@ class Checkpoints:
                 aside = (self.folder / name).rename(self._free_name(f"abandoned_{name}"))
                 self.tell(f"checkpoint {name} is later and was moved to {aside}")
             forget_jumps(self.folder, after=int(folder.name.removeprefix("step_")))
-        return self._load(folder)
+        state = self._load(folder)
+        state.guard |= {"returns": 0}
+        return state
 
-    def roll_back(self, before: int, resume_at: int) -> RunState | None:
+    def roll_back(self, before: int, resume_at: int, returns: int = 1) -> RunState | None:
         """Restore the newest whole checkpoint from before step `before`; None if there is none.
 
         The data goes on at position `resume_at`, in every later load of that checkpoint too; later
-        checkpoints are deleted.
+        checkpoints are deleted. `returns` is how often the run has gone back with this time.
         """
         names = self.engine.broadcast([path.name for path in self._visible()])
         state = self._load_newest_of([name for name in names if name < step_name(before)])
@@ -186,10 +190,12 @@ class Checkpoints:
             return None
         if self.engine.rank == 0:
             start = read_run_state(self.path_of(state.step)).samples_seen
-            note_jump(self.folder, step=state.step, start=start, end=resume_at)
+            jump = {"step": state.step, "from": start, "to": resume_at, "returns": returns}
+            note_jump(self.folder, jump)
             for later in (path for path in self._visible() if path.name >= step_name(before)):
                 self._delete(later)  # after the note: else a death here meets the bad data again
         state.samples_seen = resume_at
+        state.guard |= {"returns": returns, "good_steps": 0}
         return state
 
     def rollbacks(self) -> list[dict[str, int]]:
@@ -225,7 +231,9 @@ class Checkpoints:
         state = read_run_state(folder)
         self.engine.load_state(folder)
         jumps = self.engine.broadcast(read_jumps(folder.parent))
-        state.samples_seen = position_after(jumps, state.step, state.samples_seen)
+        if jump := last_jump(jumps, state.step, state.samples_seen):
+            state.samples_seen = jump["to"]
+            state.guard |= {"returns": jump.get("returns", 0), "good_steps": 0}
         return state
 
     def _is_own(self, folder: Path) -> bool:

@@ -59,6 +59,19 @@ def test_what_is_saved_comes_back(engine, tmp_path):
     assert engine.value == 3
 
 
+def test_a_checkpoint_from_before_the_guard_was_saved_still_loads(engine, tmp_path, monkeypatch):
+    write = module.write_json
+
+    def without_guard(path: Path, value: dict) -> None:
+        write(path, {key: entry for key, entry in value.items() if key != "guard"})
+
+    monkeypatch.setattr(module, "write_json", without_guard)
+    save(engine, tmp_path, 2)
+    (tmp_path / "rollbacks.json").write_text('[{"step": 2, "from": 16, "to": 40}]')
+    state = load(tmp_path)[0]
+    assert (state.samples_seen, state.guard["returns"]) == (40, 0)
+
+
 def test_an_empty_folder_has_none(tmp_path):
     assert load(tmp_path / "missing")[0] is None
 
@@ -224,11 +237,12 @@ def test_going_back_moves_the_data_for_good_and_deletes_what_came_later(engine, 
     state = checkpoints.roll_back(before=3, resume_at=40)
     assert (state.step, state.samples_seen, engine.value) == (2, 40, 2)
     assert load(tmp_path)[0].samples_seen == 40
-    assert checkpoints.rollbacks() == [{"step": 2, "from": 16, "to": 40}]
+    assert checkpoints.rollbacks() == [{"step": 2, "from": 16, "to": 40, "returns": 1}]
     assert (tmp_path / "latest").read_text() == "step_00000002\n"
     assert not (tmp_path / "step_00000003").exists()
-    checkpoints.roll_back(before=3, resume_at=80)
-    assert load(tmp_path)[0].samples_seen == 80
+    checkpoints.roll_back(before=3, resume_at=80, returns=2)
+    state = load(tmp_path)[0]
+    assert (state.samples_seen, state.guard["returns"]) == (80, 2)
     save(engine, tmp_path, 4)
     assert load(tmp_path)[0].samples_seen == 32  # what its own run state says
 
@@ -265,7 +279,8 @@ def test_another_run_from_a_checkpoint_that_was_gone_back_to_passes_the_bad_data
     source = save(engine, tmp_path / "old", 2)
     Checkpoints(tmp_path / "old", engine, keep=3).roll_back(before=3, resume_at=40)
     fork = Checkpoints(tmp_path / "new", engine, keep=3)
-    assert fork.load_named(source).samples_seen == 40
+    state = fork.load_named(source)
+    assert (state.samples_seen, state.guard["returns"]) == (40, 0)
     assert fork.rollbacks() == []  # it has not gone back itself
 
 
