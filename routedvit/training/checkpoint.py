@@ -1,9 +1,10 @@
 """Checkpoints that are complete or invisible.
 
-    checkpoints/step_00000100/manifest.json    size and SHA-256 of every other file
+    checkpoints/step_00000100/manifest.json    the run; size and SHA-256 of every other file
                               run_state.json   step, samples seen, metrics, config, versions
                               shards/...       weights and optimiser state, see shards.py
                 latest                         the name of the newest one
+                run_id                         whose they are: another run's is not loaded
                 rollbacks.json                 where the run went back to, see rollbacks.py
 
 A checkpoint is written into a hidden sibling folder; every rank syncs and hashes its own files,
@@ -31,10 +32,12 @@ from routedvit.training.manifest import (
     MANIFEST,
     Fingerprint,
     Manifest,
+    claim_run_id,
     fingerprint,
     first_fault,
     read_manifest,
     replace_text,
+    run_id,
     step_name,
     sync,
     write_json,
@@ -246,7 +249,7 @@ class Checkpoints:
     def _first_fault(self, folder: Path) -> str | None:
         """What is wrong with a checkpoint, in words; each rank checks its share of the files."""
         try:
-            files = read_manifest(folder)
+            files = read_manifest(folder, run_id(folder.parent))
         except (OSError, ValueError) as error:
             fault: str | None = f"{MANIFEST}: {error}"
         else:
@@ -281,6 +284,7 @@ class Checkpoints:
             for leftover in self.folder.glob(".step_*.tmp"):
                 shutil.rmtree(leftover, ignore_errors=leftover != temporary)
             temporary.mkdir(parents=True)
+            claim_run_id(self.folder, next(reversed(self._visible()), None))
             if _free_bytes(self.folder) < size:  # logs and ledgers want the rest of the disk
                 raise OSError("no space left")
 
@@ -303,7 +307,8 @@ class Checkpoints:
         """Manifest and rename. Rank 0."""
         if self.engine.rank != 0:
             return
-        write_json(temporary / MANIFEST, Manifest(step=step, files=files).model_dump())
+        manifest = Manifest(run=run_id(self.folder), step=step, files=files)
+        write_json(temporary / MANIFEST, manifest.model_dump())
         for folder in (path for path in temporary.rglob("*") if path.is_dir()):
             sync(folder)
         sync(temporary)

@@ -86,7 +86,7 @@ def test_the_manifest_covers_every_file(engine, tmp_path):
 def test_the_oldest_go(engine, tmp_path):
     for step in (1, 2, 3, 4):
         save(engine, tmp_path, step, keep=2)
-    assert sorted(os.listdir(tmp_path)) == ["latest", "step_00000003", "step_00000004"]
+    assert sorted(os.listdir(tmp_path)) == ["latest", "run_id", "step_00000003", "step_00000004"]
 
 
 def test_a_step_saved_twice_is_written_once(engine, tmp_path):
@@ -134,6 +134,11 @@ def swap_in_another_step(folder: Path) -> None:
     shutil.copytree(folder.with_name("step_00000001"), folder)
 
 
+def swap_in_another_run(folder: Path) -> None:
+    shutil.rmtree(folder)
+    shutil.copytree(save(FakeEngine(), folder.parent / "other", 2), folder)
+
+
 def alter_the_run_state(folder: Path) -> None:
     state = json.loads((folder / "run_state.json").read_text())
     (folder / "run_state.json").write_text(json.dumps(state | {"step": 7}))
@@ -150,6 +155,7 @@ def alter_the_run_state(folder: Path) -> None:
         (garble_the_manifest, "manifest.json"),
         (empty_the_manifest, "manifest.json"),
         (swap_in_another_step, "of step 1"),
+        (swap_in_another_run, "of another run"),
         (alter_the_run_state, "run_state.json"),
     ],
 )
@@ -167,6 +173,21 @@ def test_a_damaged_newest_is_named_and_the_one_before_is_used(engine, tmp_path, 
     # The damaged one is out of the way, so the run can reach and save that step again.
     save(engine, tmp_path, 2)
     assert load(tmp_path)[0].step == 2
+
+
+def test_a_lost_run_id_is_read_from_the_newest_checkpoint(engine, tmp_path):
+    save(engine, tmp_path, 1)
+    (tmp_path / "run_id").unlink()
+    shutil.rmtree(save(engine, tmp_path, 2))
+    assert load(tmp_path)[0].step == 1
+
+
+def test_a_checkpoint_from_before_runs_had_an_id_still_loads(engine, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "run_id", lambda folder: "")
+        save(engine, tmp_path, 1)
+    shutil.rmtree(save(engine, tmp_path, 2))
+    assert load(tmp_path)[0].step == 1
 
 
 def test_all_damaged_is_an_error_and_not_a_silent_fresh_start(engine, tmp_path):
@@ -187,7 +208,7 @@ def test_a_full_disk_is_named_with_the_need_and_the_mend_and_nothing_is_left(eng
     assert "MiB are free" in text or "GiB are free" in text
     assert str(tmp_path) in text
     assert "checkpoint.keep" in text
-    assert sorted(os.listdir(tmp_path)) == ["latest", "step_00000001"]
+    assert sorted(os.listdir(tmp_path)) == ["latest", "run_id", "step_00000001"]
     save(engine, tmp_path, 2)
     assert load(tmp_path)[0].step == 2
 
@@ -196,7 +217,7 @@ def test_a_save_that_cannot_fit_is_not_begun(engine, tmp_path, monkeypatch):
     monkeypatch.setattr(FakeEngine, "state_bytes", lambda self: 1 << 60)
     with pytest.raises(SaveError, match="GiB"):
         save(engine, tmp_path, 1)
-    assert os.listdir(tmp_path) == []
+    assert not list(tmp_path.rglob("*step*"))
 
 
 def test_a_named_checkpoint_sets_later_ones_aside(engine, tmp_path):
