@@ -11,6 +11,7 @@ whose message tells the mend; 75 stopped by a signal and saved, start again to g
 import argparse
 import os
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ from routedvit.training.native_config import split_batch
 from routedvit.training.offline import evaluate_offline
 from routedvit.training.report import closing, opening
 from routedvit.training.run_folder import RunFolder, open_folder, versions
-from routedvit.training.signals import REQUEUE_EXIT_CODE
+from routedvit.training.signals import REQUEUE_EXIT_CODE, StopSignals
 from routedvit.training.world import World
 
 # Code outside the package; all machines must have the same.
@@ -108,10 +109,12 @@ def main() -> int:
             for text in rehearse(config, Preview(config.data), machine, search=args.find_batch):
                 console.print(text)
             return 0
-        return run(config, args, console)
+        signals = StopSignals()
+        with nullcontext() if args.evaluate else signals:  # an evaluation has nothing to save
+            return run(config, args, console, signals)
 
 
-def run(config: RunConfig, args: argparse.Namespace, console: Console) -> int:
+def run(config: RunConfig, args: argparse.Namespace, console: Console, signals: StopSignals) -> int:
     """Everything between a valid config and the exit code, the same on every rank."""
     world = engines.start(tf32=config.precision.tf32, tell=console.show)
     record = config.model_dump(mode="json")
@@ -150,11 +153,13 @@ def run(config: RunConfig, args: argparse.Namespace, console: Console) -> int:
     trainer = build_trainer(
         config, engine, schedules, loader, eval_loaders,
         checkpoints=checkpoints, state=state, folder=folder.path, console=console,
+        signals=signals,
     )  # fmt: skip
     console.print(opening(config, trainer))
     result = trainer.fit()
     if not result.finished:
-        console.print(f"stopped at step {result.step} and saved; the same command goes on")
+        saved = " and saved" if result.step else ""
+        console.print(f"stopped at step {result.step}{saved}; the same command goes on")
         return REQUEUE_EXIT_CODE
     made = {**config.model.created_from(), "data_config": image_format}
     export_model(engine, folder.weights, **made)

@@ -34,6 +34,7 @@ from routedvit.training.progress import build_progress
 from routedvit.training.resolution import ResolutionDial
 from routedvit.training.retention import Retention
 from routedvit.training.schedules import Dial, Schedules
+from routedvit.training.signals import StopSignals
 from routedvit.training.trainer import Trainer, TrainerSettings
 from routedvit.training.weight_average import WeightAverage, check_offload
 from routedvit.training.world import World
@@ -158,6 +159,7 @@ def build_trainer(
     state: RunState,
     folder: Path,
     console: Console,
+    signals: StopSignals,
 ) -> Trainer:
     """The loop and everything it calls; `state` says where it begins, `folder` is the run's."""
     samples = loader.samples_per_epoch
@@ -200,6 +202,7 @@ def build_trainer(
             tell=progress.message,
         ),
         schedules=schedules,
+        signals=signals,
         settings=TrainerSettings(
             total_steps=config.total_steps(samples),
             batch_size=config.train.batch_size,

@@ -18,6 +18,7 @@ checkpoint is named and moved aside, and the one before it is used. All ranks mu
 system.
 """
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -247,15 +248,28 @@ class Checkpoints:
         replace_text(self.folder / LATEST, name + "\n")
 
     def _first_fault(self, folder: Path) -> str | None:
-        """What is wrong with a checkpoint, in words; each rank checks its share of the files."""
+        """What is wrong with a checkpoint, in words; each rank checks its share of the files.
+
+        Raises:
+            ConfigError: on every rank, if any cannot read it: that says nothing about the files.
+        """
+        fault: str | None = None
+        trouble: str | None = None
         try:
             files = read_manifest(folder, run_id(folder.parent))
-        except (OSError, ValueError) as error:
-            fault: str | None = f"{MANIFEST}: {error}"
-        else:
             share = list(files)[self.engine.rank :: self.engine.world_size]
             fault = first_fault(folder, {name: files[name] for name in share})
-        return next(filter(None, self.engine.gather(fault)), None)
+        except (FileNotFoundError, ValueError) as error:
+            fault = f"{MANIFEST}: {error}"
+        except OSError as error:
+            trouble = f"rank {self.engine.rank}: {error}"
+        outcomes = self.engine.gather((fault, trouble))
+        if found := next((trouble for _, trouble in outcomes if trouble), None):
+            raise ConfigError(
+                f"{folder} cannot be read ({found}); it may be whole and stays where it is: see to "
+                "the disk and its rights and start again, or move it elsewhere to go without it"
+            )
+        return next((fault for fault, _ in outcomes if fault), None)
 
     def _on_all_ranks(self, action: Callable[[], T], temporary: Path, size: int) -> list[T]:
         """What `action` returns on each rank; if the disk fails one, all of them give up."""
@@ -339,10 +353,9 @@ class Checkpoints:
         for path in self._visible():
             value = None
             if self.retention.keep_best:
-                try:
+                # A damaged one has no value; a load will name it.
+                with contextlib.suppress(OSError, ValueError, TypeError):
                     value = read_run_state(path).metrics.get(self.retention.metric)
-                except (OSError, ValueError, TypeError):  # damaged, which a load will name
-                    pass
             values[int(path.name.removeprefix("step_"))] = value
         return values
 

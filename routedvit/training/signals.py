@@ -29,7 +29,9 @@ NODE_LAUNCHERS = (
 class StopSignals:
     """Within the `with` block SIGTERM, SIGUSR1 and the first SIGINT only make `wanted` true.
 
-    Processes forked inside inherit the harmless handler. A second SIGINT interrupts as usual.
+    `train.py` enters it before it builds anything: a wish that comes while a checkpoint is loaded
+    must not end as a crash. Processes forked inside inherit the harmless handler. A second SIGINT
+    interrupts as usual.
     """
 
     def __init__(self) -> None:

@@ -84,6 +84,7 @@ class Trainer:
         profiler: a window of steps to profile, or None.
         settings: lengths and cadences.
         state: where to begin: `checkpoints.load_newest()` or a fresh `RunState`.
+        signals: wishes to stop, caught by the caller.
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class Trainer:
         schedules: Schedules,
         settings: TrainerSettings,
         state: RunState,
+        signals: StopSignals,
         forwards: ForwardCounter | None = None,
         profiler: ProfilerWindow | None = None,
     ) -> None:
@@ -119,44 +121,51 @@ class Trainer:
         self.profiler = profiler
         self.gradient_norms: dict[str, float] = {}  # of the last step that took them
         self.began = 0.0
-        self.signals = StopSignals()
+        self.signals = signals
         self.meter = Meter(settings.batch_size)
 
     def fit(self) -> Summary:
         """Train to the end, or until any rank wants to stop (see signals.py); saves either way."""
         settings = self.settings
-        first, total, stop = self.state.step + 1, settings.total_steps, False
+        first, total = self.state.step + 1, settings.total_steps
         self.began = time.perf_counter()
         self.progress.start(self.state.step, total)
         self.note("running")
-        with self.signals:  # before the loader forks its workers, so that they survive them too
-            batches = self.loader.batches(start=self.state.samples_seen)
-            while self.state.step < total and not stop:
-                if self.profiler is not None:
-                    self.profiler.advance(self.state.step + 1)
-                result = self.train_step(batches)
-                if self.guard.alarm:
-                    batches = self.go_back()
-                    continue
-                step, last = self.state.step, self.state.step == total
-                stop = result.stop and not last
-                save = step % settings.checkpoint_every == 0 and not self.guard.bad_steps
+        stop = self.stop_wanted()  # while the run was built or loaded
+        batches = self.loader.batches(start=self.state.samples_seen)
+        while self.state.step < total and not stop:
+            if self.profiler is not None:
+                self.profiler.advance(self.state.step + 1)
+            result = self.train_step(batches)
+            if self.guard.alarm:
+                batches = self.go_back()
+                continue
+            step, last = self.state.step, self.state.step == total
+            stop = result.stop and not last
+            save = step % settings.checkpoint_every == 0 and not self.guard.bad_steps
 
-                if step % settings.log_every == 0 or step == first or last:
-                    self.log(result)
-                if settings.gradients_every and step % settings.gradients_every == 0:
-                    self.log_slowly()
-                if not stop:
-                    for evaluator in self.evaluators:
-                        if last or (evaluator.every_steps and step % evaluator.every_steps == 0):
-                            self.evaluate(evaluator)
-                            best = not self.guard.bad_steps and self.checkpoints.wants(self.state)
-                            save = save or best
-                    if step % settings.routing_every == 0 or step == first or last:
-                        self.watch_routing()
-                if save or last or stop:
-                    self.save(must=last or stop)
+            if step % settings.log_every == 0 or step == first or last:
+                self.log(result)
+            if settings.gradients_every and step % settings.gradients_every == 0:
+                self.log_slowly()
+            for evaluator in self.evaluators:
+                if last or (evaluator.every_steps and step % evaluator.every_steps == 0):
+                    # An evaluation may take longer than a scheduler waits.
+                    stop = stop or (not last and self.stop_wanted())
+                    if stop:
+                        break
+                    self.evaluate(evaluator)
+                    best = not self.guard.bad_steps and self.checkpoints.wants(self.state)
+                    save = save or best
+            if not stop and (step % settings.routing_every == 0 or step == first or last):
+                self.watch_routing()
+            if save or last or stop:
+                self.save(must=last or stop)
         return self.finish()
+
+    def stop_wanted(self) -> bool:
+        """Whether any rank wants to stop. Collective."""
+        return any(self.engine.gather(self.signals.wanted))
 
     def train_step(self, batches: Iterator[Batch]) -> StepResult:
         """One optimiser step on the next global batch."""

@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,17 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
 def requeued(config: Path) -> list[str]:
     note = config.parent / "requeued"
     return note.read_text().split() if note.exists() else []
+
+
+def test_a_job_warned_before_python_listens_goes_back_into_the_queue(config: Path) -> None:
+    before = requeued(config)
+    process = sbatch(config)
+    time.sleep(2)  # bash and srun are there, torch is still being imported
+    process.send_signal(signal.SIGUSR1)
+    code, printed = finish(process)
+    assert code == 75, printed
+    assert requeued(config) == [*before, str(os.getpid())]
+    (config.parent / "requeued").unlink()
 
 
 def test_a_warned_job_saves_requeues_itself_and_goes_on(config: Path) -> None:

@@ -25,6 +25,7 @@ from routedvit.training.engine import Engine
 from routedvit.training.evaluators import Classification
 from routedvit.training.guard import Guard
 from routedvit.training.native_config import resolve_native_config
+from routedvit.training.signals import StopSignals
 from routedvit.training.trainer import Summary, Trainer, TrainerSettings
 from routedvit.training.world import World
 
@@ -94,7 +95,9 @@ class Loader(toy.Loader):
             yield rows
 
 
-def fit(world: World, folder: Path, seed: int, loader: Loader) -> tuple[Summary, Any, Recorder]:
+def fit(
+    world: World, folder: Path, seed: int, loader: Loader, signals: StopSignals
+) -> tuple[Summary, Any, Recorder]:
     """One run of the Trainer in `folder`; dropout makes the random state matter."""
     objective = toy.objective(seed, proj_drop_rate=0.2)
     native = resolve_native_config(
@@ -129,6 +132,7 @@ def fit(world: World, folder: Path, seed: int, loader: Loader) -> tuple[Summary,
             routing_every=4,
         ),
         state=state,
+        signals=signals,
     )
     summary = trainer.fit()
     weights = {name: value.detach().clone() for name, value in engine.full_parameters()}
@@ -150,7 +154,8 @@ def main(out: Path) -> None:
     }
     weights = {}
     for name, (folder, seed, loader) in runs.items():
-        summary, weights[name], recorder = fit(world, out / folder, seed, loader)
+        with StopSignals() as signals:
+            summary, weights[name], recorder = fit(world, out / folder, seed, loader, signals)
         report[name] = {
             "summary": dataclasses.asdict(summary) | {"checkpoint": summary.checkpoint.name},
             "scalars": recorder.scalars,

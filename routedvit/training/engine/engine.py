@@ -288,10 +288,18 @@ class Engine:
         Rates and decays stay as they are: the config decides them, not the checkpoint.
 
         Raises:
-            ConfigError: it is of another model, or cannot be right under this stage.
+            ConfigError: on every rank, if on any: it is of another model, cannot be right under
+                this stage, or its disk fails.
         """
         folder = folder / SHARDS
-        load_shards(folder, self._layout)
+        fault = None
+        try:
+            load_shards(folder, self._layout)
+        except (ConfigError, OSError) as error:
+            fault = f"rank {self.rank}: {error}"
+        # A rank may refuse what it holds alone; the others would wait for it below.
+        if found := next(filter(None, self.gather(fault)), None):
+            raise ConfigError(found)
         with safe_open(folder / REPLICATED, framework="pt") as file:
             for name, value in self._replicated(change=True):
                 value.detach().copy_(file.get_tensor(name))

@@ -197,6 +197,21 @@ def test_all_damaged_is_an_error_and_not_a_silent_fresh_start(engine, tmp_path):
             load(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["read_manifest", "first_fault"])
+def test_a_disk_that_cannot_be_read_is_no_damage(engine, tmp_path, monkeypatch, name):
+    for step in (1, 2):
+        save(engine, tmp_path, step)
+
+    def fail(*args: object) -> None:
+        raise OSError("Stale file handle")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, fail)
+        with pytest.raises(ConfigError, match="Stale file handle.*see to the disk"):
+            load(tmp_path)
+    assert load(tmp_path)[0].step == 2
+
+
 def test_a_full_disk_is_named_with_the_need_and_the_mend_and_nothing_is_left(engine, tmp_path):
     save(engine, tmp_path, 1)
     engine.full_disks = 1

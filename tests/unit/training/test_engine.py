@@ -32,6 +32,20 @@ def world():
     os.environ.update(environment)
 
 
+def test_what_one_rank_cannot_load_all_refuse_before_they_share_weights(tmp_path, monkeypatch):
+    """The fault is another rank's: this one would go on to wait for it."""
+
+    class OneOfTwo:
+        rank, _layout = 0, None
+
+        def gather(self, value: str | None) -> list[str | None]:
+            return [value, "rank 1: cannot be loaded under this ZeRO stage"]
+
+    monkeypatch.setattr("routedvit.training.engine.engine.load_shards", lambda *arguments: None)
+    with pytest.raises(ConfigError, match="rank 1: cannot be loaded"):
+        Engine.load_state(OneOfTwo(), tmp_path)
+
+
 def make(world, user, dtype="fp32", **loss):
     torch.manual_seed(0)
     model = timm.create_model("test_vit", num_classes=3, img_size=32)

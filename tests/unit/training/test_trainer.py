@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from routedvit.training.guard import Guard
 from routedvit.training.optim import build_schedule
 from routedvit.training.retention import Retention
 from routedvit.training.schedules import Schedules
+from routedvit.training.signals import StopSignals
 from routedvit.training.trainer import Trainer, TrainerSettings, seed_step
 from tests.unit.training.fake_engine import FakeEngine
 
@@ -67,6 +70,7 @@ def trainer(folder: Path, engine: FakeEngine, sink: Sink, state: RunState, **cha
         "log_every": 2, "checkpoint_every": 4, "routing_every": 4,
     }  # fmt: skip
     keep = changes.pop("keep", 2)
+    signals = changes.pop("signals", None) or StopSignals()
     guard = {"max_bad_steps": 3, "max_rollbacks": 2} | changes.pop("guard", {})
     return Trainer(
         engine,
@@ -89,6 +93,7 @@ def trainer(folder: Path, engine: FakeEngine, sink: Sink, state: RunState, **cha
         ),
         settings=TrainerSettings(**(settings | changes)),
         state=state,
+        signals=signals,
     )
 
 
@@ -237,14 +242,12 @@ def test_a_resume_right_after_going_back_does_not_meet_the_bad_data_again(tmp_pa
     engine = FakeEngine()
     engine.losses = dict.fromkeys((20, 24, 28), float("nan"))
     run = trainer(tmp_path, engine, Sink(), RunState(), total_steps=9)
-    run.signals.__enter__()
     batches = run.loader.batches(0)
     while not run.guard.alarm:
         run.train_step(batches)
         if run.state.step == 4:
             run.save(must=True)
     run.go_back()  # and the machine dies
-    run.signals.__exit__(None, None, None)
     state = Checkpoints(tmp_path / "checkpoints", engine, keep=2).load_newest()
     assert (state.step, state.samples_seen) == (4, 32)
     engine.seen.clear()
@@ -372,6 +375,40 @@ def test_a_stop_amid_bad_steps_leaves_a_checkpoint_to_go_back_to(tmp_path):
     run.train_step = stopped_in_step_7
     assert run.fit().step == 7
     assert sorted(path.name[-1] for path in tmp_path.glob("checkpoints/step_*")) == ["4", "7"]
+
+
+def test_a_wish_to_stop_before_the_first_step_takes_none(tmp_path):
+    engine = FakeEngine()
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGTERM)  # while a checkpoint is loaded, say
+        state = RunState(step=2, samples_seen=8)
+        summary = trainer(tmp_path, engine, Sink(), state, signals=signals).fit()
+    assert not summary.finished
+    assert engine.seen == []
+    assert json.loads((tmp_path / "status.json").read_text())["status"] == "stopped"
+
+
+def test_a_wish_to_stop_amid_evaluations_waits_for_the_present_one_alone(tmp_path):
+    ran: list[str] = []
+
+    class Long(Evaluator):
+        def run(self, model: torch.nn.Module) -> Iterator[tuple[str, float]]:
+            ran.append("long")
+            os.kill(os.getpid(), signal.SIGUSR1)
+            yield from super().run(model)
+
+    class Next(Evaluator):
+        def run(self, model: torch.nn.Module) -> Iterator[tuple[str, float]]:
+            ran.append("next")
+            yield from super().run(model)
+
+    engine = FakeEngine()
+    with StopSignals() as signals:
+        evaluators = [Long([1.0], 2), Next([1.0], 2)]
+        run = trainer(tmp_path, engine, Sink(), RunState(), evaluators=evaluators, signals=signals)
+        summary = run.fit()
+    assert (summary.step, summary.finished, ran) == (2, False, ["long"])
+    assert summary.checkpoint.is_dir()
 
 
 def test_a_full_disk_does_not_stop_the_run_but_the_last_save_must_succeed(tmp_path):
