@@ -1,9 +1,10 @@
 """Checkpoints that are complete or invisible.
 
-    checkpoints/step_00000100/manifest.json    size and SHA-256 of every other file
+    checkpoints/step_00000100/manifest.json    the run; size and SHA-256 of every other file
                               run_state.json   step, samples seen, metrics, config, versions
                               shards/...       weights and optimiser state, see shards.py
                 latest                         the name of the newest one
+                run_id                         whose they are: another run's is not loaded
                 rollbacks.json                 where the run went back to, see rollbacks.py
 
 A checkpoint is written into a hidden sibling folder; every rank syncs and hashes its own files,
@@ -32,16 +33,18 @@ from routedvit.training.manifest import (
     MANIFEST,
     Fingerprint,
     Manifest,
+    claim_run_id,
     fingerprint,
     first_fault,
     read_manifest,
     replace_text,
+    run_id,
     step_name,
     sync,
     write_json,
 )
 from routedvit.training.retention import Retention
-from routedvit.training.rollbacks import note_jump, position_after, read_jumps
+from routedvit.training.rollbacks import forget_jumps, last_jump, note_jump, read_jumps
 
 T = TypeVar("T")
 RUN_STATE, LATEST = "run_state.json", "latest"
@@ -64,6 +67,7 @@ class RunState:
     best: dict[str, float] = dataclasses.field(default_factory=dict)  # best value per metric
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)  # evaluated at this step
     skipped_steps: int = 0  # steps whose loss or gradient was not finite
+    guard: dict[str, Any] = dataclasses.field(default_factory=dict)  # see `Guard.state`
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     data: str = ""  # the training shards, in a line; empty in checkpoints that did not say
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -151,7 +155,8 @@ class Checkpoints:
     def load_named(self, path: Path) -> RunState:
         """Restore this checkpoint, of this run or another's folder.
 
-        Later ones of this run, which the steps to come would contradict, are set aside.
+        Later ones of this run, which the steps to come would contradict, are set aside. Whoever
+        names one has looked into what went wrong, so earlier returns no longer count.
 
         Raises:
             ConfigError: it is not there or not whole, or it is another run's and this one has some.
@@ -173,24 +178,29 @@ class Checkpoints:
             for name in (name for name in names if name > folder.name):
                 aside = (self.folder / name).rename(self._free_name(f"abandoned_{name}"))
                 self.tell(f"checkpoint {name} is later and was moved to {aside}")
-        return self._load(folder)
+            forget_jumps(self.folder, after=int(folder.name.removeprefix("step_")))
+        state = self._load(folder)
+        state.guard |= {"returns": 0}
+        return state
 
-    def roll_back(self, before: int, resume_at: int) -> RunState | None:
+    def roll_back(self, before: int, resume_at: int, returns: int = 1) -> RunState | None:
         """Restore the newest whole checkpoint from before step `before`; None if there is none.
 
         The data goes on at position `resume_at`, in every later load of that checkpoint too; later
-        checkpoints are deleted.
+        checkpoints are deleted. `returns` is how often the run has gone back with this time.
         """
         names = self.engine.broadcast([path.name for path in self._visible()])
         state = self._load_newest_of([name for name in names if name < step_name(before)])
         if state is None:
             return None
         if self.engine.rank == 0:
-            for later in (path for path in self._visible() if path.name >= step_name(before)):
-                self._delete(later)
             start = read_run_state(self.path_of(state.step)).samples_seen
-            note_jump(self.folder, step=state.step, start=start, end=resume_at)
+            jump = {"step": state.step, "from": start, "to": resume_at, "returns": returns}
+            note_jump(self.folder, jump)
+            for later in (path for path in self._visible() if path.name >= step_name(before)):
+                self._delete(later)  # after the note: else a death here meets the bad data again
         state.samples_seen = resume_at
+        state.guard |= {"returns": returns, "good_steps": 0}
         return state
 
     def rollbacks(self) -> list[dict[str, int]]:
@@ -226,7 +236,9 @@ class Checkpoints:
         state = read_run_state(folder)
         self.engine.load_state(folder)
         jumps = self.engine.broadcast(read_jumps(folder.parent))
-        state.samples_seen = position_after(jumps, state.step, state.samples_seen)
+        if jump := last_jump(jumps, state.step, state.samples_seen):
+            state.samples_seen = jump["to"]
+            state.guard |= {"returns": jump.get("returns", 0), "good_steps": 0}
         return state
 
     def _is_own(self, folder: Path) -> bool:
@@ -245,7 +257,7 @@ class Checkpoints:
         fault: str | None = None
         trouble: str | None = None
         try:
-            files = read_manifest(folder)
+            files = read_manifest(folder, run_id(folder.parent))
             share = list(files)[self.engine.rank :: self.engine.world_size]
             fault = first_fault(folder, {name: files[name] for name in share})
         except (FileNotFoundError, ValueError) as error:
@@ -287,6 +299,7 @@ class Checkpoints:
             for leftover in self.folder.glob(".step_*.tmp"):
                 shutil.rmtree(leftover, ignore_errors=leftover != temporary)
             temporary.mkdir(parents=True)
+            claim_run_id(self.folder, next(reversed(self._visible()), None))
             if _free_bytes(self.folder) < size:  # logs and ledgers want the rest of the disk
                 raise OSError("no space left")
 
@@ -309,7 +322,8 @@ class Checkpoints:
         """Manifest and rename. Rank 0."""
         if self.engine.rank != 0:
             return
-        write_json(temporary / MANIFEST, Manifest(step=step, files=files).model_dump())
+        manifest = Manifest(run=run_id(self.folder), step=step, files=files)
+        write_json(temporary / MANIFEST, manifest.model_dump())
         for folder in (path for path in temporary.rglob("*") if path.is_dir()):
             sync(folder)
         sync(temporary)
@@ -322,6 +336,7 @@ class Checkpoints:
             self._point_to(step_name(step))
         except OSError as error:
             self.tell(f"{step_name(step)} was saved, but {LATEST} does not name it yet: {error}")
+            return  # what `latest` still names must not go
         for old in self.retention.surplus(self._values(), before=bad_since):
             self._delete(self.path_of(old))
 

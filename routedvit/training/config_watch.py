@@ -111,11 +111,15 @@ class GuardConfig(Section):
     """Bad steps in a row after which the run goes back."""
     max_rollbacks: int = Field(3, ge=0)
     """How often a run may go back; then it ends with an error."""
+    forgive_after: int = Field(1000, gt=0)
+    """Good steps after which earlier returns no longer count."""
     spike_sigmas: float | None = Field(None, gt=0)
     """A loss so many standard deviations above the running median makes a step bad too, though it
     is applied; 6 is conservative. null: no watch for spikes."""
     spike_window: int = Field(128, ge=16)
     """Good steps over which median and deviation run."""
+    max_spikes: int | None = Field(None, gt=0)
+    """Spikes in a row after which the run goes back; null: as many as max_bad_steps."""
 
 
 class WandbConfig(Section):

@@ -1,8 +1,8 @@
 """Watches for steps that harm a run, names their samples, and says when to go back.
 
 A step is bad if its loss or gradient was not finite (the engine has skipped it on all ranks then),
-or, where asked for, if its loss stands out of those before it. `max_bad_steps` in a row are an
-alarm: the trainer goes back to the last checkpoint before them and on with the data after them, as
+or, where asked for, if its loss stands out of those before it. `max_bad_steps` in a row, or
+`max_spikes` of the second kind (which did act on the weights), are an alarm: the trainer goes back to the last checkpoint before them and on with the data after them, as
 PaLM did by hand (2204.02311, section 5.1: back about 100 steps, past 200 to 500 batches; spikes
 came from that data meeting those weights, so other data helped). The data between are lost to the
 run; the ledger names them.
@@ -10,7 +10,8 @@ run; the ledger names them.
 In fp16 an overflow with a finite loss is how the loss scale is found, and no bad step.
 
 Costs nothing while all is well: it looks at numbers that are on the host already. Only a bad step
-gathers keys and losses of the ranks.
+gathers keys and losses of the ranks. What it judges by is saved in each checkpoint, so that a
+resumed run judges as an uninterrupted one.
 """
 
 import json
@@ -32,7 +33,8 @@ class Guard:
     Args:
         engine: gathers what the ranks know.
         ledger: JSON lines, one per bad step and one per return to a checkpoint.
-        max_bad_steps, max_rollbacks, spike_sigmas, spike_window: see `config_watch.GuardConfig`.
+        max_bad_steps, max_rollbacks, forgive_after, spike_sigmas, spike_window, max_spikes: see
+            `config_watch.GuardConfig`.
         tell: called with one line about each bad step.
     """
 
@@ -43,23 +45,49 @@ class Guard:
         *,
         max_bad_steps: int = 10,
         max_rollbacks: int = 3,
+        forgive_after: int = 1000,
         spike_sigmas: float | None = None,
         spike_window: int = 128,
+        max_spikes: int | None = None,
         tell: Callable[[str], None] = print,
     ) -> None:
         self.engine = engine
         self.ledger = ledger
         self.max_bad_steps = max_bad_steps
         self.max_rollbacks = max_rollbacks
+        self.forgive_after = forgive_after
         self.spike_sigmas = spike_sigmas
+        self.max_spikes = max_spikes or max_bad_steps
         self.tell = tell
         self.bad_steps: list[int] = []  # the present ones in a row, counted as finished
+        self.returns = 0  # to a checkpoint, since the run was last well for long
+        self._spikes = 0  # among the present bad steps
+        self._good_steps = 0  # since the last return
         self._losses: deque[float] = deque(maxlen=spike_window)  # of good steps
 
     @property
     def alarm(self) -> bool:
         """Whether the run should go back now."""
-        return len(self.bad_steps) >= self.max_bad_steps
+        return len(self.bad_steps) >= self.max_bad_steps or self._spikes >= self.max_spikes
+
+    def state(self) -> dict[str, Any]:
+        """What the next step is judged by, for `RunState.guard`."""
+        return {
+            "bad_steps": list(self.bad_steps),
+            "spikes": self._spikes,
+            "returns": self.returns,
+            "good_steps": self._good_steps,
+            "losses": list(self._losses),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a `state`; from none, which older checkpoints have, as at a first step."""
+        self.bad_steps = list(state.get("bad_steps", []))
+        self._spikes = state.get("spikes", 0)
+        self.returns = state.get("returns", 0)
+        self._good_steps = state.get("good_steps", 0)
+        self._losses.clear()
+        self._losses.extend(state.get("losses", []))
 
     def watch(self, result: StepResult, batches: Sequence[Batch], step: int) -> None:
         """Judge the step that made `step` finished ones out of these micro-batches."""
@@ -70,11 +98,10 @@ class Guard:
             return
         reason = self._reason(result)
         if reason is None:
-            self.bad_steps.clear()
-            if self.spike_sigmas:
-                self._losses.append(result.loss)
+            self._note_good(result.loss)
             return
         self.bad_steps.append(step)
+        self._spikes += not result.skipped
         keys = [key for batch in batches for key in batch["key"]]
         epoch = min(int(batch["epoch"].min()) for batch in batches)
         ranks = self.engine.gather((float(result.own_loss), epoch, keys))
@@ -101,14 +128,21 @@ class Guard:
         )
 
     def went_back(self, step: int, passed_over: tuple[int, int]) -> None:
-        """Note a return to `step`, past the data of these sample positions (first, end)."""
+        """Tell of a return to `step`, past the data of these sample positions (first, end)."""
         self._record({"back_to_step": step, "never_trained_on": list(passed_over)})
         self.tell(
             f"back to step {step} after {len(self.bad_steps)} bad steps, and on without the "
             f"{passed_over[1] - passed_over[0]} samples from position {passed_over[0]} on"
         )
+
+    def _note_good(self, loss: float) -> None:
         self.bad_steps.clear()
-        self._losses.clear()
+        self._spikes = 0
+        self._good_steps += 1
+        if self._good_steps >= self.forgive_after:
+            self.returns = 0
+        if self.spike_sigmas:
+            self._losses.append(loss)
 
     def _reason(self, result: StepResult) -> str | None:
         if result.skipped:

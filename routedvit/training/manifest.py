@@ -6,12 +6,13 @@ Also the small ways of writing that survive a crash: synced, and replaced rather
 import hashlib
 import json
 import os
+import uuid
 from pathlib import Path
 from typing import Any, Literal
 
 import pydantic
 
-MANIFEST = "manifest.json"
+MANIFEST, RUN_ID = "manifest.json", "run_id"
 
 
 class Fingerprint(pydantic.BaseModel):
@@ -25,16 +26,21 @@ class Manifest(pydantic.BaseModel):
     """manifest.json of a checkpoint."""
 
     format: Literal[2] = 2
+    run: str = ""  # whose it is; empty in older ones
     step: int
     files: dict[str, Fingerprint]  # by name relative to the checkpoint
 
 
-def read_manifest(folder: Path) -> dict[str, Fingerprint]:
+def read_manifest(folder: Path, run: str = "") -> dict[str, Fingerprint]:
     """The files of a checkpoint, by relative name.
 
+    Args:
+        folder: the checkpoint.
+        run: whose it must be, if the manifest says; empty: anyone's.
+
     Raises:
-        ValueError: it is not a manifest of this format and step, or it does not list every file
-            that lies there (a load would read any that carries the right name).
+        ValueError: it is not a manifest of this format, step and run, or it does not list every
+            file that lies there (a load would read any that carries the right name).
     """
     try:
         manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
@@ -42,6 +48,8 @@ def read_manifest(folder: Path) -> dict[str, Fingerprint]:
         raise ValueError(f"no manifest of format 2: {error.errors()[0]['msg']}") from None
     if folder.name != step_name(manifest.step):
         raise ValueError(f"it is of step {manifest.step}")
+    if run and manifest.run and manifest.run != run:
+        raise ValueError("it is of another run; --resume with another name begins a run from it")
     present = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     if unlisted := present - manifest.files.keys() - {MANIFEST}:
         raise ValueError(f"{min(unlisted)} is not listed")
@@ -74,6 +82,22 @@ def fingerprint(path: Path) -> Fingerprint:
         while block := file.read(1 << 22):
             digest.update(block)
         return Fingerprint(size=file.tell(), sha256=digest.hexdigest())
+
+
+def run_id(folder: Path) -> str:
+    """Whose checkpoints lie in `folder`, by the file RUN_ID in it; empty if it is missing."""
+    path = folder / RUN_ID
+    return path.read_text(encoding="utf-8").strip() if path.exists() else ""
+
+
+def claim_run_id(folder: Path, newest: Path | None) -> None:
+    """Write RUN_ID if it is missing: that of the newest checkpoint, or else a new one."""
+    if run_id(folder):
+        return
+    known = ""
+    if newest is not None:
+        known = json.loads((newest / MANIFEST).read_text(encoding="utf-8")).get("run", "")
+    replace_text(folder / RUN_ID, (known or uuid.uuid4().hex) + "\n")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -13,18 +13,29 @@ ROLLBACKS = "rollbacks.json"
 
 
 def read_jumps(folder: Path) -> list[dict[str, int]]:
-    """Each time the run went back: to which 'step', and the positions 'from' and 'to' it passed."""
+    """Each time the run went back: to which 'step', past the data from position 'from' to 'to'.
+
+    'returns' is how often it had by then (see guard.py); older files do not say.
+    """
     path = folder / ROLLBACKS
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
 
 
-def note_jump(folder: Path, *, step: int, start: int, end: int) -> None:
-    """Add one return to `step`, whose data went on at `end` instead of `start`."""
-    jumps = [*read_jumps(folder), {"step": step, "from": start, "to": end}]
+def note_jump(folder: Path, jump: dict[str, int]) -> None:
+    """Add one return, with the keys of `read_jumps`."""
+    jumps = [*read_jumps(folder), jump]
     replace_text(folder / ROLLBACKS, json.dumps(jumps))
 
 
-def position_after(jumps: list[dict[str, int]], step: int, position: int) -> int:
-    """Where the data of a checkpoint go on, which were at `position` when it was saved."""
-    ends = [jump["to"] for jump in jumps if (jump["step"], jump["from"]) == (step, position)]
-    return ends[-1] if ends else position
+def forget_jumps(folder: Path, *, after: int) -> None:
+    """Drop the returns to later steps than `after`: the run will reach those steps anew."""
+    jumps = read_jumps(folder)
+    kept = [jump for jump in jumps if jump["step"] <= after]
+    if kept != jumps:
+        replace_text(folder / ROLLBACKS, json.dumps(kept))
+
+
+def last_jump(jumps: list[dict[str, int]], step: int, position: int) -> dict[str, int] | None:
+    """The last return to a checkpoint whose data were at `position` when it was saved."""
+    found = [jump for jump in jumps if (jump["step"], jump["from"]) == (step, position)]
+    return found[-1] if found else None

@@ -113,6 +113,7 @@ class Trainer:
         self.progress = progress
         self.checkpoints = checkpoints
         self.guard = guard
+        self.guard.restore(state.guard)
         self.schedules = schedules
         self.settings = settings
         self.state = state
@@ -191,14 +192,16 @@ class Trainer:
 
     def go_back(self) -> Iterator[Batch]:
         """To the last checkpoint before the bad steps, and on with the data after them."""
-        before, done = self.state, len(self.checkpoints.rollbacks())
+        before, done = self.state, self.guard.returns
         if done >= self.guard.max_rollbacks:
             raise self.guard.give_up(f"the run has gone back {done} times")
-        state = self.checkpoints.roll_back(self.guard.bad_steps[0], before.samples_seen)
+        first_bad, resume_at = self.guard.bad_steps[0], before.samples_seen
+        state = self.checkpoints.roll_back(first_bad, resume_at, returns=done + 1)
         if state is None:
             raise self.guard.give_up("there is no checkpoint from before them")
         first = self.checkpoints.rollbacks()[-1]["from"]
-        self.guard.went_back(state.step, (first, before.samples_seen))
+        self.guard.went_back(state.step, (first, resume_at))
+        self.guard.restore(state.guard)
         self.state = dataclasses.replace(
             state,
             skipped_steps=before.skipped_steps,
@@ -211,6 +214,7 @@ class Trainer:
         """Save a checkpoint; if the disk refuses one that need not be, warn and go on."""
         self.writer.flush()  # a resume from here goes on where the curves end
         bad_since = self.guard.bad_steps[0] if self.guard.bad_steps else None
+        self.state.guard = self.guard.state()
         try:
             self.checkpoints.save(self.state, bad_since=bad_since)
         except SaveError as error:

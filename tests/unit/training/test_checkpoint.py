@@ -18,6 +18,14 @@ from routedvit.training.retention import Retention
 from tests.unit.training.fake_engine import FakeEngine
 
 
+class Killed(BaseException):
+    pass
+
+
+def die(*args: object) -> None:
+    raise Killed
+
+
 @pytest.fixture(autouse=True)
 def _one_writer(monkeypatch):
     """The fake writes the files of two ranks, so it must also seal those of the second."""
@@ -62,6 +70,19 @@ def test_a_run_state_from_before_a_field_was_added_still_loads(tmp_path):
     assert read_run_state(tmp_path) == RunState(step=3)
 
 
+def test_a_checkpoint_from_before_the_guard_was_saved_still_loads(engine, tmp_path, monkeypatch):
+    write = module.write_json
+
+    def without_guard(path: Path, value: dict) -> None:
+        write(path, {key: entry for key, entry in value.items() if key != "guard"})
+
+    monkeypatch.setattr(module, "write_json", without_guard)
+    save(engine, tmp_path, 2)
+    (tmp_path / "rollbacks.json").write_text('[{"step": 2, "from": 16, "to": 40}]')
+    state = load(tmp_path)[0]
+    assert (state.samples_seen, state.guard["returns"]) == (40, 0)
+
+
 def test_an_empty_folder_has_none(tmp_path):
     assert load(tmp_path / "missing")[0] is None
 
@@ -76,7 +97,7 @@ def test_the_manifest_covers_every_file(engine, tmp_path):
 def test_the_oldest_go(engine, tmp_path):
     for step in (1, 2, 3, 4):
         save(engine, tmp_path, step, keep=2)
-    assert sorted(os.listdir(tmp_path)) == ["latest", "step_00000003", "step_00000004"]
+    assert sorted(os.listdir(tmp_path)) == ["latest", "run_id", "step_00000003", "step_00000004"]
 
 
 def test_a_step_saved_twice_is_written_once(engine, tmp_path):
@@ -124,6 +145,11 @@ def swap_in_another_step(folder: Path) -> None:
     shutil.copytree(folder.with_name("step_00000001"), folder)
 
 
+def swap_in_another_run(folder: Path) -> None:
+    shutil.rmtree(folder)
+    shutil.copytree(save(FakeEngine(), folder.parent / "other", 2), folder)
+
+
 def alter_the_run_state(folder: Path) -> None:
     state = json.loads((folder / "run_state.json").read_text())
     (folder / "run_state.json").write_text(json.dumps(state | {"step": 7}))
@@ -140,6 +166,7 @@ def alter_the_run_state(folder: Path) -> None:
         (garble_the_manifest, "manifest.json"),
         (empty_the_manifest, "manifest.json"),
         (swap_in_another_step, "of step 1"),
+        (swap_in_another_run, "of another run"),
         (alter_the_run_state, "run_state.json"),
     ],
 )
@@ -157,6 +184,21 @@ def test_a_damaged_newest_is_named_and_the_one_before_is_used(engine, tmp_path, 
     # The damaged one is out of the way, so the run can reach and save that step again.
     save(engine, tmp_path, 2)
     assert load(tmp_path)[0].step == 2
+
+
+def test_a_lost_run_id_is_read_from_the_newest_checkpoint(engine, tmp_path):
+    save(engine, tmp_path, 1)
+    (tmp_path / "run_id").unlink()
+    shutil.rmtree(save(engine, tmp_path, 2))
+    assert load(tmp_path)[0].step == 1
+
+
+def test_a_checkpoint_from_before_runs_had_an_id_still_loads(engine, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "run_id", lambda folder: "")
+        save(engine, tmp_path, 1)
+    shutil.rmtree(save(engine, tmp_path, 2))
+    assert load(tmp_path)[0].step == 1
 
 
 def test_all_damaged_is_an_error_and_not_a_silent_fresh_start(engine, tmp_path):
@@ -192,7 +234,7 @@ def test_a_full_disk_is_named_with_the_need_and_the_mend_and_nothing_is_left(eng
     assert "MiB are free" in text or "GiB are free" in text
     assert str(tmp_path) in text
     assert "checkpoint.keep" in text
-    assert sorted(os.listdir(tmp_path)) == ["latest", "step_00000001"]
+    assert sorted(os.listdir(tmp_path)) == ["latest", "run_id", "step_00000001"]
     save(engine, tmp_path, 2)
     assert load(tmp_path)[0].step == 2
 
@@ -201,7 +243,7 @@ def test_a_save_that_cannot_fit_is_not_begun(engine, tmp_path, monkeypatch):
     monkeypatch.setattr(FakeEngine, "state_bytes", lambda self: 1 << 60)
     with pytest.raises(SaveError, match="GiB"):
         save(engine, tmp_path, 1)
-    assert os.listdir(tmp_path) == []
+    assert not list(tmp_path.rglob("*step*"))
 
 
 def test_a_named_checkpoint_sets_later_ones_aside(engine, tmp_path):
@@ -242,11 +284,12 @@ def test_going_back_moves_the_data_for_good_and_deletes_what_came_later(engine, 
     state = checkpoints.roll_back(before=3, resume_at=40)
     assert (state.step, state.samples_seen, engine.value) == (2, 40, 2)
     assert load(tmp_path)[0].samples_seen == 40
-    assert checkpoints.rollbacks() == [{"step": 2, "from": 16, "to": 40}]
+    assert checkpoints.rollbacks() == [{"step": 2, "from": 16, "to": 40, "returns": 1}]
     assert (tmp_path / "latest").read_text() == "step_00000002\n"
     assert not (tmp_path / "step_00000003").exists()
-    checkpoints.roll_back(before=3, resume_at=80)
-    assert load(tmp_path)[0].samples_seen == 80
+    checkpoints.roll_back(before=3, resume_at=80, returns=2)
+    state = load(tmp_path)[0]
+    assert (state.samples_seen, state.guard["returns"]) == (80, 2)
     save(engine, tmp_path, 4)
     assert load(tmp_path)[0].samples_seen == 32  # what its own run state says
 
@@ -283,8 +326,31 @@ def test_another_run_from_a_checkpoint_that_was_gone_back_to_passes_the_bad_data
     source = save(engine, tmp_path / "old", 2)
     Checkpoints(tmp_path / "old", engine, keep=3).roll_back(before=3, resume_at=40)
     fork = Checkpoints(tmp_path / "new", engine, keep=3)
-    assert fork.load_named(source).samples_seen == 40
+    state = fork.load_named(source)
+    assert (state.samples_seen, state.guard["returns"]) == (40, 0)
     assert fork.rollbacks() == []  # it has not gone back itself
+
+
+def test_a_run_that_returned_by_name_meets_a_later_step_as_new(engine, tmp_path):
+    """What it passed over on the old way does not move the data of the new one."""
+    for step in (1, 2):
+        save(engine, tmp_path, step)
+    checkpoints = Checkpoints(tmp_path, engine, keep=3, tell=lambda line: None)
+    checkpoints.roll_back(before=3, resume_at=40)
+    checkpoints.load_named(Path("step_00000001"))
+    save(engine, tmp_path, 2)
+    assert load(tmp_path)[0].samples_seen == 16
+
+
+def test_a_death_amid_going_back_does_not_meet_the_bad_data_again(engine, tmp_path, monkeypatch):
+    for step in (1, 2, 3):
+        save(engine, tmp_path, step)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", die)
+        with pytest.raises(Killed):
+            Checkpoints(tmp_path, engine, keep=3).roll_back(before=3, resume_at=40)
+    jumps = json.loads((tmp_path / "rollbacks.json").read_text())
+    assert [(jump["step"], jump["to"]) for jump in jumps] == [(2, 40)]
 
 
 def load_newest(checkpoints: Checkpoints) -> None:
@@ -359,9 +425,10 @@ def test_a_disk_that_is_full_after_the_rename_fails_no_save(engine, tmp_path, mo
         raise OSError("No space left on device")
 
     monkeypatch.setattr(module, "replace_text", full)
-    checkpoints = Checkpoints(tmp_path, engine, keep=3, tell=told.append)
+    checkpoints = Checkpoints(tmp_path, engine, keep=1, tell=told.append)
     assert checkpoints.save(RunState(step=2)).is_dir()
     assert "step_00000002 was saved" in told[0]
+    assert (tmp_path / "step_00000001").is_dir()  # which `latest` still names
 
 
 @pytest.mark.parametrize("text", ['{"metrics"', "[]", '{"unknown": 1}'])
@@ -374,10 +441,6 @@ def test_a_damaged_run_state_has_no_metric(engine, tmp_path, text):
     assert checkpoints.wants(state)
     checkpoints.save(state)
     assert not folder.exists()
-
-
-class Killed(BaseException):
-    pass
 
 
 def test_a_kill_at_any_moment_of_a_save_leaves_a_loadable_checkpoint(tmp_path, monkeypatch):
@@ -427,10 +490,7 @@ def test_a_kill_at_any_moment_of_a_save_leaves_a_loadable_checkpoint(tmp_path, m
 def test_latest_never_names_what_is_not_there(engine, tmp_path, monkeypatch):
     save(engine, tmp_path, 1)
 
-    def crash(self, target):
-        raise Killed
-
-    monkeypatch.setattr(Path, "rename", crash)
+    monkeypatch.setattr(Path, "rename", die)
     with pytest.raises(Killed):
         save(engine, tmp_path, 2)
     assert (tmp_path / "latest").read_text() == "step_00000001\n"

@@ -121,6 +121,47 @@ def test_a_spike_that_stays_remains_a_spike(tmp_path, told):
     assert watch.alarm
 
 
+def test_spikes_have_a_limit_of_their_own(tmp_path, told):
+    watch = guard(tmp_path, told, spike_sigmas=6.0, spike_window=16, max_spikes=2)
+    for step in range(16):
+        watch.watch(good(noisy(step)), [batch("a")], step)
+    for step, result in enumerate([bad(), good(20.0), bad(), good(), good(20.0), good(20.0)]):
+        assert not watch.alarm
+        watch.watch(result, [batch("a")], 16 + step)
+    assert watch.alarm
+    assert watch.bad_steps == [20, 21]
+
+
+def test_a_guard_that_goes_on_from_a_saved_state_judges_alike(tmp_path, told):
+    """Through JSON, as in a checkpoint: with the same median, amid bad steps, to the last bit."""
+    settings = {"spike_sigmas": 6.0, "spike_window": 16, "max_bad_steps": 3}
+    watch = guard(tmp_path, told, **settings)
+    for step in range(30):
+        watch.watch(good(noisy(step)), [batch("a")], step)
+    watch.watch(good(20.0), [batch("a")], 30)
+    then = guard(tmp_path, told, **settings)
+    then.restore(json.loads(json.dumps(watch.state())))
+    told.clear()
+    for step in (31, 32):
+        for one in (watch, then):
+            one.watch(good(noisy(step) + 2.0), [batch("a")], step)
+    assert watch.alarm
+    assert then.alarm
+    assert then.state() == watch.state()
+    assert told[0] == told[1]
+    assert told[2] == told[3]
+
+
+def test_earlier_returns_are_forgiven_after_enough_good_steps(tmp_path, told):
+    watch = guard(tmp_path, told, forgive_after=3)
+    watch.restore({"returns": 2, "good_steps": 0})
+    for step, result in enumerate([good(), bad(), good()]):
+        watch.watch(result, [batch("a")], step)
+    assert watch.returns == 2
+    watch.watch(good(), [batch("a")], 3)
+    assert watch.returns == 0
+
+
 def test_spikes_are_ignored_unless_asked_for(tmp_path, told):
     watch = guard(tmp_path, told)
     for step in range(200):

@@ -263,6 +263,49 @@ def test_a_run_that_goes_back_too_often_ends_in_words(tmp_path):
         run.fit()
 
 
+def test_a_run_goes_back_again_once_earlier_returns_are_forgiven(tmp_path):
+    engine = FakeEngine()
+    engine.losses = {position: float("nan") for start in (20, 80, 140) for position in
+                     range(start, start + 12, 4)}  # fmt: skip
+    forgiving = {"forgive_after": 10, "max_rollbacks": 1}
+    run = trainer(tmp_path, engine, Sink(), RunState(), total_steps=40, guard=forgiving)
+    assert run.fit().finished
+    assert len(run.checkpoints.rollbacks()) == 3
+
+
+def test_a_run_that_dies_after_each_return_still_goes_back_no_oftener(tmp_path):
+    engine = FakeEngine()
+    engine.losses = dict.fromkeys(range(20, 400, 4), float("nan"))
+    state = RunState()
+    for _ in range(2):  # max_rollbacks
+        run = trainer(tmp_path, engine, Sink(), state, total_steps=99)
+        batches = run.loader.batches(run.state.samples_seen)
+        while not run.guard.alarm:
+            run.train_step(batches)
+            if run.state.step == 4:
+                run.save(must=True)
+        run.go_back()
+        state = run.checkpoints.load_newest()
+    with pytest.raises(ConfigError, match="gone back 2 times"):
+        trainer(tmp_path, engine, Sink(), state, total_steps=99).fit()
+
+
+def test_a_resumed_run_knows_a_spike_as_an_uninterrupted_one(tmp_path):
+    watch = {"spike_sigmas": 6.0, "spike_window": 16, "max_bad_steps": 2}
+    seen = []
+    for stops in (False, True):
+        engine, sink, folder = FakeEngine(), Sink(), tmp_path / str(stops)
+        engine.losses = dict.fromkeys((92, 96), 9.0)  # steps 24 and 25
+        state = RunState()
+        for total in (20, 30) if stops else (30,):
+            run = trainer(folder, engine, sink, state, total_steps=total, guard=watch)
+            run.fit()
+            state = run.checkpoints.load_newest()
+        assert sum("back to step" in message for message in sink.messages) == 1
+        seen.append(engine.seen)
+    assert seen[0] == seen[1]
+
+
 def test_going_back_keeps_the_config_of_this_start(tmp_path):
     engine = FakeEngine()
     engine.losses = dict.fromkeys((20, 24, 28), float("nan"))
