@@ -165,7 +165,7 @@ def test_a_disk_that_cannot_be_read_is_no_damage(engine, tmp_path, monkeypatch, 
 
     with monkeypatch.context() as patch:
         patch.setattr(module, name, fail)
-        with pytest.raises(ConfigError, match="Stale file handle.*see to the disk"):
+        with pytest.raises(ConfigError, match=r"Stale file handle.*see to the disk"):
             load(tmp_path)
     assert load(tmp_path)[0].step == 2
 
