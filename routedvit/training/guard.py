@@ -2,10 +2,10 @@
 
 A step is bad if its loss or gradient was not finite (the engine has skipped it on all ranks then),
 or, where asked for, if its loss stands out of those before it. `max_bad_steps` in a row, or
-`max_spikes` of the second kind (which did act on the weights), are an alarm: the trainer goes back to the last checkpoint before them and on with the data after them, as
-PaLM did by hand (2204.02311, section 5.1: back about 100 steps, past 200 to 500 batches; spikes
-came from that data meeting those weights, so other data helped). The data between are lost to the
-run; the ledger names them.
+`max_spikes` of the second kind (which did act on the weights), are an alarm: the trainer goes back
+to the last checkpoint before them and on with the data after them, as PaLM did by hand (2204.02311,
+section 5.1: back about 100 steps, past 200 to 500 batches; spikes came from that data meeting those
+weights, so other data helped). The data between are lost to the run; the ledger names them.
 
 In fp16 an overflow with a finite loss is how the loss scale is found, and no bad step.
 
