@@ -60,7 +60,8 @@ def build_engine(
     )
     set_checkpointing(model, *config.train.checkpointing)
     if config.train.compile:
-        compile_blocks(model, world.device)
+        sizes = 1 + len(config.resolution.stages)
+        compile_blocks(model, world.device, shapes=sizes * len(capacity.scheduled(config.capacity)))
     engine, average = wrap_objective(config, objective, world)
     return engine, build_schedules(config, engine, average, loader.samples_per_epoch)
 
@@ -115,12 +116,12 @@ def build_schedules(
     dials: list[Dial] = [average] if average is not None else []
     recipe = config.capacity
     if recipe.schedule != "none":
-        factors = capacity.levels(recipe.start, recipe.end, recipe.levels)
+        factors = capacity.scheduled(recipe)
         if recipe.schedule == "anneal":
             steps = max(1, round(recipe.until * total_steps))
             factor = capacity.anneal(factors, steps, recipe.shape)
         else:
-            factor = capacity.sample(recipe.factors or factors, config.seed)
+            factor = capacity.sample(factors, config.seed)
         dials.append(capacity.CapacityDial(engine.model, factor))
     if config.resolution.stages:
         stages = [(round(s.until * total_steps), s.size) for s in config.resolution.stages]

@@ -18,7 +18,7 @@ from fractions import Fraction
 import numpy as np
 from torch import nn
 
-from routedvit.training.config import ConfigError
+from routedvit.training.config import CapacityConfig, ConfigError
 
 STREAM = 0xCA9AC17  # keeps these draws apart from others made of (seed, step)
 
@@ -60,6 +60,15 @@ class CapacityDial:
     def _apply(self, factor: Fraction) -> None:
         for router, nominal in self._routers:
             router.set_capacity(min(Fraction(1), factor * nominal))
+
+
+def scheduled(recipe: CapacityConfig) -> list[Fraction]:
+    """The factors that a run takes, in order; [1] without a schedule."""
+    if recipe.schedule == "none":
+        return [Fraction(1)]
+    if recipe.factors:
+        return [_ratio(factor) for factor in recipe.factors]
+    return levels(recipe.start, recipe.end, recipe.levels)
 
 
 def levels(start: float, end: float, number: int) -> list[Fraction]:

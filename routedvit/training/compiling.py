@@ -5,7 +5,9 @@ DeepSpeed's hooks above all. Under ZeRO-3 a block is made a leaf (`leaf_modules`
 gathered before its forward and no hook is left inside to break the graph. Checkpointing lies inside
 a block and is compiled with it.
 
-Blocks that differ in a constant (drop-path rates) are compiled each, up to `RECOMPILE_LIMIT`.
+Blocks that differ in a constant (drop-path rates) are compiled each, and each once more for every
+shape that the run schedules (capacities, image sizes) and for evaluation. torch gives up after 8
+versions of one piece of code, here with an error; so the limit follows from the run.
 Compiled code is kept in TORCHINDUCTOR_CACHE_DIR, by default a folder of the user in the machine's
 /tmp: local to a node, as locks on network disks can hang, and found again by the next start.
 """
@@ -20,19 +22,21 @@ from torch import nn
 
 from routedvit.training.config import ConfigError
 
-RECOMPILE_LIMIT = 128  # the drop-path rates of a deep model, in training; torch's default is 8
 
-
-def compile_blocks(model: nn.Module, device: torch.device) -> None:
+def compile_blocks(model: nn.Module, device: torch.device, shapes: int = 1) -> None:
     """Compile the forward of every block of `model.blocks`, in place; state dicts do not change.
+
+    Args:
+        shapes: how many combinations of capacity and image size training goes through.
 
     Raises:
         ConfigError: the model has no blocks, or this machine no compiler.
     """
     blocks = blocks_of(model)
     _check_compiler(device)
-    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
-    torch._dynamo.config.accumulated_recompile_limit = 4 * RECOMPILE_LIMIT
+    limit = 2 * len(blocks) * (shapes + 1)  # with and without gradients; one shape to evaluate
+    torch._dynamo.config.recompile_limit = max(8, limit)
+    torch._dynamo.config.accumulated_recompile_limit = 4 * max(64, limit)
     for block in blocks:
         block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
 

@@ -149,6 +149,16 @@ class RunConfig(Section):
     """Native DeepSpeed keys, verbatim. What the sections above own (batch sizes, clipping,
     precision, optimiser, scheduler) is filled in; a contradiction is an error."""
 
+    @model_validator(mode="after")
+    def _images_are_mixed_for_labels(self) -> "RunConfig":
+        mixes = [key for key in ("mixup", "cutmix") if getattr(self.loss, key)]
+        if mixes and not self.objective.classifies:
+            raise ValueError(
+                f"loss.{mixes[0]}: objective.name = '{self.objective.name}' reads no labels, and "
+                f"nothing of the section loss; set loss.{mixes[0]} to 0"
+            )
+        return self
+
     @property
     def folder(self) -> str:
         """Run folder: checkpoints, logs, exported weights."""

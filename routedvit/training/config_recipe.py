@@ -163,8 +163,8 @@ class CapacityConfig(Section):
     shape: Literal["linear", "cosine"] = "linear"
     """anneal: how it goes from `start` to `end`."""
     levels: int = Field(5, ge=2)
-    """How many evenly spaced factors there are from `start` to `end`. torch.compile gives up on a
-    block after 8 versions of it, of which evaluation takes one or two."""
+    """How many evenly spaced factors there are from `start` to `end`. torch.compile makes a version
+    of every block for each."""
     factors: list[float] | None = Field(None, min_length=1)
     """sample: draw from these instead of a range."""
 

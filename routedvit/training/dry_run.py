@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from routedvit.training.capacity import scheduled
 from routedvit.training.config import ConfigError, RunConfig
 from routedvit.training.memory import gib, readable
 from routedvit.training.native_config import split_batch, zero_stage
@@ -105,11 +106,13 @@ def describe_step(config: RunConfig, machine: Machine) -> str:
         memory = rehearsal.measure(size)
     batch = f"{config.train.batch_size:,} images = {world_size} ranks x {size}"
     batch += f" x {accumulation} accumulated" if accumulation > 1 else ""
+    factor = max(scheduled(config.capacity))
     lines = [
         f"parameters   {compute.num_parameters:,}",
         f"compute      {_gflops(compute.forward_flops)} an image forward, "
         f"{_gflops(compute.training_flops)} in training with what is recomputed",
         f"batch        {batch}",
+        *([f"capacity     factor {float(factor):g} of the schedule, its largest"] * (factor > 1)),
         "",
         *_table(config, compute, memory, size, machine),
         "",

@@ -29,6 +29,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils.flop_counter import FlopCounterMode
 
 from routedvit.training.assembly import wrap_objective
+from routedvit.training.capacity import CapacityDial, scheduled
 from routedvit.training.config import RunConfig
 from routedvit.training.config_recipe import TeacherConfig
 from routedvit.training.engine import cast_to_parameters, pretend
@@ -278,6 +279,9 @@ def _fake_objective(config: RunConfig, world_size: int) -> nn.Module:
             teacher=_untrained_teacher,
         )
     set_checkpointing(model, *config.train.checkpointing)
+    largest = max(scheduled(config.capacity))
+    if largest > 1:  # the step that takes most
+        CapacityDial(model, lambda step: largest).turn(0)
     parts = list(objective.modules())
     if isinstance(objective, DistillationObjective):
         parts += objective.teacher.network.modules()  # type: ignore[attr-defined]

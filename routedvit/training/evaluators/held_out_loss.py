@@ -43,7 +43,7 @@ class HeldOutLoss:
         """
         device = next(model.parameters()).device
         names: list[str] = []
-        sums = torch.zeros(1, dtype=torch.float64, device=device)
+        sums, unusable = torch.zeros(1, dtype=torch.float64, device=device), 0
         with inference(self.objective):
             for batch in self.loader:
                 rows = batch["valid"].nonzero().flatten()
@@ -56,17 +56,19 @@ class HeldOutLoss:
                     batch["target"][rows].to(device),
                     torch.tensor([zlib.crc32(key.encode()) for key in keys], device=device),
                 )
+                unusable += batch.get("unusable", 0)
                 names = ["loss", *metrics]
                 means = torch.stack([loss, *metrics.values()]).double()
                 sums = sums + torch.cat([means * count, means.new_tensor([count])])
+        sums = torch.cat([sums, sums.new_tensor([unusable])])
         if distributed.is_available() and distributed.is_initialized():
             distributed.all_reduce(sums)
-        *totals, seen = sums.tolist()
-        if seen != self.loader.num_samples:
+        *totals, seen, lost = sums.tolist()
+        if seen + lost != self.loader.num_samples:
             raise RuntimeError(
-                f"{self.name}: {seen:.0f} samples were evaluated, the set has "
-                f"{self.loader.num_samples}. The shards differ from their manifest, or ranks read "
-                "different lists."
+                f"{self.name}: {seen:.0f} samples were evaluated and {lost:.0f} are unusable, the "
+                f"set has {self.loader.num_samples}. The shards differ from their manifest, or "
+                "ranks read different lists."
             )
         for name, total in zip(names, totals, strict=True):
             yield name, total / seen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -31,13 +32,18 @@ def fresh() -> Any:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("policy", ["none", "heavy", "block"])
-def test_a_block_is_one_graph_that_serves_all_blocks(policy, monkeypatch):
+@pytest.fixture
+def only_traced(monkeypatch):
     """Traced in full by Dynamo; without Inductor, so that no C++ is compiled."""
     compiler = torch.compile
     monkeypatch.setattr(
         compiling.torch, "compile", lambda f, **options: compiler(f, backend="eager", **options)
     )
+
+
+@pytest.mark.usefixtures("only_traced")
+@pytest.mark.parametrize("policy", ["none", "heavy", "block"])
+def test_a_block_is_one_graph_that_serves_all_blocks(policy):
     images = toy.batch(range(2))["image"]
     model = toy.model()
     expected = model(images)
@@ -55,6 +61,22 @@ def test_a_block_is_one_graph_that_serves_all_blocks(policy, monkeypatch):
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
+
+
+@pytest.mark.usefixtures("only_traced")
+def test_every_drop_path_rate_may_meet_every_scheduled_capacity() -> None:
+    """torch gives up after 8 versions of one piece of code; here it would end the run."""
+    model = toy.model(drop_path_rate=0.5)
+    shapes = [Fraction(1, n) for n in (2, 3, 4, 5, 6)]
+    compile_blocks(model, CPU, shapes=len(shapes))
+    images = toy.batch(range(2))["image"]
+    for capacity in shapes:
+        model.set_capacity(capacity)
+        model.train()(images).sum().backward()
+    model.eval()
+    with torch.no_grad():
+        model(images)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 8
 
 
 def test_no_compiler_is_a_mistake_in_words(monkeypatch):

@@ -123,3 +123,9 @@ def test_checkpointing_is_a_policy_or_a_boolean(
 def test_an_unknown_checkpointing_policy_is_refused(path: str) -> None:
     with pytest.raises(ConfigError, match=r"train\.grad_checkpointing = \"blocks\""):
         load_config(RunConfig, path, ["train.grad_checkpointing=blocks"])
+
+
+def test_mixing_for_an_objective_without_labels_is_refused(path: str) -> None:
+    overrides = ["objective.name=mae", "loss.cutmix=0.5"]
+    with pytest.raises(ConfigError, match=r"loss\.cutmix: objective\.name = 'mae' reads no labels"):
+        load_config(RunConfig, path, overrides)

@@ -31,8 +31,8 @@ class Objective(nn.Module):
 class Loader:
     num_samples = NUM_SAMPLES
 
-    def __init__(self, batch_size: int, last: int = NUM_SAMPLES) -> None:
-        self.batch_size, self.last = batch_size, last
+    def __init__(self, batch_size: int, last: int = NUM_SAMPLES, unusable: int = 0) -> None:
+        self.batch_size, self.last, self.unusable = batch_size, last, unusable
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         total = 2 * self.batch_size + -(-NUM_SAMPLES // self.batch_size) * self.batch_size
@@ -42,6 +42,7 @@ class Loader:
                 "target": rows,
                 "key": [f"image/{row}" for row in rows.tolist()],
                 "valid": rows < self.last,
+                "unusable": self.unusable if rows[0] == 0 else 0,
             }
 
 
@@ -59,5 +60,14 @@ def test_the_mean_does_not_depend_on_batches_and_padding(batch_size: int) -> Non
 
 def test_a_lost_sample_is_an_error() -> None:
     objective = Objective()
-    with pytest.raises(RuntimeError, match="10 samples were evaluated, the set has 11"):
+    with pytest.raises(RuntimeError, match="10 samples were evaluated and 0 are unusable, the set"):
         dict(HeldOutLoss(objective, Loader(4, last=10), every_steps=1).run(objective.model))
+
+
+def test_an_image_that_cannot_be_read_is_left_out_of_the_mean() -> None:
+    objective = Objective()
+    whole = dict(HeldOutLoss(objective, Loader(4), every_steps=1).run(objective.model))
+    loader = Loader(4, last=10, unusable=1)
+    values = dict(HeldOutLoss(objective, loader, every_steps=1).run(objective.model))
+    last = 10 * (zlib.crc32(b"image/10") % 97)
+    assert values["loss"] == pytest.approx((whole["loss"] * 11 - last) / 10)

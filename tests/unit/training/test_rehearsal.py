@@ -118,6 +118,18 @@ def test_every_policy_keeps_less_than_the_one_before_it() -> None:
     assert compute.training_flops == pytest.approx(3 * compute.forward_flops, rel=0.05)
 
 
+def test_a_capacity_schedule_is_rehearsed_at_its_largest() -> None:
+    every = [f"model.kwargs.{router}_capacity=0.5" for router in ("q", "kv", "ffn")]
+    built = config_of(*every)
+    scheduled = config_of(*every, "capacity.schedule=sample", "capacity.factors=[0.5,2]")
+    heavy = config_of(*[text.replace("0.5", "1") for text in every])
+    peaks = []
+    for config in (built, scheduled, heavy):
+        with rehearse_memory(config, 1) as rehearsal:
+            peaks.append(rehearsal.measure(MICRO).peak)
+    assert peaks[0] < peaks[1] == pytest.approx(peaks[2], rel=0.01)
+
+
 def test_no_memory_is_taken_for_a_large_model() -> None:
     """Two blocks of colt5_vit_h have 50 million parameters: 200 MB, and as much for Adam twice."""
     config = config_of("model.kwargs.depth=2", name="vit_h")
