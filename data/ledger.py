@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +47,7 @@ class Ledger:
         if not entries:
             return
         if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a") as file:
-                file.writelines(json.dumps(entry) + "\n" for entry in entries)
+            _append(self.path, entries)
         for entry in entries:
             if entry.get("quarantined"):
                 self._quarantine(entry)
@@ -60,9 +59,7 @@ class Ledger:
         if self.samples_path is None:
             return
         line = {"position": batch["position"].tolist(), "key": batch["key"]}
-        self.samples_path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.samples_path, "a") as file:
-            file.write("\n" + json.dumps(line))  # whatever half a line a killed process left
+        _append(self.samples_path, [line])
 
     def _count(self, entry: dict[str, Any]) -> None:
         if not self.samples:
@@ -92,3 +89,14 @@ class Ledger:
                 f"{len(self.shards)} damaged {self.split} shards, more than data.max_bad_shards = "
                 f"{self.shard_limit}; the last: {entry['reason']}"
             )
+
+
+def _append(path: Path, lines: list[dict[str, Any]]) -> None:
+    """Add JSON lines; they do not begin behind half a line that a killed process left."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+b") as file:
+        if end := file.seek(0, os.SEEK_END):
+            file.seek(end - 1)
+        if file.read(1) not in (b"", b"\n"):
+            file.write(b"\n")
+        file.write("".join(json.dumps(line) + "\n" for line in lines).encode())

@@ -6,9 +6,11 @@ import itertools
 import json
 
 import pytest
+import torch
 
 from data import audit
 from data.errors import DataError
+from data.ledger import Ledger
 from tests.unit.data.serving import FaultyServer
 from tests.unit.data.test_faults import BAD_SAMPLES, shards_with
 from tests.unit.data.test_loaders import BATCH, SIZES, TOTAL, train_loader
@@ -76,6 +78,26 @@ def test_remote_shards_are_audited_through_the_cache_of_the_run(
     assert not (tmp_path / "home").exists()
 
 
+def test_half_a_line_of_a_killed_process_takes_no_other_line_with_it(tmp_path):
+    ledger = Ledger(tmp_path, "train", rank=0, limit=9, log_samples=True)
+    bad = {"shard": "0.tar", "key": "a", "reason": "é"}
+    batch = {"position": torch.tensor([3]), "key": ["a"]}
+    ledger.record([bad])
+    ledger.took(batch)
+    for path in (ledger.path, ledger.samples_path):
+        with open(path, "a") as file:
+            file.write('{"half')
+    ledger.record([bad, bad])
+    ledger.took(batch)
+    for path, whole in (
+        (ledger.path, [bad] * 3),
+        (ledger.samples_path, [{"position": [3], "key": ["a"]}] * 2),
+    ):
+        lines = path.read_text().splitlines()
+        assert lines.pop(1) == '{"half'
+        assert list(map(json.loads, lines)) == whole
+
+
 def test_a_mixture_is_audited_source_by_source(make_set, make_config, run, capsys):
     sources = [make_set([9, 7, 8, 8], "train"), make_set([5, 6, 5], "other")]
     sections = [{"shards": str(f), "weight": w} for f, w in zip(sources, (3, 1), strict=True)]
@@ -93,7 +115,7 @@ def test_what_was_lost_doubled_or_exchanged_is_named(make_set, make_config, run,
     write_config(run, config)
     run_steps(run, config, 2, 0, 2)
     path = run / "logs" / "samples.rank0.jsonl"
-    lines = [json.loads(line) for line in path.read_text().split("\n")[1:]]
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
     lines[1]["key"][0] = "someone"  # position 4
     del lines[2]  # positions 8 and 10
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"position": [3')

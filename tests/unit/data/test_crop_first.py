@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import random
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from data.crop_first import CropFirst, from_encoded
 from data.errors import BadSample
 from data.lazy_image import LazyImage
 from data.transforms import sample_seeds, seed_generators, train_transform
+from tests.unit.data.test_decode import mutated
 
 PIXELS = 10_000_000
 SEEDS = sample_seeds(0, np.arange(24)).tolist()
@@ -112,17 +114,42 @@ def test_both_decoders_refuse_what_is_cut(monkeypatch, with_turbo):
         LazyImage(payload[: len(payload) // 2], 3, PIXELS).pixels()
 
 
-def test_a_second_header_does_not_get_past_the_pixel_cap():
-    """Turbo goes by the first frame header, so one that Pillow did not see must not reach it."""
-    small, large = photograph((40, 40)), photograph((400, 400))
+@pytest.mark.parametrize("with_turbo", [True, False])
+@pytest.mark.parametrize(
+    ("order", "words"), [("large small", "cannot be decoded"), ("small large", "2000 are allowed")]
+)
+def test_a_second_header_does_not_get_past_the_pixel_cap(monkeypatch, order, words, with_turbo):
+    """Pillow goes by the last frame header; a decoder that went by the first must not be asked."""
+    if not with_turbo:
+        monkeypatch.setattr(lazy_image, "simplejpeg", None)
+    payloads = {"small": photograph((40, 40)), "large": photograph((400, 400))}
 
     def frame(payload: bytes) -> bytes:
         at = payload.index(b"\xff\xc0")
         return payload[at : at + 2 + int.from_bytes(payload[at + 2 : at + 4], "big")]
 
-    twice = small.replace(frame(small), frame(large) + frame(small))
-    try:
-        pixels = LazyImage(twice, 3, 2000).pixels()
-    except BadSample:
-        return
-    assert pixels.shape[:2] == (40, 40)
+    both_frames = b"".join(frame(payloads[name]) for name in order.split())
+    twice = payloads["small"].replace(frame(payloads["small"]), both_frames)
+    with pytest.raises(BadSample, match=words):
+        LazyImage(twice, 3, 2000).pixels()
+
+
+@pytest.mark.parametrize(("mode", "channels"), [("RGB", 3), ("L", 1), ("L", 3)])
+def test_mutated_jpegs_decode_to_the_size_they_claim_or_are_bad_samples(mode, channels):
+    """On the path that training takes, turbo first, at every reduction."""
+    pytest.importorskip("simplejpeg")
+    content, rng = photograph((61, 47), mode=mode), random.Random(0)
+    decoded = refused = by_turbo = 0
+    for _ in range(1500):
+        factor = rng.choice((1, 2, 4, 8))
+        try:
+            image = LazyImage(mutated(content, rng), channels, 1_000_000)
+            by_turbo += image._turbo_reads_it and image._turbo(factor) is not None
+            pixels = image.pixels(factor)
+        except BadSample:
+            refused += 1
+        else:
+            width, height = (-(-length // factor) for length in image.size)
+            assert pixels.shape == (height, width, channels)
+            decoded += 1
+    assert min(decoded, refused, by_turbo) > 150
