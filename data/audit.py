@@ -70,7 +70,10 @@ def audit(run: Path) -> Audit:
     arguments = parse(["--config", str(run), "--steps", "0:1"])
     config = data_config(arguments)
     train = resolve_train(config)
-    order, reader = order_of(train, config, arguments.seed), ShardReader(train.shards)
+    order, reader = (
+        order_of(train, config, arguments.seed),
+        ShardReader(train.shards, config.verify, config.remote),
+    )
     substitutes = {
         line["position"]: line.get("replaced_by")
         for line in _lines(run / "logs", "bad_samples.train")

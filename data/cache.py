@@ -52,6 +52,11 @@ class ShardCache:
                 kept = self._kept(path)
                 return self._fetched(name, entry, path) if kept is None else kept
 
+    def drop(self, name: str, entry: ShardEntry | IndexEntry) -> None:
+        """Forget a fetched file whose copy here turned out to be damaged."""
+        with self._own_disk(), self._lock("room"):
+            self.path(name, entry).unlink(missing_ok=True)
+
     def path(self, url: str, entry: ShardEntry | IndexEntry) -> Path:
         """Where the shard is kept once it is here."""
         digest = hashlib.sha256(f"{url}\n{entry.sha256}".encode()).hexdigest()

@@ -24,13 +24,15 @@ from data.cache import ShardCache
 from data.config import RemoteConfig
 from data.errors import BadSample, BadShard, Unreachable
 from data.index_file import SUFFIX, unpack
-from data.manifest import ShardEntry, sha256_of_open
+from data.manifest import IndexEntry, ShardEntry, sha256_of_open
 from data.remote import is_url, sibling
 from data.shards import ShardSet
 from data.tar_index import BLOCK, NO_LABEL, TarIndex, index_of
 
 log = logging.getLogger(__name__)
 MAX_OPEN_SHARDS = 256  # per process: streams read many in turn; 1024 descriptors are usual
+MAX_OPEN_REMOTE = 16  # an open shard takes disk even after the cache dropped it
+MAX_INDICES = 4096  # per process: a shard of a thousand samples has an index of some 50 kB
 MAX_IMAGE_BYTES = 1 << 28
 
 
@@ -55,8 +57,8 @@ class ShardReader:
         self.verify = verify
         self.cache = ShardCache(remote or RemoteConfig())
         self.damaged: dict[int, BadShard] = {}
-        self._indices: dict[int, TarIndex] = {}  # of shards that were examined
-        self._listings: dict[int, TarIndex] = {}  # of shards that may not even be here
+        self._indices: OrderedDict[int, TarIndex] = OrderedDict()  # of shards that were examined
+        self._listings: OrderedDict[int, TarIndex] = OrderedDict()  # and those maybe not even here
         self._open: OrderedDict[int, io.FileIO] = OrderedDict()
         self._told = False  # that an index file cannot be used
         # Shared with the loader processes: a rank hashes each shard once, not once per worker.
@@ -97,23 +99,40 @@ class ShardReader:
 
     def _listing(self, shard: int) -> TarIndex:
         """What a shard holds; where an index file says it, the shard is not fetched."""
-        if shard in self._indices:
-            return self._indices[shard]
-        if shard not in self._listings:
-            kept = self._kept_index(self.shards.names[shard], self.shards.entries[shard])
-            self._listings[shard] = self._index(shard) if kept is None else kept
-        return self._listings[shard]
+        for known in (self._indices, self._listings):
+            if shard in known:
+                known.move_to_end(shard)
+                return known[shard]
+        kept = self._kept_index(self.shards.names[shard], self.shards.entries[shard])
+        if kept is None:
+            return self._index(shard)
+        return _remember(self._listings, shard, kept)
 
     def _index(self, shard: int) -> TarIndex:
         if shard in self.damaged:
             raise self.damaged[shard]
-        if shard not in self._indices:
-            try:
-                self._indices[shard] = self._examine(shard)
-            except BadShard as error:
-                self.damaged[shard] = error
+        if shard in self._indices:
+            self._indices.move_to_end(shard)
+            return self._indices[shard]
+        try:
+            index = self._examine_fresh(shard)
+        except BadShard as error:
+            self.damaged[shard] = error
+            raise
+        return _remember(self._indices, shard, index)
+
+    def _examine_fresh(self, shard: int) -> TarIndex:
+        """As `_examine`; a fetched copy that is damaged is fetched once more."""
+        try:
+            return self._examine(shard)
+        except BadShard as error:
+            name, entry = self.shards.names[shard], self.shards.entries[shard]
+            if not is_url(name) or shard not in self._open:  # nothing came: the server has none
                 raise
-        return self._indices[shard]
+            log.warning("%s; the copy on this node is dropped and fetched again", error)
+            self._open.pop(shard).close()
+            self.cache.drop(name, entry)
+            return self._examine(shard)
 
     def _examine(self, shard: int) -> TarIndex:
         """Compare a shard with its manifest entry, as thoroughly as `verify` asks; index it."""
@@ -148,8 +167,7 @@ class ShardReader:
             return None
         beside = sibling(name, f"{entry.name}{SUFFIX}") if is_url(name) else name + SUFFIX
         try:
-            with self.cache.open(beside, entry.index) as file:
-                content = file.read()
+            content = self._read_index(beside, entry.index)
             reason = f"{beside} is not the file that the manifest knows"
             if hashlib.sha256(content).hexdigest() == entry.index.sha256:
                 index = unpack(content)
@@ -163,15 +181,33 @@ class ShardReader:
         self._told = True
         return None
 
+    def _read_index(self, beside: str, entry: IndexEntry) -> bytes:
+        """The index file as it is; a fetched copy that is damaged is fetched once more."""
+        with self.cache.open(beside, entry) as file:
+            content = file.read()
+        if not is_url(beside) or hashlib.sha256(content).hexdigest() == entry.sha256:
+            return content
+        self.cache.drop(beside, entry)
+        with self.cache.open(beside, entry) as file:
+            return file.read()
+
     def _file(self, shard: int) -> io.FileIO:
         if shard not in self._open:
-            if len(self._open) >= MAX_OPEN_SHARDS:
+            if len(self._open) >= (MAX_OPEN_REMOTE if self.shards.remote else MAX_OPEN_SHARDS):
                 self._open.popitem(last=False)[1].close()
             self._open[shard] = self.cache.open(
                 self.shards.names[shard], self.shards.entries[shard]
             )
         self._open.move_to_end(shard)
         return self._open[shard]
+
+
+def _remember(indices: OrderedDict[int, TarIndex], shard: int, index: TarIndex) -> TarIndex:
+    """Keep an index for later, in the place of the one that was asked for longest ago."""
+    if len(indices) >= MAX_INDICES:
+        indices.popitem(last=False)
+    indices[shard] = index
+    return index
 
 
 @contextmanager

@@ -6,9 +6,12 @@ import itertools
 import json
 
 import pytest
+import torch
 
 from data import audit
 from data.errors import DataError
+from data.ledger import Ledger
+from tests.unit.data.serving import FaultyServer
 from tests.unit.data.test_faults import BAD_SAMPLES, shards_with
 from tests.unit.data.test_loaders import BATCH, SIZES, TOTAL, train_loader
 
@@ -56,6 +59,43 @@ def test_runs_of_2_1_and_4_ranks_take_every_sample_once(
     assert f"positions 0 to {steps * BATCH - 1}; {BATCH} of them again" in said
     for epoch in (0, 1):
         assert f"epoch {epoch}: {TOTAL} of {TOTAL} samples, each exactly once" in said
+
+
+def test_remote_shards_are_audited_through_the_cache_of_the_run(
+    make_set, make_config, run, tmp_path, monkeypatch
+):
+    make_set([4, 4])
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    remote = {"cache_dir": str(tmp_path / "cache"), "give_up_after": 8}
+    with FaultyServer(tmp_path) as server:
+        config = make_config(f"{server.url}/train", streams=2, log_samples=True, remote=remote)
+        write_config(run, config)
+        run_steps(run, config, 1, 0, 1)
+        fetched = len(server.requests)
+        assert audit.main([str(run)]) == 0
+        assert {name for name, _ in server.requests[fetched:]} == {"manifest.json"}
+        server.shutdown()
+    assert not (tmp_path / "home").exists()
+
+
+def test_half_a_line_of_a_killed_process_takes_no_other_line_with_it(tmp_path):
+    ledger = Ledger(tmp_path, "train", rank=0, limit=9, log_samples=True)
+    bad = {"shard": "0.tar", "key": "a", "reason": "é"}
+    batch = {"position": torch.tensor([3]), "key": ["a"]}
+    ledger.record([bad])
+    ledger.took(batch)
+    for path in (ledger.path, ledger.samples_path):
+        with open(path, "a") as file:
+            file.write('{"half')
+    ledger.record([bad, bad])
+    ledger.took(batch)
+    for path, whole in (
+        (ledger.path, [bad] * 3),
+        (ledger.samples_path, [{"position": [3], "key": ["a"]}] * 2),
+    ):
+        lines = path.read_text().splitlines()
+        assert lines.pop(1) == '{"half'
+        assert list(map(json.loads, lines)) == whole
 
 
 def test_a_mixture_is_audited_source_by_source(make_set, make_config, run, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import json
 import os
 import re
 import socket
@@ -20,6 +21,7 @@ from data.cache import ShardCache
 from data.config import RemoteConfig
 from data.errors import BadShard, DataError, Unreachable
 from data.manifest import MANIFEST_NAME
+from data.reader import ShardReader
 from data.remote import _filesystem
 from data.shards import resolve
 from tests.unit.data.serving import FaultyServer
@@ -170,6 +172,58 @@ def test_the_cache_stays_below_its_limit_and_drops_the_longest_unused(make_set, 
     assert names == ["000.tar", "001.tar", "002.tar"]
     with pytest.raises(DataError, match="give the cache more room"):
         fetched(server, remote.model_copy(update={"cache_gb": 1e-9}), "001.tar")
+
+
+def cached(remote, suffix):
+    (path,) = Path(remote.cache_dir).glob(suffix)
+    return path
+
+
+@pytest.mark.parametrize("damage", ["byte", "cut", "gone"])
+def test_a_damaged_copy_is_fetched_again(make_set, server, remote, caplog, damage):
+    """And the shard at the URL, which is whole, is not blamed."""
+    folder = make_set([6])
+    shards = resolve(f"{server.url}/train", remote=remote)
+    assert ShardReader(shards, remote=remote).read(0, 2).key == "train/0002"
+    copy = cached(remote, "*.tar")
+    if damage == "gone":
+        copy.unlink()
+    else:
+        content = bytearray(copy.read_bytes())
+        content[len(content) // 2] ^= 1
+        copy.write_bytes(content if damage == "byte" else content[:2048])
+    assert ShardReader(shards, remote=remote).read(0, 2).key == "train/0002"
+    assert cached(remote, "*.tar").read_bytes() == (folder / "000.tar").read_bytes()
+    assert [name for name, _ in server.requests].count("000.tar") == 2
+    assert ("dropped and fetched again" in caplog.text) == (damage != "gone")
+
+
+def test_a_damaged_copy_is_fetched_again_once_only(make_set, server, remote):
+    """A manifest that counts wrongly makes every copy look damaged."""
+    folder = make_set([6])
+    manifest = json.loads((folder / MANIFEST_NAME).read_text())
+    manifest["samples"] = manifest["shards"][0]["samples"] = 7
+    (folder / MANIFEST_NAME).write_text(json.dumps(manifest))
+    reader = ShardReader(resolve(f"{server.url}/train", remote=remote), remote=remote)
+    for _ in range(2):
+        with pytest.raises(BadShard, match="6 samples found and the manifest says 7"):
+            reader.read(0, 0)
+    assert [name for name, _ in server.requests].count("000.tar") == 2
+
+
+def test_few_remote_shards_are_open_at_a_time(make_set, server, remote, monkeypatch):
+    """What is open takes disk after the cache has dropped it, so it counts towards the limit."""
+    monkeypatch.setattr("data.reader.MAX_OPEN_REMOTE", 2)
+    monkeypatch.setattr("data.reader.MAX_INDICES", 2)
+    make_set([2, 2, 2, 2])
+    reader = ShardReader(resolve(f"{server.url}/train", remote=remote), remote=remote)
+    for sample in (0, 1):
+        for shard in range(4):
+            assert reader.read(shard, sample).key == f"train/{2 * shard + sample:04d}"
+            links = Path("/proc/self/fd").iterdir()
+            files = [os.readlink(link) for link in links if link.is_symlink()]
+            assert sum(remote.cache_dir in file for file in files) <= 2
+    assert len(reader._indices) == 2
 
 
 FETCH = """
