@@ -40,6 +40,7 @@ from routedvit.training.model import create_model
 from routedvit.training.native_config import zero_stage
 from routedvit.training.objectives import build_loss
 from routedvit.training.optim import build_optimizer
+from routedvit.training.signals import StopSignals
 
 WARMUP = 5
 EVERY = {"log": "every_steps", "log_slowly": "gradients_every_steps",
@@ -143,7 +144,7 @@ def one_round(config: RunConfig, folder: Path) -> tuple[dict[str, list[float]], 
     trainer = build_trainer(
         config, engine, schedule, loader, EvalLoaders(loader, None),
         checkpoints=Checkpoints(folder / "checkpoints", engine, keep=1),
-        state=RunState(), folder=folder, console=Console(1),
+        state=RunState(), folder=folder, console=Console(1), signals=StopSignals(),
     )  # fmt: skip
     occasional = timed(trainer, list(EVERY))
     trainer.fit()

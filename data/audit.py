@@ -14,107 +14,131 @@ a line; 2: there was nothing to look at.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain, groupby, islice
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from data.errors import DataError
-from data.mixture import order_of, resolve_train
+from data.mixture import TURNS, order_of, resolve_train
+from data.order import Place
 from data.order_cli import data_config, parse
 from data.reader import ShardReader
+from data.shards import ShardSet
+from data.taken import ledger_lines, taken
 
 MAX_LINES = 20  # findings printed; the count is of all
+CHUNK = 1 << 14  # positions looked up at a time
 
 
 @dataclass
 class Audit:
-    """What was found: lines for people, and what is wrong."""
+    """What was found: lines for people, the first of what is wrong, and how much that is."""
 
     report: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
+    findings: int = 0
 
-
-def taken(folder: Path) -> tuple[dict[int, str], int, list[str]]:
-    """Position -> key over all ledgers; how many were taken again; where the keys then differed."""
-    found: dict[int, str] = {}
-    again, wrong = 0, []
-    for line in _lines(folder, "samples"):
-        for position, key in zip(line["position"], line["key"], strict=True):
-            if position in found:
-                again += 1
-                if found[position] != key:
-                    wrong.append(f"position {position} was {found[position]} once and {key} later")
-            found[position] = key
-    return found, again, wrong
-
-
-def _lines(folder: Path, name: str) -> Iterator[dict[str, Any]]:
-    for path in sorted(folder.glob(f"{name}*.rank*.jsonl")):
-        for text in path.read_text(encoding="utf-8").splitlines():
-            try:
-                yield json.loads(text)
-            except ValueError:  # a process that was killed leaves half a line
-                continue
+    def tell(self, line: str, times: int = 1) -> None:
+        """Something is wrong, at so many positions."""
+        self.findings += times
+        if len(self.wrong) < MAX_LINES:
+            self.wrong.append(line)
 
 
 def audit(run: Path) -> Audit:
     """Compare the ledgers of a run folder with the order of its config. DataError without any."""
-    found, again, wrong = taken(run / "logs")
-    if not found:
+    samples = _by_position(run / "logs")
+    first = next(samples, None)
+    if first is None:
         raise DataError(f"{run}/logs has no samples.rank*.jsonl; run with data.log_samples = true")
     arguments = parse(["--config", str(run), "--steps", "0:1"])
     config = data_config(arguments)
     train = resolve_train(config)
-    order, reader = (
-        order_of(train, config, arguments.seed),
-        ShardReader(train.shards, config.verify, config.remote),
+    order = order_of(train, config, arguments.seed)
+    reader = ShardReader(train.shards, config.verify, config.remote)
+    bad = ledger_lines(run / "logs", "bad_samples.train")
+    substitutes = {line["position"]: line.get("replaced_by") for line in bad}
+    # a source's epochs overlap within a block of turns, see data.mixture
+    epochs = _Epochs(train.parts, patience=2 * TURNS * order.streams * config.augment.repeats)
+    found = Audit()
+    samples = chain([first], samples)
+    count = again = substituted = following = 0
+    while chunk := list(islice(samples, CHUNK)):
+        place = order.locate(np.array([position for position, _ in chunk], dtype=np.int64))
+        epochs.add(place, chunk[-1][0])
+        for (position, keys), shard, sample in zip(chunk, *place[1:], strict=True):
+            if position > following:
+                found.tell(_missing(following, position - 1), position - following)
+            following = position + 1
+            count, again = count + 1, again + len(keys) - 1
+            substituted += position in substitutes
+            planned = reader.key(int(shard), int(sample))
+            for key in sorted(set(keys) - {planned, substitutes.get(position)}):
+                found.tell(f"position {position} was {key}, the order says {planned}")
+            if len(set(keys)) > 1:
+                found.tell(f"position {position} was {' and '.join(sorted(set(keys)))} in turn")
+    found.report.append(
+        f"{count} samples taken, positions 0 to {following - 1}; {again} of them again after a "
+        f"restart; {substituted} substitutes for bad ones"
     )
-    substitutes = {
-        line["position"]: line.get("replaced_by")
-        for line in _lines(run / "logs", "bad_samples.train")
-    }
-    result = Audit(wrong=wrong)
-    positions = np.arange(max(found) + 1)
-    place = order.locate(positions)
-    result.report.append(
-        f"{len(found)} samples taken, positions 0 to {len(positions) - 1}; {again} of them again "
-        f"after a restart; {len(substitutes.keys() & found.keys())} substitutes for bad ones"
-    )
-    seen: dict[tuple[int, int], set[tuple[int, int]]] = {}
-    source_of = np.repeat(np.arange(len(train.parts)), [len(part.names) for part in train.parts])
-    for position, epoch, shard, sample in zip(positions.tolist(), *place, strict=True):
-        if position not in found:
-            result.wrong.append(f"position {position} was never taken")
-            continue
-        planned = reader.key(int(shard), int(sample))
-        if found[position] not in (planned, substitutes.get(position)):
-            result.wrong.append(
-                f"position {position} was {found[position]}, the order says {planned}"
-            )
-        seen.setdefault((int(source_of[shard]), int(epoch)), set()).add((int(shard), int(sample)))
-    result.report += _epochs(seen, [part.num_samples for part in train.parts], place, source_of)
-    return result
+    found.report += epochs.lines()
+    return found
 
 
-def _epochs(
-    seen: dict[tuple[int, int], set[tuple[int, int]]],
-    sizes: list[int],
-    place: Any,
-    source_of: np.ndarray,
-) -> list[str]:
-    """A line per epoch of each source: how many different samples, and how often one came."""
-    lines = []
-    for (source, epoch), samples in sorted(seen.items()):
-        turns = int(((source_of[place.shard] == source) & (place.epoch == epoch)).sum())
-        name = f"source {source}, epoch {epoch}" if len(sizes) > 1 else f"epoch {epoch}"
-        times = "each exactly once" if turns == len(samples) else f"in {turns} turns"
-        lines.append(f"{name}: {len(samples)} of {sizes[source]} samples, {times}")
-    return lines
+def _by_position(folder: Path) -> Iterator[tuple[int, list[str]]]:
+    """Each position that was taken, ascending, with the keys it had: one, or one a time."""
+    for position, group in groupby(taken(folder), attrgetter("position")):
+        yield position, [key for _, key in group]
+
+
+def _missing(first: int, last: int) -> str:
+    if first == last:
+        return f"position {first} was never taken"
+    return f"positions {first} to {last} were never taken"
+
+
+class _Epochs:
+    """Counts the samples of each epoch of each source, and forgets them when it is over: when it
+    had none for `patience` positions.
+    """
+
+    def __init__(self, parts: list[ShardSet], patience: int) -> None:
+        self.patience = patience
+        self.sizes = [part.num_samples for part in parts]
+        shards = [len(part.names) for part in parts]
+        self.source_of = np.repeat(np.arange(len(parts)), shards)
+        # where each shard begins, in its source
+        self.begins = np.concatenate([np.cumsum([0, *part.sizes[:-1]]) for part in parts])
+        self.open: dict[tuple[int, int], np.ndarray] = {}  # (source, epoch) -> turns per sample
+        self.newest: dict[tuple[int, int], int] = {}  # (source, epoch) -> position
+        self.closed: dict[tuple[int, int], str] = {}
+
+    def add(self, place: Place, last: int) -> None:
+        """Count these samples; `last` is the position of the last one."""
+        source, number = self.source_of[place.shard], self.begins[place.shard] + place.sample
+        for name in set(zip(source.tolist(), place.epoch.tolist(), strict=True)):
+            rows = (source == name[0]) & (place.epoch == name[1])
+            turns = self.open.setdefault(name, np.zeros(self.sizes[name[0]], dtype=np.int32))
+            np.add.at(turns, number[rows], 1)
+            self.newest[name] = last
+        for name in [name for name in self.open if self.newest[name] + self.patience < last]:
+            self.closed[name] = self._line(name, self.open.pop(name))
+
+    def lines(self) -> list[str]:
+        """A line per epoch of each source: how many different samples, and how often one came."""
+        rest = {name: self._line(name, turns) for name, turns in self.open.items()}
+        return [line for _, line in sorted((self.closed | rest).items())]
+
+    def _line(self, name: tuple[int, int], turns: np.ndarray) -> str:
+        (source, epoch), samples = name, int((turns > 0).sum())
+        times = "each exactly once" if turns.sum() == samples else f"in {turns.sum()} turns"
+        words = f"source {source}, epoch {epoch}" if len(self.sizes) > 1 else f"epoch {epoch}"
+        return f"{words}: {samples} of {self.sizes[source]} samples, {times}"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -131,9 +155,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"data.audit: {error}", file=sys.stderr)
         return 2
     print(*found.report, sep="\n")
-    for line in found.wrong[:MAX_LINES]:
+    for line in found.wrong:
         print(f"  WRONG  {line}")
-    print(f"{len(found.wrong)} findings" if found.wrong else "all is well")
+    print(f"{found.findings} findings" if found.wrong else "all is well")
     return 1 if found.wrong else 0
 
 

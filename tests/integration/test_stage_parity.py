@@ -13,9 +13,11 @@ import pytest
 
 from tests.integration.launching import HERE, run_script
 
-# Sums in another order, amplified by AdamW's division; the rate is 2e-3.
+# AdamW divides by the gradient's size, so that sums in another order move single weights whose
+# gradient is hardly more than rounding; the rate is 2e-3. All weights together agree far better.
 LOSS_TOLERANCE = 2e-6
-WEIGHT_TOLERANCE = 2e-5
+WEIGHT_TOLERANCE = 1e-4
+RELATIVE_TOLERANCE = 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -26,14 +28,16 @@ def report(tmp_path_factory: Any) -> list[dict[str, Any]]:
 
 
 def test_losses_and_weights_equal_plain_pytorch(report: list[dict[str, Any]]) -> None:
-    assert len(report) == 15 * 4
+    assert len(report) == 17 * 4
     wrong = [
         entry
         for entry in report
-        if entry["loss"] > LOSS_TOLERANCE or entry["weights"] > WEIGHT_TOLERANCE
+        if entry["loss"] > LOSS_TOLERANCE
+        or entry["weights"] > WEIGHT_TOLERANCE
+        or entry["relative"] > RELATIVE_TOLERANCE
     ]
     assert wrong == []
 
 
 def test_the_steps_were_long_enough_to_tell(report: list[dict[str, Any]]) -> None:
-    assert min(entry["moved"] for entry in report) > 100 * WEIGHT_TOLERANCE
+    assert min(entry["moved"] for entry in report) > 20 * WEIGHT_TOLERANCE

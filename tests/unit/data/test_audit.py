@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import itertools
 import json
+import tracemalloc
 
+import numpy as np
 import pytest
 import torch
 
 from data import audit
 from data.errors import DataError
 from data.ledger import Ledger
+from data.mixture import order_of, resolve_train
+from data.reader import ShardReader
 from tests.unit.data.serving import FaultyServer
 from tests.unit.data.test_faults import BAD_SAMPLES, shards_with
 from tests.unit.data.test_loaders import BATCH, SIZES, TOTAL, train_loader
@@ -124,6 +128,57 @@ def test_what_was_lost_doubled_or_exchanged_is_named(make_set, make_config, run,
     for words in ("position 4 was someone, the order says train/", "position 8 was never taken"):
         assert words in said
     assert "3 findings" in said
+
+
+def test_a_gap_is_one_line_and_counts_whole(make_set, make_config, run, capsys):
+    config = make_config(make_set(SIZES), streams=4, log_samples=True)
+    write_config(run, config)
+    run_steps(run, config, 2, 0, 1)
+    run_steps(run, config, 2, 3, 4)
+    assert audit.main([str(run)]) == 1
+    said = capsys.readouterr().out
+    assert f"positions {BATCH} to {3 * BATCH - 1} were never taken" in said
+    assert f"{2 * BATCH} findings" in said
+
+
+def write_ledger(logs, train, order, steps):
+    """What a rank alone writes down that takes `steps`, the last tenth of them twice."""
+    reader = ShardReader(train.shards)
+    with open(logs / "samples.rank0.jsonl", "w") as file:
+        for step in (*range(steps), *range(steps * 9 // 10, steps)):
+            positions = np.arange(step * BATCH, (step + 1) * BATCH)
+            place = order.locate(positions)
+            keys = [reader.key(*at) for at in zip(place.shard, place.sample, strict=True)]
+            file.write(json.dumps({"position": positions.tolist(), "key": keys}) + "\n")
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_long_run_takes_no_more_memory_than_a_short_one(
+    make_set, make_config, tmp_path, monkeypatch, parts
+):
+    """And epochs of mixed sources, which overlap, are counted whole before they are forgotten."""
+    for module in ("mixture", "audit"):
+        monkeypatch.setattr(f"data.{module}.TURNS", 128)
+    monkeypatch.setattr("data.audit.CHUNK", 256)
+    monkeypatch.setattr("data.taken.BLOCK", 4096)
+    sections = [{"shards": str(make_set(SIZES))}, {"shards": str(make_set([5, 6, 7, 8], "other"))}]
+    config = make_config(sections[:parts], streams=4, log_samples=True)
+    train = resolve_train(config)
+    peaks = {}
+    for steps in (10, 150, 450):  # the first leaves what stays for good, as the indices of shards
+        run = tmp_path / f"run{steps}"
+        (run / "logs").mkdir(parents=True)
+        write_config(run, config)
+        write_ledger(run / "logs", train, order_of(train, config, 7), steps)
+        tracemalloc.start()
+        found = audit.audit(run)
+        peaks[steps] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert not found.findings, found.wrong
+        assert f"{steps * BATCH} samples taken" in found.report[0]
+        whole = [line for line in found.report if f"{TOTAL} of {TOTAL} samples, each" in line]
+        assert len(whole) == pytest.approx(steps * BATCH // train.samples_per_epoch, abs=1)
+    assert peaks[450] < 1.2 * peaks[150]
 
 
 def test_substitutes_of_bad_samples_are_known(tmp_path, make_config, run, capsys):
