@@ -126,14 +126,14 @@ def run(config: RunConfig, args: argparse.Namespace, console: Console, signals: 
     config.model.kwargs.setdefault("num_classes", num_classes)
     model = create_model(config.model, num_classes=num_classes, seed=config.seed)
     if args.evaluate:
-        held_out = build_eval_loaders(config, model, world, folder)
+        held_out = build_eval_loaders(config, model, world, folder.evaluated / "logs")
         return evaluate_offline(
             config, model, world, held_out, checkpoint=args.evaluate, folder=folder, console=console
         )
     started = None
     if config.model.warm_start and not args.resume and (args.fresh or not folder.has_checkpoint()):
         started = begin_from(model, config.model.warm_start)
-    loader, eval_loaders, image_format = build_loaders(config, model, world, folder)
+    loader, eval_loaders, image_format = build_loaders(config, model, world, folder.logs)
     readable = (loader.fingerprint, eval_loaders and eval_loaders.val.fingerprint)
     must_agree("shards", readable, "copy the same sets with their manifests to every machine")
     engine, schedules = build_engine(config, model, world, loader)
@@ -181,7 +181,7 @@ def begin_from(model: nn.Module, source: str) -> WarmStart:
 
 
 def build_loaders(
-    config: RunConfig, model: nn.Module, world: World, folder: RunFolder
+    config: RunConfig, model: nn.Module, world: World, logs: Path
 ) -> tuple[TrainLoader, EvalLoaders | None, dict[str, Any]]:
     """Training and held-out batches in the format of the model, and that format (timm's keys)."""
     # With dynamic_img_size timm falls back on a size of its own unless it is told the model's.
@@ -194,23 +194,23 @@ def build_loaders(
         global_batch_size=batch_size,
         micro_batch_size=micro_batch_size,
         pairs=bool(config.loss.mixup or config.loss.cutmix),
-        **reading(format, world, folder),
+        **reading(format, world, logs),
     )
     crop_pct = config.data.crop_pct or format["crop_pct"]
-    eval_loaders = build_eval_loaders(config, model, world, folder)
+    eval_loaders = build_eval_loaders(config, model, world, logs)
     format |= {"mean": loader.mean, "std": loader.std, "crop_pct": crop_pct}
     return loader, eval_loaders, format
 
 
 def build_eval_loaders(
-    config: RunConfig, model: nn.Module, world: World, folder: RunFolder
+    config: RunConfig, model: nn.Module, world: World, logs: Path
 ) -> EvalLoaders | None:
     """Held-out images, and training images for evaluators that learn; None without data.val."""
     if config.data.val is None:
         return None
     format = resolve_input_data_config(model, {"model_kwargs": config.model.kwargs})
     micro_batch_size = config.train.micro_batch_size or -(-config.train.batch_size // world.size)
-    common: dict[str, Any] = reading(format, world, folder) | {
+    common: dict[str, Any] = reading(format, world, logs) | {
         "batch_size": config.eval.batch_size or micro_batch_size,
         "crop_pct": config.data.crop_pct or format["crop_pct"],
     }
@@ -221,13 +221,13 @@ def build_eval_loaders(
     return EvalLoaders(build_eval_loader(config.data, **common), train)
 
 
-def reading(format: dict[str, Any], world: World, folder: RunFolder) -> dict[str, Any]:
+def reading(format: dict[str, Any], world: World, logs: Path) -> dict[str, Any]:
     """What all loaders take: the model's format, this rank's place, where bad samples are named."""
     return {
         **{key: format[key] for key in ("input_size", "mean", "std", "interpolation")},
         "rank": world.rank,
         "world_size": world.size,
-        "ledger_dir": folder.logs,
+        "ledger_dir": logs,
     }
 
 

@@ -172,7 +172,9 @@ def build_trainer(
     evaluators: list[Evaluator] = []
     monitor: Monitor | None = None
     if eval_loaders is not None:
-        evaluators = build_run_evaluators(config, engine, eval_loaders, samples)
+        evaluators = build_run_evaluators(
+            config, engine.model, engine.objective, eval_loaders, samples
+        )
         monitor = build_monitor(config, engine, eval_loaders, loader, writer, progress.message)
     profiler = None
     if config.log.profile_steps and engine.rank == 0:

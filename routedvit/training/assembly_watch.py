@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from timm.data import resolve_input_data_config
+from torch import nn
 
 from routedvit.training.config import RunConfig
 from routedvit.training.engine import Engine
@@ -23,20 +24,27 @@ NO_HPARAMS = ("about", "name", "output_dir", "eval", "checkpoint", "log", "deeps
 
 
 def build_run_evaluators(
-    config: RunConfig, engine: Engine, loaders: EvalLoaders, samples_per_epoch: int
+    config: RunConfig,
+    model: nn.Module,
+    objective: nn.Module | None,
+    loaders: EvalLoaders,
+    samples_per_epoch: int,
 ) -> list[Evaluator]:
-    """What is evaluated while the run goes on; without classes, the objective's own loss first."""
+    """What is evaluated while a run goes on; without classes, the objective's own loss first.
+
+    Args:
+        model: the network.
+        objective: around it; without one its loss is left out.
+    """
 
     def steps(epochs: float) -> int:
         return config.epochs_to_steps(epochs, samples_per_epoch)
 
     classifies = config.objective.classifies
-    evaluators = build_evaluators(
-        config.eval, engine.model, loaders, steps=steps, classifies=classifies
-    )
-    if not classifies:
+    evaluators = build_evaluators(config.eval, model, loaders, steps=steps, classifies=classifies)
+    if not classifies and objective is not None:
         every_steps = steps(config.eval.every_epochs)
-        evaluators.insert(0, HeldOutLoss(engine.objective, loaders.val, every_steps=every_steps))
+        evaluators.insert(0, HeldOutLoss(objective, loaders.val, every_steps=every_steps))
     return evaluators
 
 

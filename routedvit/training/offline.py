@@ -4,38 +4,36 @@
     deepspeed train.py --config C --evaluate runs/NAME/checkpoints/step_00010000
     python train.py --config C --evaluate runs/NAME/weights      exported, or a .safetensors file
 
-The classes are those that run during training, on any number of processes, whatever ranks and ZeRO
-stage wrote the checkpoint: the weights are put together whole, so the network must fit on one
-device, and no optimiser is built. Prints a table, writes `evaluation/NAME.json` into the run folder
-and the same tables as training does. Nothing else in the folder is touched.
+The evaluators are those that run during training, in the same precision, on any number of
+processes, whatever ranks and ZeRO stage wrote the checkpoint. On as many processes the numbers are
+those that the run logged, bit for bit. The weights are put together whole, so the network must fit
+on one device, and no optimiser or teacher is built.
+
+Prints a table and writes report.json and the evaluators' tables into `evaluated/WHAT/` of the run
+folder, `evaluated/WHAT.1/` the next time. Nothing else in the folder is touched.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-from timm.models import load_state_dict
-from torch import Tensor, nn
+from torch import nn
 
-from routedvit.training.checkpoint import LATEST, first_fault, read_manifest
+from routedvit.training.assembly_watch import build_run_evaluators
 from routedvit.training.collective import on_rank_zero
-from routedvit.training.config import ConfigError, RunConfig
+from routedvit.training.config import ConfigError, PrecisionConfig, RunConfig
 from routedvit.training.console import Console
-from routedvit.training.evaluators import build_evaluators, record
-from routedvit.training.export import WEIGHTS
-from routedvit.training.full_weights import full_weights, has_state
-from routedvit.training.interfaces import EvalLoaders
+from routedvit.training.evaluators import record
+from routedvit.training.interfaces import EvalLoaders, Evaluator
 from routedvit.training.metrics import FanOutWriter
-from routedvit.training.run_folder import RunFolder
+from routedvit.training.objectives import build_objective
+from routedvit.training.run_folder import RunFolder, first_free
+from routedvit.training.stored_weights import find, load, title, weights_in
 from routedvit.training.world import World
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-NETWORK = "model."  # what an objective calls its network
-AVERAGE = "ema"  # the optimiser's state that holds averaged weights
 
 
 def evaluate_offline(
@@ -52,90 +50,100 @@ def evaluate_offline(
 
     Raises:
         ConfigError: there is no such checkpoint, it is damaged or of another model, or the config
-            has nothing to evaluate on.
+            has nothing to evaluate, or nothing to evaluate it on.
     """
     if loaders is None:
         raise ConfigError("--evaluate needs images: name shards in data.val.shards")
     path = on_rank_zero(lambda: find(checkpoint, folder))
-    console.log_to(folder.logs / f"evaluate_rank_{world.rank}.log")
+    console.log_to(folder.evaluated / "logs" / f"rank_{world.rank}.log")
     console.print(f"evaluating {path} on {world.size} x {world.device.type}")
-    evaluators = build_evaluators(config.eval, model, loaders, steps=lambda epochs: 0)
-    out = folder.path / "evaluation" if world.rank == 0 else None
+    objective = stored_objective(config, model, path)
+    evaluators = build_run_evaluators(config, model, objective, loaders, samples_per_epoch=1)
+    if objective is None and not config.objective.classifies:
+        console.print(what_is_missing(config, path, evaluators))
     numbers: dict[str, float] = {}
-    for suffix, weights in weights_in(path):
-        load(model, weights, path)
-        model.to(world.device, DTYPES[config.precision.dtype]).eval()
-        for evaluator in evaluators:
-            findings = evaluator.run(model)
-            prefix = evaluator.name + suffix
-            numbers |= record(findings, prefix, 0, writer=FanOutWriter(), folder=out)
+    out: Path | None = None
+    for suffix, weights in weights_in(path, config.eval.weights):
+        load(model, objective, weights, path)
+        out = out or on_rank_zero(lambda: first_free(folder.evaluated / title(path, folder)))
+        place(objective or model, config.precision, world)
+        tables = out if world.rank == 0 else None
+        numbers |= measure(evaluators, model, suffix, config.precision, world, tables)
     console.print(table(numbers))
-    if out is not None:
-        report = out / f"{path.stem if path.is_file() else path.name}.json"
-        report.parent.mkdir(parents=True, exist_ok=True)
-        content = {"weights": str(path), "config": config.name, "metrics": numbers}
-        report.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        console.print(f"written to {report}")
+    if out is not None and world.rank == 0:
+        write_report(out, config, path, world, loaders.val.num_samples, numbers)
+        console.print(f"written to {out}")
     return 0
 
 
-def find(checkpoint: str, folder: RunFolder) -> Path:
-    """The folder of a checkpoint, or a file of weights, that the command line names.
+def stored_objective(config: RunConfig, model: nn.Module, path: Path) -> nn.Module | None:
+    """The objective whose held-out loss is to be taken, if it is not judged by the classes and
+    `path` is a checkpoint: exported weights are the network's alone."""
+    if config.objective.classifies or path.is_file():
+        return None
+    # an objective without classes mixes nothing and has no teacher: the rest does not matter to it
+    cpu = torch.device("cpu")
+    return build_objective(config, model, micro_batch_size=1, device=cpu, mean=(), std=())
+
+
+def what_is_missing(config: RunConfig, path: Path, evaluators: list[Evaluator]) -> str:
+    """What cannot be evaluated on a network without the rest of its objective.
 
     Raises:
-        ConfigError: it does not exist, or the checkpoint is damaged.
+        ConfigError: that is all there is.
     """
-    path = Path(checkpoint)
-    if checkpoint == LATEST:
-        pointer = folder.checkpoints / LATEST
-        if not pointer.exists():
-            raise ConfigError(f"--evaluate latest: there is no checkpoint in {folder.checkpoints}")
-        path = folder.checkpoints / pointer.read_text(encoding="utf-8").strip()
-    if (path / WEIGHTS).exists():
-        path = path / WEIGHTS
-    if path.is_file():
-        return path
-    if not path.is_dir():
-        raise ConfigError(
-            f"--evaluate {checkpoint}: no such file or folder; give a folder "
-            f"checkpoints/step_..., exported weights ({WEIGHTS}) or 'latest'"
-        )
-    try:
-        fault = first_fault(path, read_manifest(path))
-    except (OSError, ValueError) as error:
-        fault = str(error)
-    if fault is not None:
-        raise ConfigError(f"--evaluate {checkpoint}: not a whole checkpoint: {fault}")
-    return path
+    text = (
+        f"{path} holds the network alone, without what objective.name = '{config.objective.name}' "
+        "trains beside it, so its held-out loss cannot be evaluated; give a checkpoint for that"
+    )
+    if not evaluators:
+        raise ConfigError(f"{text}, or switch on eval.knn or eval.linear_probe")
+    return text
 
 
-def weights_in(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(suffix of the metrics, state dict): raw weights, and averages if there are any, '_ema'."""
-    if path.is_file():
-        yield "", load_state_dict(str(path))
-        return
-    yield "", of_network(full_weights(path))
-    if has_state(path, AVERAGE):
-        yield "_ema", of_network(full_weights(path, AVERAGE))
+def place(module: nn.Module, precision: PrecisionConfig, world: World) -> None:
+    """Onto the device, in the type that training keeps its weights in."""
+    dtype = torch.float32 if precision.autocast else DTYPES[precision.dtype]
+    module.to(world.device, dtype).eval()
 
 
-def of_network(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The part of an objective's weights that is the network's, under its own names."""
-    return {
-        name.removeprefix(NETWORK): value
-        for name, value in weights.items()
-        if name.startswith(NETWORK)
+def measure(
+    evaluators: list[Evaluator],
+    model: nn.Module,
+    suffix: str,
+    precision: PrecisionConfig,
+    world: World,
+    folder: Path | None,
+) -> dict[str, float]:
+    """What all evaluators say about the present weights, by 'val/metric'. Collective."""
+    numbers: dict[str, float] = {}
+    # a context for each set of weights: autocast remembers those that it has cast
+    with torch.autocast(world.device.type, torch.bfloat16, enabled=precision.autocast):
+        for evaluator in evaluators:
+            prefix = evaluator.name + suffix
+            findings = evaluator.run(model)
+            numbers |= record(findings, prefix, 0, writer=FanOutWriter(), folder=folder)
+    return numbers
+
+
+def write_report(
+    folder: Path,
+    config: RunConfig,
+    path: Path,
+    world: World,
+    num_samples: int,
+    numbers: dict[str, float],
+) -> None:
+    """report.json: which weights, evaluated how, and what came out."""
+    content = {
+        "weights": str(path.resolve()),
+        "processes": world.size,
+        "images": num_samples,
+        "metrics": numbers,
+        "config": config.model_dump(mode="json"),
     }
-
-
-def load(model: nn.Module, weights: dict[str, Any], path: Path) -> None:
-    """Strictly into the model. ConfigError: they are another model's."""
-    model.float()
-    try:
-        model.load_state_dict(weights)
-    except (RuntimeError, ValueError) as error:
-        first_line = str(error).splitlines()[0]
-        raise ConfigError(f"{path} does not fit the model of the config: {first_line}") from None
+    report = folder / "report.json"
+    report.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def table(numbers: dict[str, float]) -> str:

@@ -6,6 +6,8 @@
              logs/           what each rank printed
              weights/        the exported model
              weights_ema/    the same with averaged weights, if the run keeps an average
+             evaluation/     the evaluators' newest tables, while it trains
+             evaluated/      what `--evaluate` found later, a folder each
 
 A folder that already holds another run is refused instead of being resumed with a different recipe;
 `--fresh` moves the old one aside, so nothing is ever deleted.
@@ -55,6 +57,10 @@ class RunFolder:
     @property
     def ema_weights(self) -> Path:
         return self.path / "weights_ema"
+
+    @property
+    def evaluated(self) -> Path:
+        return self.path / "evaluated"
 
     def has_checkpoint(self) -> bool:
         """Whether a run in this folder would be resumed."""
@@ -125,6 +131,18 @@ def move_aside(folder: RunFolder) -> Path | None:
     while (target := folder.path.with_name(f"{folder.path.name}.{number}")).exists():
         number += 1
     return folder.path.rename(target)
+
+
+def first_free(path: Path) -> Path:
+    """Make the first folder of NAME, NAME.1, NAME.2, ... that does not exist, and return it."""
+    target, number = path, 0
+    while True:
+        try:
+            target.mkdir(parents=True)
+            return target
+        except FileExistsError:
+            number += 1
+            target = path.with_name(f"{path.name}.{number}")
 
 
 def git_revision() -> str | None:

@@ -63,12 +63,13 @@ def gather(own: Features) -> Features:
     gives one order on any world size.
     """
     if distributed.is_available() and distributed.is_initialized():
-        own = Features(*map(_interleaved, own))
+        own = Features(*map(interleaved, own))
     return Features(own.features[own.valid], own.target[own.valid], own.valid[own.valid])
 
 
-def _interleaved(rows: Tensor) -> Tensor:
-    rows = rows.to(torch.uint8) if rows.dtype == torch.bool else rows
-    parts = [torch.empty_like(rows) for _ in range(distributed.get_world_size())]
-    distributed.all_gather(parts, rows.contiguous())
-    return torch.stack(parts, dim=1).flatten(0, 1)
+def interleaved(rows: Tensor) -> Tensor:
+    """The rows of all ranks in the order of the set, padding included. Collective."""
+    sent = rows.to(torch.uint8) if rows.dtype == torch.bool else rows.contiguous()
+    parts = [torch.empty_like(sent) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(parts, sent)
+    return torch.stack(parts, dim=1).flatten(0, 1).to(rows.dtype)

@@ -1,8 +1,9 @@
-"""`--evaluate`: weights from anywhere, the same numbers as in training, mistakes in words."""
+"""`--evaluate`: what the run logged, bit for bit; weights from anywhere; mistakes in words."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,31 +12,53 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from torch import distributed, nn
+from torch import nn
 
 import routedvit  # noqa: F401  (registers the models)
+from routedvit.training import engine as engines
+from routedvit.training.assembly import build_checkpoints, build_engine
+from routedvit.training.assembly_watch import build_run_evaluators
+from routedvit.training.checkpoint import RunState
 from routedvit.training.config import ConfigError, RunConfig
 from routedvit.training.console import Console
-from routedvit.training.evaluators import Classification
-from routedvit.training.full_weights import full_weights, has_state
+from routedvit.training.engine import Engine
+from routedvit.training.evaluators import Classification, record
 from routedvit.training.interfaces import EvalLoaders
-from routedvit.training.offline import evaluate_offline, find, of_network, weights_in
+from routedvit.training.metrics import FanOutWriter
+from routedvit.training.offline import evaluate_offline
 from routedvit.training.run_folder import RunFolder
 from routedvit.training.world import World
 
-WORLD = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
+MAE = {"name": "mae", "decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
+DISTILL = {"name": "distill", "teacher": {"name": "test_vit", "checkpoint": "gone.safetensors"}}
 
 
 class Loader:
-    num_samples = 6
+    """Seven images in batches of four."""
+
+    num_samples = 7
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         generator = torch.Generator().manual_seed(0)
-        yield {
-            "image": torch.randn(6, 3, 64, 64, generator=generator),
-            "target": torch.randint(0, 5, (6,), generator=generator),
-            "valid": torch.ones(6, dtype=torch.bool),
-        }
+        for first in (0, 4):
+            number = torch.arange(first, first + 4)
+            yield {
+                "image": torch.randn(4, 3, 64, 64, generator=generator),
+                "target": torch.randint(0, 5, (4,), generator=generator),
+                "key": [f"image/{i}" for i in number.tolist()],
+                "position": number,
+                "valid": number < 7,
+            }
+
+
+class TrainLoader:
+    """What an engine asks of the loader that it is built for."""
+
+    mean = std = (0.5,) * 3
+    samples_per_epoch = 4
+
+
+LOADERS = EvalLoaders(Loader(), Loader())
 
 
 def model(seed: int, **kwargs: Any) -> nn.Module:
@@ -45,94 +68,143 @@ def model(seed: int, **kwargs: Any) -> nn.Module:
 
 
 def config(**sections: Any) -> RunConfig:
-    sections = {"model": {"name": "colt5_vit_test"}, "optim": {"lr": 0.1}} | sections
+    kwargs = {"num_classes": 5 * (sections.get("objective") is not MAE)}
     return RunConfig.model_validate(
-        {"name": "x", "train": {"batch_size": 2, "steps": 1}, **sections}
+        {
+            "name": "x",
+            "model": {"name": "colt5_vit_test", "kwargs": kwargs},
+            "train": {"batch_size": 4, "steps": 2},
+            "optim": {"lr": 0.01},
+            "schedule": {"name": "constant", "warmup_epochs": 0},
+            **sections,
+        }
     )
 
 
-@pytest.fixture
-def _one_process(tmp_path: Path) -> Iterator[None]:
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
-    )
-    yield
-    distributed.destroy_process_group()
+@pytest.fixture(scope="module", autouse=True)
+def world() -> Iterator[World]:
+    linear, environment = nn.functional.linear, dict(os.environ)
+    yield engines.start()
+    engines.stop()
+    nn.functional.linear = linear
+    os.environ.clear()
+    os.environ.update(environment)
 
 
-def evaluate(path: Path | str, folder: Path, **sections: Any) -> dict[str, float]:
+def evaluate(path: Path, run: Path, world: World, what: RunConfig) -> None:
+    fresh = model(1, **what.model.kwargs)
     code = evaluate_offline(
-        config(**sections), model(1), WORLD, EvalLoaders(Loader(), None),
-        checkpoint=str(path), folder=RunFolder(folder), console=Console(1),
+        what, fresh, world, LOADERS,
+        checkpoint=str(path), folder=RunFolder(run), console=Console(1),
     )  # fmt: skip
     assert code == 0
-    (report,) = (folder / "evaluation").glob("*.json")
-    return json.loads(report.read_text())["metrics"]
 
 
-@pytest.mark.usefixtures("_one_process")
-def test_exported_weights_give_their_own_numbers(tmp_path: Path) -> None:
-    trained = model(0)
-    (tmp_path / "weights").mkdir()
-    save_file(trained.state_dict(), tmp_path / "weights" / "model.safetensors")
-    numbers = evaluate(tmp_path / "weights", tmp_path / "run", eval={"capacities": {}})
-    expected = dict(Classification(Loader(), every_steps=0).run(trained))
-    assert numbers["val/loss"] == pytest.approx(expected["loss"])
-    assert "val/capacity_0.5/top1" in numbers
-    assert (tmp_path / "run" / "evaluation" / "val_capacities.csv").exists()
+def metrics(found: Path) -> dict[str, float]:
+    return json.loads((found / "report.json").read_text())["metrics"]
 
 
-@pytest.mark.usefixtures("_one_process")
-def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
-    save_file(model(0, depth=2).state_dict(), tmp_path / "other.safetensors")
-    with pytest.raises(ConfigError, match=r"other\.safetensors does not fit the model"):
-        evaluate(tmp_path / "other.safetensors", tmp_path / "run")
+def trained(what: RunConfig, world: World) -> Engine:
+    """An engine that has made two steps, whose weights and averages differ."""
+    engine, schedules = build_engine(what, model(0, **what.model.kwargs), world, TrainLoader)
+    for step, batch in enumerate(Loader()):
+        with schedules.at(step):
+            engine.train_step([batch])
+    return engine
 
 
+def logged(engine: Engine, what: RunConfig) -> dict[str, float]:
+    """What the run's own evaluation says, as Trainer.evaluate does it."""
+    evaluators = build_run_evaluators(what, engine.model, engine.objective, LOADERS, 4)
+    numbers: dict[str, float] = {}
+    for evaluator in evaluators:
+        with engine.evaluating() as network:
+            findings = evaluator.run(network)
+            numbers |= record(findings, evaluator.name, 1, writer=FanOutWriter(), folder=None)
+        with engine.ema_weights(), engine.evaluating() as network:
+            prefix = f"{evaluator.name}_ema"
+            findings = evaluator.run(network)
+            numbers |= record(findings, prefix, 1, writer=FanOutWriter(), folder=None)
+    return numbers
+
+
+@pytest.mark.parametrize("objective", [{"name": "supervised"}, MAE], ids=lambda o: o["name"])
 @pytest.mark.parametrize(
-    ("named", "complaint"),
-    [
-        ("latest", "there is no checkpoint in"),
-        ("nowhere", "no such file or folder"),
-        (".", "not a whole checkpoint"),
-    ],
+    "precision",
+    [{"dtype": "fp32"}, {"dtype": "bf16"}, {"dtype": "bf16", "autocast": True}],
+    ids=["fp32", "bf16", "autocast"],
 )
-def test_a_checkpoint_that_is_not_there(named: str, complaint: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=complaint):
-        find(named if named == "latest" else str(tmp_path / named), RunFolder(tmp_path))
+def test_a_checkpoint_gives_what_the_run_logged_bit_for_bit(
+    precision: dict[str, Any], objective: dict[str, Any], tmp_path: Path, world: World
+) -> None:
+    what = config(
+        precision=precision, objective=objective, ema={"decay": 0.5},
+        eval={"knn": {}, "linear_probe": {}}, deepspeed={"zero_optimization": {"stage": 1}},
+    )  # fmt: skip
+    engine = trained(what, world)
+    expected = logged(engine, what)
+    assert expected["val/loss"] != expected["val_ema/loss"]
+    checkpoints = build_checkpoints(what, engine, tmp_path / "checkpoints", Console(0))
+    checkpoints.save(RunState(step=1))
+    evaluate(checkpoints.path_of(1), tmp_path, world, what)
+    assert metrics(tmp_path / "evaluated" / "step_00000001") == expected
 
 
-def shards(folder: Path) -> dict[str, torch.Tensor]:
-    """A checkpoint of two ranks that hold a half of `model.w` each, and averages on the first."""
-    whole = torch.arange(6.0).view(2, 3)
-    (folder / "shards").mkdir(parents=True)
-    for rank in range(2):
-        holder = {"part": 0, "elementwise": {"ema": "float32"} if rank == 0 else {}}
-        pieces = [["model.w", [2, 3], 3 * rank, 3, 0, 1]]  # after one element of something else
-        table = {"holders": [holder], "pieces": pieces}
-        (folder / "shards" / f"rank_{rank:05d}.json").write_text(json.dumps(table))
-        flat = torch.cat([torch.tensor([-1.0]), whole.view(-1)[3 * rank : 3 * rank + 3]])
-        save_file(
-            {"0/weight": flat, "0/ema": flat + 10},
-            folder / f"shards/rank_{rank:05d}_00.safetensors",
-        )
-    save_file({"model.buffer": torch.ones(1)}, folder / "shards" / "replicated.safetensors")
-    return {"model.w": whole, "model.buffer": torch.ones(1)}
+def test_exported_weights_give_their_own_numbers(tmp_path: Path, world: World) -> None:
+    original = model(0)
+    save_file(original.state_dict(), tmp_path / "own.safetensors")
+    what = config(eval={"capacities": {}})
+    evaluate(tmp_path / "own.safetensors", tmp_path, world, what)
+    expected = dict(Classification(Loader(), every_steps=0).run(original))
+    found = tmp_path / "evaluated" / "own"
+    assert metrics(found)["val/loss"] == expected["loss"]
+    assert "val/capacity_0.5/top1" in metrics(found)
+    assert (found / "val_capacities.csv").exists()
 
 
-def test_parameters_are_put_together_from_all_ranks(tmp_path: Path) -> None:
-    expected = shards(tmp_path)
-    found = full_weights(tmp_path)
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+def test_a_student_is_evaluated_without_its_teacher(tmp_path: Path, world: World) -> None:
+    save_file(model(0).state_dict(), tmp_path / "own.safetensors")
+    evaluate(tmp_path / "own.safetensors", tmp_path, world, config(objective=DISTILL))
+    assert "val/top1" in metrics(tmp_path / "evaluated" / "own")
 
 
-def test_averages_are_evaluated_beside_the_weights(tmp_path: Path) -> None:
-    expected = of_network(shards(tmp_path))
-    assert has_state(tmp_path, "ema")
-    assert not has_state(tmp_path, "exp_avg")
-    (raw, weights), (averaged, averages) = weights_in(tmp_path)
-    assert (raw, averaged) == ("", "_ema")
-    assert torch.equal(weights["w"], expected["w"])
-    assert torch.equal(averages["w"][0], expected["w"][0] + 10)  # the first rank had an average
-    assert torch.equal(averages["w"][1], expected["w"][1])
+def test_no_result_is_ever_overwritten(tmp_path: Path, world: World) -> None:
+    table = tmp_path / "evaluation" / "val_per_class.csv"  # the run's own
+    table.parent.mkdir()
+    table.write_text("as it was")
+    save_file(model(0).state_dict(), tmp_path / "own.safetensors")
+    for _ in range(2):
+        evaluate(tmp_path / "own.safetensors", tmp_path, world, config())
+    assert table.read_text() == "as it was"
+    found = {path.parent.name for path in tmp_path.glob("evaluated/*/report.json")}
+    assert found == {"own", "own.1"}
+
+
+def test_an_encoder_alone_has_no_held_out_loss_but_the_rest(
+    tmp_path: Path, world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    what = config(objective=MAE, eval={"knn": {}})
+    save_file(model(0, num_classes=0).state_dict(), tmp_path / "own.safetensors")
+    fresh = model(1, num_classes=0)
+    evaluate_offline(
+        what, fresh, world, LOADERS, checkpoint=str(tmp_path / "own.safetensors"),
+        folder=RunFolder(tmp_path), console=Console(0),
+    )  # fmt: skip
+    assert set(metrics(tmp_path / "evaluated" / "own")) == {"val/knn_top1", "val/knn_top5"}
+    assert "its held-out loss cannot be evaluated; give a checkpoint" in capsys.readouterr().out
+
+
+def test_an_encoder_alone_with_nothing_else_to_evaluate_is_refused(
+    tmp_path: Path, world: World
+) -> None:
+    save_file(model(0, num_classes=0).state_dict(), tmp_path / "own.safetensors")
+    with pytest.raises(ConfigError, match=r"or switch on eval\.knn or eval\.linear_probe"):
+        evaluate(tmp_path / "own.safetensors", tmp_path, world, config(objective=MAE))
+    assert not (tmp_path / "evaluated").exists()
+
+
+def test_weights_of_another_model_are_refused(tmp_path: Path, world: World) -> None:
+    save_file(model(0, depth=2).state_dict(), tmp_path / "other.safetensors")
+    with pytest.raises(ConfigError, match=r"other\.safetensors does not fit .*blocks\.1"):
+        evaluate(tmp_path / "other.safetensors", tmp_path, world, config())
+    assert not (tmp_path / "evaluated").exists()
