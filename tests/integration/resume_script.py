@@ -2,7 +2,8 @@
 
 Usage: resume_script.py CONFIG OUT STAGE RANKS... Trains without a stop in OUT/straight and stops
 another run in OUT/stopped, both on two ranks under ZeRO-STAGE; then each of RANKS goes on from a
-copy of that in OUT/on_RANKS. `seen_RANK.jsonl` beside each has the keys of every step.
+copy of that in OUT/on_RANKS. `seen_RANK.jsonl` beside each has the keys of every step. At last
+OUT/straight is evaluated offline, on two ranks and on one.
 """
 
 from __future__ import annotations
@@ -39,12 +40,17 @@ def run(config: str, folder: Path, stage: str, ranks: int, stop: bool = False) -
             return original(engine, batches, **options)
 
         Engine.train_step = recorded  # type: ignore[method-assign]
-        zero = json.dumps({"stage": int(stage)})
-        sys.argv = ["train.py", "--config", config, "--set", f"output_dir={folder}"]
-        sys.argv += ["--set", f"deepspeed.zero_optimization={zero}"]
-        return train.main()
+        return train_py(config, folder, stage)
 
     return fork_world(ranks, main)
+
+
+def train_py(config: str, folder: Path, stage: str, *more: str) -> int:
+    """`python train.py`, in this process; returns the exit code."""
+    zero = json.dumps({"stage": int(stage)})
+    sys.argv = ["train.py", "--config", config, "--set", f"output_dir={folder}"]
+    sys.argv += ["--set", f"deepspeed.zero_optimization={zero}", *more]
+    return train.main()
 
 
 def main(config: str, out: Path, stage: str, others: list[str]) -> None:
@@ -54,6 +60,10 @@ def main(config: str, out: Path, stage: str, others: list[str]) -> None:
         folder = out / f"on_{ranks}"
         shutil.copytree(out / "stopped", folder)
         codes[folder.name] = run(config, folder, stage, int(ranks))
+    for ranks in (2, 1):
+        codes[f"evaluated_on_{ranks}"] = fork_world(
+            ranks, lambda _: train_py(config, out / "straight", stage, "--evaluate", "latest")
+        )
     (out / "codes.json").write_text(json.dumps(codes))
 
 

@@ -1,4 +1,7 @@
-"""`train.py`, preempted on two ranks, goes on on one or four: the same data, the same model."""
+"""`train.py`, preempted on two ranks, goes on on one or four: the same data, the same model.
+
+And the uninterrupted run, evaluated offline on two ranks and on one, has the numbers it logged.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.integration.launching import HERE, ROOT, run_script
+from tests.unit.data.making import pair, vouch, write_tar
 
 STEPS, STOP_AT = 6, 3
 # 40 images in 4 shards: the third step ends an epoch and begins the next, the fifth one more.
@@ -37,7 +41,11 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: Any) -> tuple[Path, l
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     config = json.loads((ROOT / "configs" / "quickstart.json").read_text())
     config["data"]["train"]["shards"] = str(out / "data" / FEW)
-    config["data"] |= {"val": None, "num_workers": 0, "log_samples": True}
+    write_held_out(out / "held_out")
+    val = {"shards": str(out / "held_out")}
+    config["data"] |= {"val": val, "num_workers": 0, "log_samples": True}
+    config["eval"]["batch_size"] = 3
+    config["log"]["probe_images"] = 0
     config["train"] = {"batch_size": 16, "steps": STEPS}
     config["model"]["kwargs"]["depth"] = 1
     config["schedule"]["warmup_epochs"] = 0
@@ -46,6 +54,16 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: Any) -> tuple[Path, l
     stage, ranks = request.param
     run_script(HERE / "resume_script.py", out / "config.json", out, stage, *ranks)
     return out, ranks
+
+
+def write_held_out(folder: Path) -> None:
+    """Eleven images, six for one rank and five for the other, that is two batches of three each."""
+    folder.mkdir()
+    sizes = {"0.tar": 7, "1.tar": 4}
+    for name, size in sizes.items():
+        members = [pair(f"{name[0]}_{i}", 10 * size + i, i % 3) for i in range(size)]
+        write_tar(folder / name, [member for sample in members for member in sample])
+    vouch(folder, sizes)
 
 
 def seen(out: Path, name: str) -> list[list[str]]:
@@ -92,3 +110,23 @@ def test_every_sample_came_exactly_once_in_each_epoch(runs: Any) -> None:
         for epoch in (0, 1):
             assert f"epoch {epoch}: 40 of 40 samples, each exactly once" in said.stdout
         assert f"{16 * STEPS} samples taken" in said.stdout
+
+
+def test_offline_evaluation_gives_what_the_run_logged(runs: Any) -> None:
+    straight = runs[0] / "straight"
+    codes = json.loads((runs[0] / "codes.json").read_text())
+    assert (codes["evaluated_on_2"], codes["evaluated_on_1"]) == ([0, 0], [0])
+    checkpoint = f"step_{STEPS:08d}"
+    state = json.loads((straight / "checkpoints" / checkpoint / "run_state.json").read_text())
+    logged = state["metrics"]
+    on_2, on_1 = (
+        json.loads((straight / "evaluated" / name / "report.json").read_text())["metrics"]
+        for name in (checkpoint, f"{checkpoint}.1")
+    )
+    assert logged.keys() == {"val/top1", "val/top5", "val/loss", "val/class_top1"}
+    assert on_2 == logged
+    # one rank makes other batches, whose products may round differently
+    assert on_1 == pytest.approx(logged, rel=1e-6)
+    of_classes = (straight / "evaluation" / "val_per_class.csv").read_text()
+    for name in (checkpoint, f"{checkpoint}.1"):
+        assert (straight / "evaluated" / name / "val_per_class.csv").read_text() == of_classes
