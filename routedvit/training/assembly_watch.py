@@ -43,7 +43,7 @@ def build_run_evaluators(
     classifies = config.objective.classifies
     evaluators = build_evaluators(config.eval, model, loaders, steps=steps, classifies=classifies)
     if not classifies and objective is not None:
-        every_steps = steps(config.eval.every_epochs)
+        every_steps = config.eval.in_steps(steps)
         evaluators.insert(0, HeldOutLoss(objective, loaders.val, every_steps=every_steps))
     return evaluators
 

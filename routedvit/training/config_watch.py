@@ -1,57 +1,83 @@
 """Config sections around the training: evaluation, checkpoints, guards, what is logged."""
 
-from typing import Annotated, Literal
+from collections.abc import Callable
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from routedvit.training.config_base import Section
 
 
-class KnnConfig(Section):
+class Cadence(Section):
+    """When something is evaluated, besides after the last step, in epochs or in steps."""
+
+    default_epochs: ClassVar[float] = 0.0
+
+    every_epochs: float | None = Field(None, ge=0)
+    """Cadence in epochs; 0, the default: after the last step only."""
+    every_steps: int | None = Field(None, ge=0)
+    """Cadence in optimiser steps, in place of every_epochs; 0: after the last step only."""
+
+    @model_validator(mode="after")
+    def _one_cadence(self) -> Self:
+        if self.every_epochs is not None and self.every_steps is not None:
+            raise ValueError(
+                f"every_epochs = {self.every_epochs:g} and every_steps = {self.every_steps} both "
+                "say how often to evaluate; set one of them to null"
+            )
+        return self
+
+    def in_steps(self, steps: Callable[[float], int]) -> int:
+        """Optimiser steps between evaluations, 0 for the last step only.
+
+        Args:
+            steps: epochs -> optimiser steps.
+        """
+        if self.every_steps is not None:
+            return self.every_steps
+        epochs = self.default_epochs if self.every_epochs is None else self.every_epochs
+        return steps(epochs) if epochs else 0
+
+
+class KnnConfig(Cadence):
     """Weighted nearest neighbours on frozen features (DINO, 2104.14294)."""
 
-    every_epochs: float = Field(0.0, ge=0)
-    """Cadence; 0: after the last step only."""
     neighbours: int = Field(20, gt=0)
     """How many training images vote."""
     temperature: float = Field(0.07, gt=0)
     """A vote weighs exp(cosine similarity / temperature)."""
 
 
-class LinearProbeConfig(Section):
+class LinearProbeConfig(Cadence):
     """Logistic regression on frozen, standardised features."""
 
-    every_epochs: float = Field(0.0, ge=0)
-    """Cadence; 0: after the last step only."""
     l2: float = Field(1e-4, ge=0)
     """Half of this times the squared weights is added to the mean loss."""
     iterations: int = Field(100, gt=0)
     """Most iterations of L-BFGS."""
 
 
-class CapacitiesConfig(Section):
+class CapacitiesConfig(Cadence):
     """Accuracy of one model at several capacities."""
 
-    every_epochs: float = Field(0.0, ge=0)
-    """Cadence; 0: after the last step only."""
     shares: list[Annotated[float, Field(gt=0, le=1)]] = Field([0.125, 0.25, 0.5, 1.0], min_length=1)
     """Shares of the patches that go heavy, of every router."""
 
 
-class ThroughputConfig(Section):
+class ThroughputConfig(Cadence):
     """Speed of inference."""
 
-    every_epochs: float = Field(0.0, ge=0)
-    """Cadence; 0: after the last step only."""
     forwards: int = Field(20, gt=0)
     """Timed forward passes; the median counts."""
 
 
-class EvalConfig(Section):
+class EvalConfig(Cadence):
     """Evaluation on data.val: top-1, top-5 and accuracy per class, and what else is switched on."""
 
-    every_epochs: float = Field(1.0, gt=0)
-    """Cadence; the last step always evaluates."""
+    default_epochs: ClassVar[float] = 1.0
+
+    every_epochs: float | None = Field(None, ge=0)
+    """Cadence in epochs; 0: after the last step only. Default: 1."""
     batch_size: int | None = Field(None, gt=0)
     """Images per rank and forward pass. Default: the micro-batch."""
     weights: Literal["both", "raw", "ema"] = "both"

@@ -121,6 +121,7 @@ def runs(folder: Path) -> dict[str, tuple[int, str]]:
         "vit_s.tuned": command(folder, "vit_s.tuned", **weights),
         "vit_s.lost": command(folder, "vit_s.lost", **lost),
         "mae_b.classes": command(folder, "mae_b.classes", **{"model.kwargs.num_classes": 3}),
+        "mae_b.evaluated": [*command(folder, "mae_b"), "--evaluate", "latest"],
     }
     # the weights that vit_b_512 begins from are those of vit_b
     assert RECIPES.index("vit_b") < RECIPES.index("vit_b_512")
@@ -155,6 +156,15 @@ def test_an_mae_run_is_judged_by_its_held_out_loss(runs: Any, folder: Path) -> N
     assert list(run_state(folder, "mae_b")["best"]) == ["val/loss"]
     assert "best val/loss" in runs["mae_b"][1]
     assert not re.search(r"best.*%", runs["mae_b"][1])
+
+
+def test_an_mae_run_evaluated_offline_has_the_loss_that_it_logged(runs: Any, folder: Path) -> None:
+    code, text = runs["mae_b.evaluated"]
+    assert code == 0, text
+    report = folder / "runs" / "mae_b" / "evaluated" / "step_00000002" / "report.json"
+    found = json.loads(report.read_text())["metrics"]
+    assert found == run_state(folder, "mae_b")["metrics"]
+    assert list(found) == ["val/loss"]
 
 
 def test_an_mae_encoder_starts_a_classifier(runs: Any, folder: Path) -> None:

@@ -36,26 +36,22 @@ def build_evaluators(
 
     Args:
         model: tells by its methods what can be measured on it.
-        steps: epochs -> optimiser steps; a cadence of 0 epochs is 0 steps, the last step only.
+        steps: epochs -> optimiser steps.
         classifies: whether training aims at the classes, so that top-1 means something (an
             autoencoder has only its features).
 
     Raises:
         ConfigError: an evaluator is switched on that this run cannot have.
     """
-
-    def every(epochs: float) -> int:
-        return steps(epochs) if epochs else 0
-
     loader, train = loaders
     evaluators: list[Evaluator] = []
     if classifies:
-        evaluators.append(Classification(loader, every_steps=every(config.every_epochs)))
+        evaluators.append(Classification(loader, every_steps=config.in_steps(steps)))
     if config.knn is not None:
         knn, bank = config.knn, _needed(train, "eval.knn")
         evaluators.append(
             NearestNeighbours(
-                bank, loader, every_steps=every(knn.every_epochs),
+                bank, loader, every_steps=knn.in_steps(steps),
                 neighbours=knn.neighbours, temperature=knn.temperature,
             )
         )  # fmt: skip
@@ -63,7 +59,7 @@ def build_evaluators(
         probe, bank = config.linear_probe, _needed(train, "eval.linear_probe")
         evaluators.append(
             LinearProbe(
-                bank, loader, every_steps=every(probe.every_epochs),
+                bank, loader, every_steps=probe.in_steps(steps),
                 l2=probe.l2, iterations=probe.iterations,
             )
         )  # fmt: skip
@@ -71,13 +67,11 @@ def build_evaluators(
         if not classifies or not hasattr(model, "set_capacity"):
             raise ConfigError("eval.capacities needs a routed model that classifies; delete it")
         sweep = config.capacities
-        evaluators.append(
-            CapacitySweep(loader, sweep.shares, every_steps=every(sweep.every_epochs))
-        )
+        evaluators.append(CapacitySweep(loader, sweep.shares, every_steps=sweep.in_steps(steps)))
     if config.throughput is not None:
         speed = config.throughput
         evaluators.append(
-            Throughput(loader, every_steps=every(speed.every_epochs), forwards=speed.forwards)
+            Throughput(loader, every_steps=speed.in_steps(steps), forwards=speed.forwards)
         )
     return evaluators
 
