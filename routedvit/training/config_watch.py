@@ -46,6 +46,8 @@ class KnnConfig(Cadence):
     """How many training images vote."""
     temperature: float = Field(0.07, gt=0)
     """A vote weighs exp(cosine similarity / temperature)."""
+    images_per_class: int | None = Field(None, gt=0)
+    """Few-shot: learn from the first so many of train_images of each class only; null: all."""
 
 
 class LinearProbeConfig(Cadence):
@@ -55,6 +57,8 @@ class LinearProbeConfig(Cadence):
     """Half of this times the squared weights is added to the mean loss."""
     iterations: int = Field(100, gt=0)
     """Most iterations of L-BFGS."""
+    images_per_class: int | None = Field(None, gt=0)
+    """Few-shot: learn from the first so many of train_images of each class only; null: all."""
 
 
 class CapacitiesConfig(Cadence):

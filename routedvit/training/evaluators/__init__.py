@@ -53,6 +53,7 @@ def build_evaluators(
             NearestNeighbours(
                 bank, loader, every_steps=knn.in_steps(steps),
                 neighbours=knn.neighbours, temperature=knn.temperature,
+                images_per_class=knn.images_per_class,
             )
         )  # fmt: skip
     if config.linear_probe is not None:
@@ -61,6 +62,7 @@ def build_evaluators(
             LinearProbe(
                 bank, loader, every_steps=probe.in_steps(steps),
                 l2=probe.l2, iterations=probe.iterations,
+                images_per_class=probe.images_per_class,
             )
         )  # fmt: skip
     if config.capacities is not None:

@@ -51,9 +51,36 @@ def feature_batches(model: nn.Module, loader: EvalLoader) -> Iterator[Features]:
         hook.remove()
 
 
+def training_features(model: nn.Module, loader: EvalLoader, per_class: int | None) -> Features:
+    """What this rank has to learn from; `per_class` images of each class, if not None. Collective.
+
+    All images go through the model, since their classes are known only then.
+    """
+    features = collect(feature_batches(model, loader))
+    return features if per_class is None else first_of_each_class(features, per_class)
+
+
 def collect(batches: Iterator[Features]) -> Features:
     """All batches in a row, padding included: the same number of rows on every rank."""
     return Features(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
+
+
+def first_of_each_class(own: Features, number: int) -> Features:
+    """`own`, valid where an image is among the first `number` of its class in the order of the set.
+
+    The same images on any world size. Collective.
+    """
+    target, valid, rank, world_size = own.target, own.valid, 0, 1
+    if distributed.is_available() and distributed.is_initialized():
+        target, valid = interleaved(target), interleaved(valid)
+        rank, world_size = distributed.get_rank(), distributed.get_world_size()
+    usable = valid.nonzero().flatten()
+    by_class = usable[target[usable].argsort(stable=True)]
+    labels = target[by_class]
+    before = torch.arange(len(labels), device=labels.device) - torch.searchsorted(labels, labels)
+    chosen = torch.zeros_like(valid)
+    chosen[by_class[before < number]] = True
+    return own._replace(valid=chosen[rank::world_size])
 
 
 def gather(own: Features) -> Features:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from routedvit.training.evaluators.classification import batch_sums
-from routedvit.training.evaluators.features import collect, feature_batches
+from routedvit.training.evaluators.features import feature_batches, training_features
 from routedvit.training.evaluators.inference import sum_over_ranks
 from routedvit.training.interfaces import EvalLoader, Finding
 
@@ -29,6 +29,7 @@ class LinearProbe:
         every_steps: cadence in optimiser steps; 0 for the last step only.
         l2: half of this times the squared weights is added to the mean loss.
         iterations: most iterations of L-BFGS.
+        images_per_class: few-shot: it learns from the first so many images of each class only.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class LinearProbe:
         every_steps: int,
         l2: float = 1e-4,
         iterations: int = 100,
+        images_per_class: int | None = None,
         name: str = "val",
     ) -> None:
         self.train = train
@@ -46,11 +48,12 @@ class LinearProbe:
         self.every_steps = every_steps
         self.l2 = l2
         self.iterations = iterations
+        self.images_per_class = images_per_class
         self.name = name
 
     def run(self, model: nn.Module) -> Iterator[tuple[str, Finding]]:
         """Collective: the values are equal on all ranks."""
-        features, target, valid = collect(feature_batches(model, self.train))
+        features, target, valid = training_features(model, self.train, self.images_per_class)
         features, target = features[valid].double(), target[valid]
         count = sum_over_ranks(features.new_tensor([len(features)]))
         mean = sum_over_ranks(features.sum(0)) / count

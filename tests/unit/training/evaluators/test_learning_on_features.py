@@ -16,8 +16,14 @@ from torch import distributed, multiprocessing, nn
 from torch.nn import functional as F
 
 import routedvit  # noqa: F401  (registers the models)
-from routedvit.training.evaluators.features import collect, feature_batches, gather
-from routedvit.training.evaluators.knn import NearestNeighbours
+from routedvit.training.evaluators.features import (
+    Features,
+    collect,
+    feature_batches,
+    first_of_each_class,
+    gather,
+)
+from routedvit.training.evaluators.knn import NearestNeighbours, vote
 from routedvit.training.evaluators.linear_probe import LinearProbe, fit
 
 CLASSES = 3
@@ -31,7 +37,7 @@ class Loader:
         self.targets = torch.randint(0, CLASSES, (number,), generator=generator)
         self.images = torch.randn(number, 3, 64, 64, generator=generator)
         for image, target in zip(self.images, self.targets.tolist(), strict=True):
-            image[:, :, target::4] += 1.5
+            image[:, :, target::4] += 0.15  # so weak that some are mistaken
         self.num_samples, self.batch = number, batch
         self.rank, self.world_size = rank, world_size
 
@@ -66,9 +72,15 @@ def plain_features(images: torch.Tensor) -> torch.Tensor:
 @functools.cache
 def evaluate(rank: int = 0, world_size: int = 1) -> dict[str, float]:
     train, val = loaders(rank, world_size)
-    knn = NearestNeighbours(train, val, every_steps=0, neighbours=5)
-    probe = LinearProbe(train, val, every_steps=0)
-    return dict(knn.run(model())) | dict(probe.run(model()))  # type: ignore[arg-type]
+    whole, few = learned(train, val), learned(train, val, images_per_class=2)
+    return whole | {f"few_{name}": value for name, value in few.items()}
+
+
+def learned(train: Loader, val: Loader, **options: Any) -> dict[str, Any]:
+    """What k-NN and the probe find."""
+    knn = NearestNeighbours(train, val, every_steps=0, neighbours=5, **options)
+    probe = LinearProbe(train, val, every_steps=0, **options)
+    return dict(knn.run(model())) | dict(probe.run(model()))
 
 
 @pytest.mark.parametrize("name", ["colt5_vit_test", "vit_tiny_patch16_224"])
@@ -116,6 +128,34 @@ def test_the_probe_learns_what_the_features_hold() -> None:
     values = evaluate()
     assert values["linear_probe_train_top1"] == 100.0
     assert values["linear_probe_top1"] > 60  # chance is 33
+
+
+def test_few_images_of_each_class_are_its_first_usable_ones() -> None:
+    target = torch.tensor([2, 0, 2, 2, 0, 1, 2])
+    valid = torch.tensor([True, False, True, True, True, True, True])
+    few = first_of_each_class(Features(torch.randn(7, 4), target, valid), 2)
+    assert few.valid.tolist() == [True, False, True, False, True, True, False]
+
+
+def test_few_shot_learns_from_those_alone() -> None:
+    train, val = loaders()
+    few = [i for c in range(CLASSES) for i in (train.targets == c).nonzero()[:2, 0].tolist()]
+    train.images, train.targets, train.num_samples = train.images[few], train.targets[few], len(few)
+    for name, value in learned(train, val).items():
+        assert evaluate()[f"few_{name}"] == pytest.approx(value)
+    assert evaluate()["few_knn_top1"] != evaluate()["knn_top1"]
+    assert evaluate()["few_linear_probe_top1"] != evaluate()["linear_probe_top1"]
+
+
+def test_autocast_does_not_blur_who_is_nearest() -> None:
+    generator = torch.Generator().manual_seed(0)
+    close = 1 + 1e-3 * torch.randn(40, 8, generator=generator)
+    queries, keys = F.normalize(close, dim=1).split(20)
+    target = torch.arange(20)
+    options = {"num_classes": 20, "neighbours": 3, "temperature": 0.07}
+    expected = vote(queries, keys, target, **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(vote(queries, keys, target, **options), expected)
 
 
 def run_rank(rank: int, world_size: int, folder: str) -> None:
