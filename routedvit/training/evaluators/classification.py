@@ -26,13 +26,15 @@ class Totals(NamedTuple):
     top5: float
     loss: float
     samples: float  # usable ones
+    unusable: float  # those that cannot be read
     hits: Tensor  # float64 [K]: top-1 hits per class
     sizes: Tensor  # float64 [K]: samples per class
 
 
 class Classification:
     """Yields `top1` and `top5` in percent, `loss`, the mean softmax cross-entropy, `class_top1`,
-    the mean of the classes' own accuracies, and the table `per_class`, worst class first.
+    the mean of the classes' own accuracies, and the table `per_class`, worst class first. Images
+    that cannot be read count nowhere; if there are any, `unusable` says how many.
 
     Args:
         loader: see `interfaces.EvalLoader`; it gives every rank the same number of batches, which
@@ -58,6 +60,8 @@ class Classification:
         yield "loss", total.loss / total.samples
         accuracy = 100 * total.hits / total.sizes  # NaN for classes without a sample
         yield "class_top1", float(accuracy.nanmean())
+        if total.unusable:
+            yield "unusable", total.unusable
         names = getattr(self.loader, "label_names", None)
         yield "per_class", per_class_table(accuracy, total.sizes, names)
 
@@ -78,7 +82,7 @@ class Classification:
                 "different lists."
             )
         hits, sizes = sums[4:-1].chunk(2)
-        return Totals(top1, top5, loss, count, hits, sizes)
+        return Totals(top1, top5, loss, count, lost, hits, sizes)
 
 
 def batch_sums(logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:

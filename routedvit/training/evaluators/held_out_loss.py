@@ -18,7 +18,8 @@ from routedvit.training.interfaces import EvalLoader
 
 
 class HeldOutLoss:
-    """Yields `loss` and the objective's metrics, each a mean over the held-out set.
+    """Yields `loss` and the objective's metrics, each a mean over the held-out set, and `unusable`,
+    the number of images that cannot be read, if there are any.
 
     Args:
         objective: see `routedvit.training.objectives`; its loss is a mean over images.
@@ -72,3 +73,5 @@ class HeldOutLoss:
             )
         for name, total in zip(names, totals, strict=True):
             yield name, total / seen
+        if lost:
+            yield "unusable", lost

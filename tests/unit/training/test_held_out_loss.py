@@ -71,3 +71,5 @@ def test_an_image_that_cannot_be_read_is_left_out_of_the_mean() -> None:
     values = dict(HeldOutLoss(objective, loader, every_steps=1).run(objective.model))
     last = 10 * (zlib.crc32(b"image/10") % 97)
     assert values["loss"] == pytest.approx((whole["loss"] * 11 - last) / 10)
+    assert values["unusable"] == 1
+    assert "unusable" not in whole

@@ -120,7 +120,10 @@ def test_a_sample_that_cannot_be_read_is_left_out_and_accounted_for() -> None:
     with torch.no_grad():
         logits = build_model().eval()(images[1:])
     loss = nn.functional.cross_entropy(logits, targets[1:]).item()
-    assert numbers(Damaged(5))["loss"] == pytest.approx(loss)
+    found = numbers(Damaged(5))
+    assert found["loss"] == pytest.approx(loss)
+    assert found["unusable"] == 1
+    assert "unusable" not in numbers(Loader(5))
 
 
 def test_accuracy_per_class_worst_first() -> None:
