@@ -29,7 +29,6 @@ from routedvit.training import config as training
 from routedvit.training import engine as engines
 from routedvit.training.agreement import check_same_run, check_shared_folder
 from routedvit.training.assembly import build_checkpoints, build_engine, build_trainer
-from routedvit.training.checkpoint import RunState
 from routedvit.training.collective import must_agree, on_rank_zero
 from routedvit.training.config_file import describe_keys, json_schema, load_config
 from routedvit.training.connection import lost_rank
@@ -42,6 +41,7 @@ from routedvit.training.native_config import split_batch
 from routedvit.training.offline import evaluate_offline
 from routedvit.training.report import closing, opening
 from routedvit.training.run_folder import RunFolder, check_same_data, open_folder, versions
+from routedvit.training.run_state import RunState
 from routedvit.training.signals import REQUEUE_EXIT_CODE, StopSignals
 from routedvit.training.world import World
 

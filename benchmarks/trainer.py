@@ -31,7 +31,7 @@ import routedvit  # noqa: F401  (registers the models)
 from benchmarks.results import append_result
 from routedvit.training import engine as engines
 from routedvit.training.assembly import build_engine, build_trainer
-from routedvit.training.checkpoint import Checkpoints, RunState
+from routedvit.training.checkpoint import Checkpoints
 from routedvit.training.config import RunConfig
 from routedvit.training.config_file import load_config
 from routedvit.training.console import Console
@@ -40,6 +40,7 @@ from routedvit.training.model import create_model
 from routedvit.training.native_config import zero_stage
 from routedvit.training.objectives import build_loss
 from routedvit.training.optim import build_optimizer
+from routedvit.training.run_state import RunState
 from routedvit.training.signals import StopSignals
 
 WARMUP = 5

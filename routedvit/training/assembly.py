@@ -12,7 +12,7 @@ from routedvit.training.assembly_watch import (
     count_forwards,
     describe_run,
 )
-from routedvit.training.checkpoint import Checkpoints, RunState
+from routedvit.training.checkpoint import Checkpoints
 from routedvit.training.compiling import compile_blocks, leaf_modules
 from routedvit.training.config import ConfigError, RunConfig
 from routedvit.training.console import Console
@@ -33,6 +33,7 @@ from routedvit.training.profiler import ProfilerWindow
 from routedvit.training.progress import build_progress
 from routedvit.training.resolution import ResolutionDial
 from routedvit.training.retention import Retention
+from routedvit.training.run_state import RunState
 from routedvit.training.schedules import Dial, Schedules
 from routedvit.training.signals import StopSignals
 from routedvit.training.trainer import Trainer, TrainerSettings

@@ -1,8 +1,9 @@
 """Checkpoints that are complete or invisible.
 
     checkpoints/step_00000100/manifest.json    the run; size and SHA-256 of every other file
-                              run_state.json   step, samples seen, metrics, config, versions
+                              run_state.json   step, samples seen, config, versions
                               shards/...       weights and optimiser state, see shards.py
+                              evaluation.json  what was measured later, see run_state.py
                 latest                         the name of the newest one
                 run_id                         whose they are: another run's is not loaded
                 rollbacks.json                 where the run went back to, see rollbacks.py
@@ -20,7 +21,6 @@ system.
 
 import contextlib
 import dataclasses
-import json
 import re
 import shutil
 from collections.abc import Callable
@@ -45,35 +45,14 @@ from routedvit.training.manifest import (
 )
 from routedvit.training.retention import Retention
 from routedvit.training.rollbacks import forget_jumps, last_jump, note_jump, read_jumps
+from routedvit.training.run_state import RUN_STATE, RunState, read_run_state, write_evaluation
 
 T = TypeVar("T")
-RUN_STATE, LATEST = "run_state.json", "latest"
+LATEST = "latest"
 
 
 class SaveError(ConfigError):
     """The disk did not take a checkpoint; its text says which disk, and the mend."""
-
-
-@dataclasses.dataclass
-class RunState:
-    """Everything needed to go on besides weights and optimiser state; kept as JSON.
-
-    Random numbers and the order of the data need no state: both follow from the seed and `step`
-    (see `trainer.seed_step` and `interfaces.TrainLoader`).
-    """
-
-    step: int = 0  # finished optimiser steps
-    samples_seen: int = 0  # over the whole world: the position in the data
-    best: dict[str, float] = dataclasses.field(default_factory=dict)  # best value per metric
-    metrics: dict[str, float] = dataclasses.field(default_factory=dict)  # evaluated at this step
-    skipped_steps: int = 0  # steps whose loss or gradient was not finite
-    guard: dict[str, Any] = dataclasses.field(default_factory=dict)  # see `Guard.state`
-    config: dict[str, Any] = dataclasses.field(default_factory=dict)
-    data: str = ""  # the training shards, in a line; empty in checkpoints that did not say
-    versions: dict[str, str] = dataclasses.field(default_factory=dict)
-    warm_start: dict[str, Any] | None = None  # what weights the run began from
-    world_size: int = 0
-    zero_stage: int = 0
 
 
 class Checkpoints:
@@ -123,6 +102,22 @@ class Checkpoints:
             self._tidy(state.step, bad_since)
         engine.barrier()
         return final
+
+    def add_evaluation(self, state: RunState, *, bad_since: int | None = None) -> None:
+        """Add what was evaluated to the checkpoint of `state.step`, if it was saved.
+
+        Args:
+            state: of which only `EVALUATED` is written.
+            bad_since: as in `save`; a value may make an earlier one surplus.
+        """
+        folder = self.path_of(state.step)
+        if self.engine.rank == 0 and folder.exists():
+            try:
+                write_evaluation(folder, state)
+                self._delete_surplus(bad_since)
+            except OSError as error:
+                self.tell(f"{folder.name} was saved, but not what was evaluated: {error}")
+        self.engine.barrier()
 
     def path_of(self, step: int) -> Path:
         """Folder of the checkpoint of `step`, whether it exists or not."""
@@ -233,7 +228,7 @@ class Checkpoints:
             self.tell(f"checkpoint {name} is damaged ({fault}){moved}")
 
     def _load(self, folder: Path) -> RunState:
-        state = read_run_state(folder)
+        state = self.engine.broadcast(read_run_state(folder))
         self.engine.load_state(folder)
         jumps = self.engine.broadcast(read_jumps(folder.parent))
         if jump := last_jump(jumps, state.step, state.samples_seen):
@@ -337,6 +332,9 @@ class Checkpoints:
         except OSError as error:
             self.tell(f"{step_name(step)} was saved, but {LATEST} does not name it yet: {error}")
             return  # what `latest` still names must not go
+        self._delete_surplus(bad_since)
+
+    def _delete_surplus(self, bad_since: int | None) -> None:
         for old in self.retention.surplus(self._values(), before=bad_since):
             self._delete(self.path_of(old))
 
@@ -368,11 +366,6 @@ class Checkpoints:
             self.folder / f"{name}{suffix}" for suffix in ("", *map(".{}".format, range(99)))
         )
         return next(path for path in numbered if not path.exists())
-
-
-def read_run_state(folder: Path) -> RunState:
-    """The run state of a checkpoint."""
-    return RunState(**json.loads((folder / RUN_STATE).read_text(encoding="utf-8")))
 
 
 def _writer_of(path: Path) -> int:

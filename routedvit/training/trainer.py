@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from routedvit.training.checkpoint import Checkpoints, RunState, SaveError
+from routedvit.training.checkpoint import Checkpoints, SaveError
 from routedvit.training.engine import Engine, StepResult
 from routedvit.training.evaluators import record
 from routedvit.training.gauges import ForwardCounter, memory, weight_decay
@@ -34,6 +34,7 @@ from routedvit.training.meter import Meter
 from routedvit.training.optim import learning_rate
 from routedvit.training.profiler import ProfilerWindow
 from routedvit.training.progress import evaluation_line
+from routedvit.training.run_state import RunState
 from routedvit.training.schedules import Schedules
 from routedvit.training.signals import StopSignals
 
@@ -125,13 +126,18 @@ class Trainer:
         self.meter = Meter(settings.batch_size)
 
     def fit(self) -> Summary:
-        """Train to the end, or until any rank wants to stop (see signals.py); saves either way."""
+        """Train to the end, or until any rank wants to stop (see signals.py); saves either way.
+
+        A step is saved before it is evaluated, and an evaluation that did not come to its end is
+        made up for by the next start, also of a run that has no more steps to go.
+        """
         settings = self.settings
         first, total = self.state.step + 1, settings.total_steps
         self.began = time.perf_counter()
         self.progress.start(self.state.step, total)
         self.note("running")
         stop = self.stop_wanted()  # while the run was built or loaded
+        stop = stop or self.evaluate_due()
         batches = self.loader.batches(start=self.state.samples_seen)
         while self.state.step < total and not stop:
             if self.profiler is not None:
@@ -141,26 +147,19 @@ class Trainer:
                 batches = self.go_back()
                 continue
             step, last = self.state.step, self.state.step == total
-            stop = result.stop and not last
-            save = step % settings.checkpoint_every == 0 and not self.guard.bad_steps
+            stop = result.stop
 
             if step % settings.log_every == 0 or step == first or last:
                 self.log(result)
             if settings.gradients_every and step % settings.gradients_every == 0:
                 self.log_slowly()
-            for evaluator in self.evaluators:
-                if last or (evaluator.every_steps and step % evaluator.every_steps == 0):
-                    # An evaluation may take longer than a scheduler waits.
-                    stop = stop or (not last and self.stop_wanted())
-                    if stop:
-                        break
-                    self.evaluate(evaluator)
-                    best = not self.guard.bad_steps and self.checkpoints.wants(self.state)
-                    save = save or best
+            if last or (step % settings.checkpoint_every == 0 and not self.guard.bad_steps):
+                self.save(must=last)
+            stop = stop or self.evaluate_due()
             if not stop and (step % settings.routing_every == 0 or step == first or last):
                 self.watch_routing()
-            if save or last or stop:
-                self.save(must=last or stop)
+            if stop:
+                self.save(must=True)
         return self.finish()
 
     def stop_wanted(self) -> bool:
@@ -185,7 +184,7 @@ class Trainer:
         state.step += 1
         state.samples_seen += self.settings.batch_size
         state.skipped_steps += result.skipped
-        state.metrics = {}
+        state.metrics, state.evaluated = {}, []
         self.meter.add(time.perf_counter() - began, waited)
         self.guard.watch(result, micro_batches, state.step)
         return result
@@ -213,10 +212,9 @@ class Trainer:
     def save(self, *, must: bool) -> None:
         """Save a checkpoint; if the disk refuses one that need not be, warn and go on."""
         self.writer.flush()  # a resume from here goes on where the curves end
-        bad_since = self.guard.bad_steps[0] if self.guard.bad_steps else None
         self.state.guard = self.guard.state()
         try:
-            self.checkpoints.save(self.state, bad_since=bad_since)
+            self.checkpoints.save(self.state, bad_since=self.bad_since())
         except SaveError as error:
             if must:
                 raise
@@ -258,6 +256,25 @@ class Trainer:
         if seconds := self.meter.step_seconds():
             self.writer.histogram("speed/step_seconds", seconds, self.state.step)
 
+    def bad_since(self) -> int | None:
+        """The first of the present bad steps."""
+        return self.guard.bad_steps[0] if self.guard.bad_steps else None
+
+    def is_due(self, evaluator: Evaluator) -> bool:
+        """Whether an evaluator belongs to the present step and has not finished there yet."""
+        step, every = self.state.step, evaluator.every_steps
+        last = step == self.settings.total_steps
+        cadence = step > 0 and every > 0 and step % every == 0
+        return (last or cadence) and evaluator.name not in self.state.evaluated
+
+    def evaluate_due(self) -> bool:
+        """Run the evaluators that are due, until a rank wants to stop; whether one did."""
+        for evaluator in filter(self.is_due, self.evaluators):
+            if self.stop_wanted():  # an evaluation may take longer than a scheduler waits
+                return True
+            self.evaluate(evaluator)
+        return False
+
     def evaluate(self, evaluator: Evaluator) -> None:
         """Run one evaluator, on raw and averaged weights, and keep the best of what decides."""
         state = self.state
@@ -270,6 +287,7 @@ class Trainer:
         for name, value in values.items():
             self.writer.scalar(name, value, state.step)
         state.metrics |= values
+        state.evaluated = [*state.evaluated, evaluator.name]
         retention = self.checkpoints.retention
         prefix, _, metric = retention.metric.rpartition("/")
         for best in (f"{prefix}/{metric}", f"{prefix}_ema/{metric}"):
@@ -277,6 +295,10 @@ class Trainer:
                 before = state.best.get(best, values[best])
                 state.best[best] = retention.better(values[best], before)
         self.progress.message(evaluation_line(state.step, values))
+        self.writer.flush()  # what the checkpoint says was evaluated is not evaluated again
+        if not self.guard.bad_steps and self.checkpoints.wants(state):
+            self.save(must=False)
+        self.checkpoints.add_evaluation(state, bad_since=self.bad_since())
 
     def measure(self, evaluator: Evaluator, prefix: str) -> dict[str, float]:
         """What an evaluator says about the present weights, by 'prefix/metric'."""
@@ -299,6 +321,7 @@ class Trainer:
         self.writer.flush()
         state = self.state
         finished = state.step >= self.settings.total_steps
+        finished = finished and not any(map(self.is_due, self.evaluators))
         self.note("finished" if finished else "stopped")
         return Summary(
             step=state.step,

@@ -20,11 +20,12 @@ import torch
 import toy
 
 from routedvit.training import engine as deepspeed_engine
-from routedvit.training.checkpoint import Checkpoints, RunState
+from routedvit.training.checkpoint import Checkpoints
 from routedvit.training.engine import Engine
 from routedvit.training.evaluators import Classification
 from routedvit.training.guard import Guard
 from routedvit.training.native_config import resolve_native_config
+from routedvit.training.run_state import RunState
 from routedvit.training.signals import StopSignals
 from routedvit.training.trainer import Summary, Trainer, TrainerSettings
 from routedvit.training.world import World

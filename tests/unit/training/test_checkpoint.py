@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from routedvit.training import checkpoint as module
-from routedvit.training.checkpoint import Checkpoints, RunState, SaveError, read_run_state
+from routedvit.training.checkpoint import Checkpoints, SaveError
 from routedvit.training.config import ConfigError
 from routedvit.training.manifest import read_manifest
 from routedvit.training.retention import Retention
+from routedvit.training.run_state import RunState, read_run_state
 from tests.unit.training.fake_engine import FakeEngine
 
 
@@ -441,6 +442,39 @@ def test_a_damaged_run_state_has_no_metric(engine, tmp_path, text):
     assert checkpoints.wants(state)
     checkpoints.save(state)
     assert not folder.exists()
+
+
+def test_what_is_evaluated_after_a_save_belongs_to_the_checkpoint(engine, tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path, engine, keep=3)
+    checkpoints.save(RunState(step=1))
+    state = RunState(step=1, metrics={"val/top1": 5.0}, best={"val/top1": 7.0}, evaluated=["val"])
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", die)  # which leaves a part of the new file
+        with pytest.raises(Killed):
+            checkpoints.add_evaluation(state)
+    assert load(tmp_path)[0].evaluated == []
+    checkpoints.add_evaluation(state)
+    loaded = load(tmp_path)[0]
+    assert (loaded.metrics, loaded.best, loaded.evaluated) == (
+        {"val/top1": 5.0}, {"val/top1": 7.0}, ["val"],
+    )  # fmt: skip
+    (tmp_path / "step_00000001" / "evaluation.json").write_text('{"best"')
+    assert load(tmp_path)[0].evaluated == []  # and will be evaluated again
+    checkpoints.add_evaluation(RunState(step=2))
+    assert not (tmp_path / "step_00000002").exists()  # that step was not saved
+
+
+def test_a_disk_that_takes_no_evaluation_fails_nothing(engine, tmp_path, monkeypatch):
+    told: list[str] = []
+    checkpoints = Checkpoints(tmp_path, engine, keep=3, tell=told.append)
+    checkpoints.save(RunState(step=1))
+
+    def full(descriptor: int) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    checkpoints.add_evaluation(RunState(step=1, evaluated=["val"]))
+    assert "No space left" in told[0]
 
 
 def test_a_kill_at_any_moment_of_a_save_leaves_a_loadable_checkpoint(tmp_path, monkeypatch):
