@@ -141,12 +141,13 @@ def run(config: RunConfig, args: argparse.Namespace, console: Console, signals: 
     # Only now, since a run that cannot be built must not claim or move a folder.
     record = config.model_dump(mode="json")
     free = tuple(f"data.{key}" for key in FREE_ON_RESUME)
-    console.print(on_rank_zero(lambda: open_folder(folder, record, fresh=args.fresh, free=free)))
+    opened, owner = on_rank_zero(lambda: open_folder(folder, record, fresh=args.fresh, free=free))
+    console.print(opened)
     check_shared_folder(folder.path)
     console.log_to(folder.logs / f"rank_{world.rank}.log")
     if started:
         console.print(str(started))
-    checkpoints = build_checkpoints(config, engine, folder.checkpoints, console)
+    checkpoints = build_checkpoints(config, engine, folder.checkpoints, console, owner)
     state = checkpoints.load_named(args.resume) if args.resume else checkpoints.load_newest()
     state = state or RunState(warm_start=asdict(started) if started else None)
     check_same_data(folder, state.data, loader.fingerprint)

@@ -29,6 +29,7 @@ from routedvit.training.optim import (
     build_optimizer,
     build_schedule,
 )
+from routedvit.training.ownership import Owner
 from routedvit.training.profiler import ProfilerWindow
 from routedvit.training.progress import build_progress
 from routedvit.training.resolution import ResolutionDial
@@ -133,7 +134,7 @@ def build_schedules(
 
 
 def build_checkpoints(
-    config: RunConfig, engine: Engine, folder: Path, console: Console
+    config: RunConfig, engine: Engine, folder: Path, console: Console, owner: Owner
 ) -> Checkpoints:
     """Where the run saves, and what of it stays."""
     section = config.checkpoint
@@ -147,7 +148,7 @@ def build_checkpoints(
         metric=metric,
         mode=section.best_mode or ("min" if metric.endswith("loss") else "max"),
     )
-    return Checkpoints(folder, engine, keep=retention, tell=console.print)
+    return Checkpoints(folder, engine, keep=retention, owner=owner, tell=console.print)
 
 
 def build_trainer(

@@ -7,6 +7,7 @@
                 latest                         the name of the newest one
                 run_id                         whose they are: another run's is not loaded
                 rollbacks.json                 where the run went back to, see rollbacks.py
+    ../owner.json                              which start of the run may write, see ownership.py
 
 A checkpoint is written into a hidden sibling folder; every rank syncs and hashes its own files,
 rank 0 writes the manifest, and ONE rename makes the folder visible. `latest` is replaced after
@@ -29,6 +30,7 @@ from typing import Any, TypeVar
 
 from routedvit.training.config import ConfigError
 from routedvit.training.engine import Engine
+from routedvit.training.fence import Fence
 from routedvit.training.manifest import (
     MANIFEST,
     Fingerprint,
@@ -43,6 +45,7 @@ from routedvit.training.manifest import (
     sync,
     write_json,
 )
+from routedvit.training.ownership import Owner
 from routedvit.training.retention import Retention
 from routedvit.training.rollbacks import forget_jumps, last_jump, note_jump, read_jumps
 from routedvit.training.run_state import RUN_STATE, RunState, read_run_state, write_evaluation
@@ -62,7 +65,10 @@ class Checkpoints:
         folder: `runs/NAME/checkpoints`; made when the first one is saved.
         engine: whose state is saved.
         retention: which ones to keep; a number is that many of the newest.
+        owner: the start that writes here; None: no other start can be.
         tell: called on rank 0 with one line about a damaged checkpoint.
+
+    Whatever writes or deletes raises `OwnershipLost` on all ranks once a newer start has begun.
     """
 
     def __init__(
@@ -71,10 +77,12 @@ class Checkpoints:
         engine: Engine,
         *,
         keep: Retention | int,
+        owner: Owner | None = None,
         tell: Callable[[str], None] = print,
     ) -> None:
         self.folder = folder
         self.engine = engine
+        self.fence = Fence(engine, folder.parent, owner)
         self.retention = Retention(keep) if isinstance(keep, int) else keep
         self.tell = tell
 
@@ -90,13 +98,15 @@ class Checkpoints:
         """
         engine = self.engine
         final = self.path_of(state.step)
+        self.fence.check()
         if engine.broadcast(final.exists()):
             return final
-        temporary = self.folder / f".{final.name}.tmp"
+        temporary = self.folder / f".{final.name}.{self.fence.name}.tmp"
         size = engine.state_bytes()
         self._on_all_ranks(lambda: self._make(temporary, size), temporary, size)
         parts = self._on_all_ranks(lambda: self._write(temporary, state), temporary, size)
         files = {name: entry for part in parts for name, entry in sorted(part.items())}
+        self.fence.check()
         self._on_all_ranks(lambda: self._publish(temporary, state.step, files), temporary, size)
         if engine.rank == 0:
             self._tidy(state.step, bad_since)
@@ -110,6 +120,7 @@ class Checkpoints:
             state: of which only `EVALUATED` is written.
             bad_since: as in `save`; a value may make an earlier one surplus.
         """
+        self.fence.check()
         folder = self.path_of(state.step)
         if self.engine.rank == 0 and folder.exists():
             try:
@@ -168,6 +179,7 @@ class Checkpoints:
                 f"--resume {path}: this run has checkpoints of its own in {self.folder}; give it "
                 "another name (--set name=...) or start over with --fresh"
             )
+        self.fence.check()
         if self.engine.rank == 0 and names:
             self._point_to(folder.name)  # before what it names goes
             for name in (name for name in names if name > folder.name):
@@ -188,6 +200,7 @@ class Checkpoints:
         state = self._load_newest_of([name for name in names if name < step_name(before)])
         if state is None:
             return None
+        self.fence.check()
         if self.engine.rank == 0:
             start = read_run_state(self.path_of(state.step)).samples_seen
             jump = {"step": state.step, "from": start, "to": resume_at, "returns": returns}
@@ -215,7 +228,8 @@ class Checkpoints:
         return None
 
     def _set_aside(self, faults: dict[str, str], whole: str | None) -> None:
-        """Name the damaged ones and, if there is a whole one to go on from, move them; rank 0."""
+        """Name the damaged ones and, if there is a whole one to go on from, move them."""
+        self.fence.check()
         if self.engine.rank != 0:
             return
         if whole is not None:
@@ -281,9 +295,9 @@ class Checkpoints:
             return [result for result, _ in outcomes]
         if self.engine.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
-        self.engine.barrier()
+        self.fence.check()  # a newer start clears away what an older one has half written
         raise SaveError(
-            f"{temporary.name[1:-4]} was not saved ({fault}): it takes {_gib(size)} and "
+            f"{temporary.name.split('.')[1]} was not saved ({fault}): it takes {_gib(size)} and "
             f"{_gib(_free_bytes(self.folder))} are free on the disk of {self.folder}; make room "
             "there, set output_dir to another disk or lower checkpoint.keep"
         )

@@ -1,6 +1,7 @@
 """The run folder: where a run writes, and the guard that one folder holds one run.
 
     runs/NAME/config.json    the resolved config, git revision and versions
+             owner.json      which start of the run writes here, see ownership.py
              checkpoints/    one folder a checkpoint, and `latest`
              events.*        TensorBoard's files, here so that the run shows under its own name
              logs/           what each rank printed
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from routedvit.training.config import ConfigError
+from routedvit.training.ownership import Owner, refuse_beside_the_living, take
 
 # Keys a resumed run may change: they alter what is seen, kept or how the work is split over
 # machines, never which numbers the run computes (up to rounding).
@@ -63,11 +65,17 @@ class RunFolder:
 
 def open_folder(
     folder: RunFolder, config: dict[str, Any], *, fresh: bool, free: tuple[str, ...]
-) -> str:
-    """Claim the folder, with `fresh` after moving an earlier run aside; one line for people."""
+) -> tuple[str, Owner]:
+    """Claim the folder, with `fresh` after moving an earlier run aside; one line for people.
+
+    Raises:
+        ConfigError: another process of this machine runs in it, or see `claim`.
+    """
+    refuse_beside_the_living(folder.path)
     moved = move_aside(folder) if fresh else None
     claim(folder, config, free=free)
-    return f"run folder {folder.path}" + (f" (the earlier run is kept in {moved})" if moved else "")
+    kept = f" (the earlier run is kept in {moved})" if moved else ""
+    return f"run folder {folder.path}{kept}", take(folder.path)
 
 
 def claim(folder: RunFolder, config: dict[str, Any], *, free: tuple[str, ...] = ()) -> None:

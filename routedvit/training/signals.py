@@ -11,9 +11,10 @@ a launcher also looks whether that is still there (two small reads from /proc pe
 
 import os
 import signal
-from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
+
+from routedvit.training.proc import command_of, parent_of
 
 # What `train.py` exits with after such a stop: EX_TEMPFAIL, "try again later".
 REQUEUE_EXIT_CODE = 75
@@ -71,26 +72,10 @@ def launcher_chain() -> list[tuple[int, int]]:
     the parent is its per-node launcher, whose own parent is the command the user typed.
     """
     me, parent = os.getpid(), os.getppid()
-    command = _command_of(parent)
+    command = command_of(parent)
     if not any(name in command for name in NODE_LAUNCHERS):
         return []
     chain = [(me, parent)]
     if NODE_LAUNCHERS[0] in command and (grandparent := parent_of(parent)):
         chain.append((parent, grandparent))
     return chain
-
-
-def parent_of(pid: int) -> int | None:
-    """Parent of a process, None if there is no such process (or no /proc)."""
-    try:
-        # "pid (name) state parent ...", and the name may hold anything, brackets too.
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    except OSError:
-        return None
-
-
-def _command_of(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").replace("\0", " ")
-    except OSError:
-        return ""

@@ -315,6 +315,7 @@ class Trainer:
 
     def finish(self) -> Summary:
         """Close what is open and leave a word for whoever started the run."""
+        self.checkpoints.fence.check()
         if self.profiler is not None:
             self.profiler.close()
         self.progress.close()

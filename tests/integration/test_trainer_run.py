@@ -92,3 +92,10 @@ def test_a_resume_agrees_on_what_was_passed_over(report: dict[str, Any]) -> None
     assert then[0] == f"key{10 * 8}"
     assert not set(then) & set(first[: 10 * 4])
     assert report["resume_after_going_back_is_bit_identical"]
+
+
+def test_all_ranks_of_a_start_end_in_words_once_a_newer_one_began(report: dict[str, Any]) -> None:
+    first, second = report["overtaken"]["ends"]
+    assert "another start of this run" in first
+    assert second == first
+    assert report["overtaken"]["checkpoints"] == ["latest", "run_id", "step_00000004"]

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from routedvit.training.signals import StopSignals, launcher_chain, parent_of
+from routedvit.training.proc import parent_of
+from routedvit.training.signals import StopSignals, launcher_chain
 
 ROOT = Path(__file__).parents[3]
 
