@@ -116,7 +116,8 @@ def main() -> int:
 
 def run(config: RunConfig, args: argparse.Namespace, console: Console, signals: StopSignals) -> int:
     """Everything between a valid config and the exit code, the same on every rank."""
-    world = engines.start(tf32=config.precision.tf32, tell=console.show)
+    with signals.at_once(console.print):
+        world = engines.start(tf32=config.precision.tf32, tell=console.show)
     record = config.model_dump(mode="json")
     shards = resolve_train(config.data).shards
     check_same_run(record, shards.digest(), SOURCES)
