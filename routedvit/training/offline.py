@@ -21,7 +21,6 @@ import torch
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
-from routedvit.training.checkpoint import LATEST, first_fault, read_manifest
 from routedvit.training.collective import on_rank_zero
 from routedvit.training.config import ConfigError, RunConfig
 from routedvit.training.console import Console
@@ -29,8 +28,10 @@ from routedvit.training.evaluators import build_evaluators, record
 from routedvit.training.export import WEIGHTS
 from routedvit.training.full_weights import full_weights, has_state
 from routedvit.training.interfaces import EvalLoaders
+from routedvit.training.manifest import first_fault, read_manifest
 from routedvit.training.metrics import FanOutWriter
 from routedvit.training.run_folder import RunFolder
+from routedvit.training.shelf import LATEST
 from routedvit.training.world import World
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from routedvit.training.checkpoint import Checkpoints, SaveError
+from routedvit.training.checkpoint import Checkpoints
+from routedvit.training.commit import SaveError
 from routedvit.training.engine import Engine, StepResult
 from routedvit.training.evaluators import record
 from routedvit.training.gauges import ForwardCounter, memory, weight_decay

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from routedvit.training import checkpoint as module
-from routedvit.training.checkpoint import Checkpoints, SaveError
+from routedvit.training import commit, shelf, verification
+from routedvit.training.checkpoint import Checkpoints
+from routedvit.training.commit import SaveError
 from routedvit.training.config import ConfigError
 from routedvit.training.manifest import read_manifest
 from routedvit.training.retention import Retention
@@ -30,7 +31,7 @@ def die(*args: object) -> None:
 @pytest.fixture(autouse=True)
 def _one_writer(monkeypatch):
     """The fake writes the files of two ranks, so it must also seal those of the second."""
-    monkeypatch.setattr(module, "_writer_of", lambda path: 0)
+    monkeypatch.setattr(commit, "writer_of", lambda path: 0)
 
 
 @pytest.fixture
@@ -72,12 +73,12 @@ def test_a_run_state_from_before_a_field_was_added_still_loads(tmp_path):
 
 
 def test_a_checkpoint_from_before_the_guard_was_saved_still_loads(engine, tmp_path, monkeypatch):
-    write = module.write_json
+    write = commit.write_json
 
     def without_guard(path: Path, value: dict) -> None:
         write(path, {key: entry for key, entry in value.items() if key != "guard"})
 
-    monkeypatch.setattr(module, "write_json", without_guard)
+    monkeypatch.setattr(commit, "write_json", without_guard)
     save(engine, tmp_path, 2)
     (tmp_path / "rollbacks.json").write_text('[{"step": 2, "from": 16, "to": 40}]')
     state = load(tmp_path)[0]
@@ -196,7 +197,7 @@ def test_a_lost_run_id_is_read_from_the_newest_checkpoint(engine, tmp_path):
 
 def test_a_checkpoint_from_before_runs_had_an_id_still_loads(engine, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(module, "run_id", lambda folder: "")
+        patch.setattr(commit, "run_id", lambda folder: "")
         save(engine, tmp_path, 1)
     shutil.rmtree(save(engine, tmp_path, 2))
     assert load(tmp_path)[0].step == 1
@@ -218,7 +219,7 @@ def test_a_disk_that_cannot_be_read_is_no_damage(engine, tmp_path, monkeypatch, 
         raise OSError("Stale file handle")
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, name, fail)
+        patch.setattr(verification, name, fail)
         with pytest.raises(ConfigError, match=r"Stale file handle.*see to the disk"):
             load(tmp_path)
     assert load(tmp_path)[0].step == 2
@@ -425,7 +426,7 @@ def test_a_disk_that_is_full_after_the_rename_fails_no_save(engine, tmp_path, mo
     def full(path: Path, text: str) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(module, "replace_text", full)
+    monkeypatch.setattr(shelf, "replace_text", full)
     checkpoints = Checkpoints(tmp_path, engine, keep=1, tell=told.append)
     assert checkpoints.save(RunState(step=2)).is_dir()
     assert "step_00000002 was saved" in told[0]

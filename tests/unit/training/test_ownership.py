@@ -140,7 +140,7 @@ class Steps:
 
 @pytest.fixture(autouse=True)
 def _one_writer(monkeypatch):
-    monkeypatch.setattr("routedvit.training.checkpoint._writer_of", lambda path: 0)
+    monkeypatch.setattr("routedvit.training.commit.writer_of", lambda path: 0)
 
 
 def test_an_older_start_changes_nothing_of_a_newer_one(tmp_path):

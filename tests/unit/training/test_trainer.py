@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from routedvit.training.checkpoint import Checkpoints, SaveError
+from routedvit.training.checkpoint import Checkpoints
+from routedvit.training.commit import SaveError
 from routedvit.training.config import ConfigError
 from routedvit.training.guard import Guard
 from routedvit.training.optim import build_schedule
@@ -100,7 +101,7 @@ def trainer(folder: Path, engine: FakeEngine, sink: Sink, state: RunState, **cha
 
 @pytest.fixture(autouse=True)
 def _one_writer(monkeypatch):
-    monkeypatch.setattr("routedvit.training.checkpoint._writer_of", lambda path: 0)
+    monkeypatch.setattr("routedvit.training.commit.writer_of", lambda path: 0)
 
 
 def test_data_begins_where_the_state_says(tmp_path):
