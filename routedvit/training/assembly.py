@@ -37,7 +37,8 @@ from routedvit.training.retention import Retention
 from routedvit.training.run_state import RunState
 from routedvit.training.schedules import Dial, Schedules
 from routedvit.training.signals import StopSignals
-from routedvit.training.trainer import Trainer, TrainerSettings
+from routedvit.training.trainer import Trainer
+from routedvit.training.trainer_settings import TrainerSettings
 from routedvit.training.weight_average import WeightAverage, check_offload
 from routedvit.training.world import World
 

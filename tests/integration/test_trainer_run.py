@@ -65,6 +65,17 @@ def test_a_finished_run_does_nothing_more(report: dict[str, Any]) -> None:
     assert run["scalars"] == []
 
 
+def test_a_run_that_was_killed_in_its_last_evaluation_only_evaluates(
+    report: dict[str, Any],
+) -> None:
+    run = report["unevaluated"]
+    assert run["summary"]["finished"]
+    assert run["summary"]["best"] == report["straight"]["summary"]["best"]
+    assert run["updates"] == [10]
+    assert run["given"] == []
+    assert {tuple(scalar) for scalar in run["scalars"]} >= {("val/top1", 10)}
+
+
 def test_bad_steps_in_a_row_lead_back_to_a_checkpoint_and_past_their_data(report: Any) -> None:
     run = report["damaged"]
     assert run["summary"]["finished"]

@@ -30,7 +30,8 @@ from routedvit.training.native_config import resolve_native_config
 from routedvit.training.ownership import Owner, take
 from routedvit.training.run_state import RunState
 from routedvit.training.signals import StopSignals
-from routedvit.training.trainer import Summary, Trainer, TrainerSettings
+from routedvit.training.trainer import Trainer
+from routedvit.training.trainer_settings import Summary, TrainerSettings
 from routedvit.training.world import World
 
 STEPS, SIGNAL_AT = 10, 5
@@ -186,12 +187,15 @@ def main(out: Path) -> None:
         "stopped": ("b", 0, Loader(world, signal_at=(signal.SIGTERM, 1, SIGNAL_AT - 1))),
         "resumed": ("b", 77, Loader(world)),
         "again": ("b", 78, Loader(world)),
+        "unevaluated": ("b", 78, Loader(world)),
         "damaged": ("c", 0, Loader(world, bad)),
         "damaged_and_stopped": ("d", 0, Loader(world, bad, (signal.SIGUSR1, 0, 9))),
         "damaged_and_resumed": ("d", 79, Loader(world, bad)),
     }
     weights = {}
     for name, (folder, seed, loader) in runs.items():
+        if name == "unevaluated" and world.rank == 0:  # as if killed in its last evaluation
+            (out / "b" / "checkpoints" / f"step_{STEPS:08d}" / "evaluation.json").unlink()
         with StopSignals() as signals:
             summary, weights[name], recorder = fit(world, out / folder, seed, loader, signals)
         report[name] = {

@@ -23,7 +23,8 @@ from routedvit.training.retention import Retention
 from routedvit.training.run_state import RunState, read_run_state
 from routedvit.training.schedules import Schedules
 from routedvit.training.signals import StopSignals
-from routedvit.training.trainer import Trainer, TrainerSettings, seed_step
+from routedvit.training.trainer import Trainer, seed_step
+from routedvit.training.trainer_settings import TrainerSettings
 from tests.unit.training.fake_engine import FakeEngine
 
 
@@ -73,6 +74,7 @@ def trainer(folder: Path, engine: FakeEngine, sink: Sink, state: RunState, **cha
     }  # fmt: skip
     keep = changes.pop("keep", 2)
     signals = changes.pop("signals", None) or StopSignals()
+    dials = changes.pop("dials", [])
     guard = {"max_bad_steps": 3, "max_rollbacks": 2} | changes.pop("guard", {})
     return Trainer(
         engine,
@@ -91,7 +93,8 @@ def trainer(folder: Path, engine: FakeEngine, sink: Sink, state: RunState, **cha
                 warmup_steps=2,
                 warmup_lr=0,
                 min_lr=0,
-            )
+            ),
+            dials,
         ),
         settings=TrainerSettings(**(settings | changes)),
         state=state,
@@ -187,9 +190,7 @@ def test_dials_turn_in_the_step_and_their_values_are_logged(tmp_path):
         return original(*args, **kwargs)
 
     engine.train_step = train_step
-    run = trainer(tmp_path, engine, sink, RunState(step=2, samples_seen=8))
-    run.schedules = Schedules(run.schedules.rate, [dial])
-    run.fit()
+    trainer(tmp_path, engine, sink, RunState(step=2, samples_seen=8), dials=[dial]).fit()
     assert seen == [2, 3, 4, 5]
     assert dial.value is None
     assert sink.scalars["train/dial", 6] == 5.0
@@ -511,8 +512,9 @@ def test_a_wish_to_stop_in_the_last_evaluation_leaves_the_others_to_the_next_sta
     assert json.loads((tmp_path / "status.json").read_text()) == {"status": "stopped", "step": 6}
     state = Checkpoints(tmp_path / "checkpoints", engine, keep=2).load_newest()
     sink = Sink()
-    run = trainer(tmp_path, engine, sink, state, evaluators=[Crash([], 0), Evaluator([2.0], 0)])
-    run.evaluators[0].name = "long"
+    done = Crash([], 0)
+    done.name = "long"
+    run = trainer(tmp_path, engine, sink, state, evaluators=[done, Evaluator([2.0], 0)])
     assert run.fit().finished
     assert sink.scalars == {("val/top1", 6): 2.0}
 
