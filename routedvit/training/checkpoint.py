@@ -77,9 +77,7 @@ class Checkpoints:
         self.fence.check()
         if self.engine.broadcast(final.exists()):
             return final
-        names = self.shelf.names()
-        newest = self.folder / names[-1] if names else None
-        Commit(self.engine, final, self.fence).run(state, newest)
+        Commit(self.engine, self.shelf, self.fence, state).run()
         if self.engine.rank == 0:
             self.shelf.welcome(final.name, bad_since)
         self.engine.barrier()
@@ -106,6 +104,23 @@ class Checkpoints:
         """Folder of the checkpoint of `step`, whether it exists or not."""
         return self.shelf.path_of(step)
 
+    def names(self) -> list[str]:
+        """The complete checkpoints, oldest first; they may be damaged.
+
+        Raises:
+            ConfigError: on every rank, if rank 0 cannot list them.
+        """
+        names: list[str] = []
+        trouble: str | None = None
+        try:
+            names = self.shelf.names()
+        except OSError as error:
+            trouble = f"{self.folder} cannot be read ({error}); see to the disk and its rights"
+        names, trouble = self.engine.broadcast((names, trouble))
+        if trouble is not None:
+            raise ConfigError(trouble)
+        return names
+
     def wants(self, state: RunState) -> bool:
         """Whether the metric just evaluated makes this step one of the best to keep."""
         value = state.metrics.get(self.retention.metric)
@@ -122,7 +137,7 @@ class Checkpoints:
         Raises:
             ConfigError: all checkpoints are damaged, or it cannot be right under this stage.
         """
-        names = self.engine.broadcast(self.shelf.names())
+        names = self.names()
         state = self._load_newest_of(names)
         if state is None and names:
             raise ConfigError(
@@ -145,7 +160,7 @@ class Checkpoints:
         fault = find_fault(self.engine, folder)
         if fault is not None:
             raise ConfigError(f"--resume {path}: {folder} is no whole checkpoint ({fault})")
-        names = self.engine.broadcast(self.shelf.names())
+        names = self.names()
         if names and not self._is_own(folder):
             raise ConfigError(
                 f"--resume {path}: this run has checkpoints of its own in {self.folder}; give it "
@@ -168,7 +183,7 @@ class Checkpoints:
         The data goes on at position `resume_at`, in every later load of that checkpoint too; later
         checkpoints are deleted. `returns` is how often the run has gone back with this time.
         """
-        names = self.engine.broadcast(self.shelf.names())
+        names = self.names()
         state = self._load_newest_of([name for name in names if name < step_name(before)])
         if state is None:
             return None

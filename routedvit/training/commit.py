@@ -26,6 +26,7 @@ from routedvit.training.manifest import (
     write_json,
 )
 from routedvit.training.run_state import RUN_STATE, RunState
+from routedvit.training.shelf import Shelf
 
 T = TypeVar("T")
 
@@ -39,52 +40,53 @@ class Commit:
 
     Args:
         engine: whose state is saved.
-        final: the folder that is to appear.
+        shelf: where it is to stand.
         fence: lets this start write, or not.
+        state: what is saved with it.
     """
 
-    def __init__(self, engine: Engine, final: Path, fence: Fence) -> None:
+    def __init__(self, engine: Engine, shelf: Shelf, fence: Fence, state: RunState) -> None:
         self.engine = engine
-        self.final = final
+        self.shelf = shelf
         self.fence = fence
+        self.state = state
+        final = self.final = shelf.path_of(state.step)
         self.temporary = final.with_name(f".{final.name}.{fence.name}.tmp")
         self.size = engine.state_bytes()
 
-    def run(self, state: RunState, newest: Path | None) -> None:
-        """Write `state` and the engine's.
-
-        Args:
-            newest: the checkpoint before this one, whose run this is; None: there is none.
+    def run(self) -> None:
+        """Write it.
 
         Raises:
             SaveError: the disk is full or fails; nothing is left of it.
             OwnershipLost: a newer start has begun meanwhile.
         """
-        self._on_all_ranks(lambda: self._make(newest))
-        parts = self._on_all_ranks(lambda: self._write(state))
+        self._on_all_ranks(self._make)
+        parts = self._on_all_ranks(self._write)
         files = {name: entry for part in parts for name, entry in sorted(part.items())}
         self.fence.check()
-        self._on_all_ranks(lambda: self._publish(state.step, files))
+        self._on_all_ranks(lambda: self._publish(files))
 
-    def _make(self, newest: Path | None) -> None:
+    def _make(self) -> None:
         """The hidden folder, without what interrupted saves left. Rank 0."""
         if self.engine.rank != 0:
             return
-        folder = self.final.parent
+        folder = self.shelf.folder
         for leftover in folder.glob(".step_*.tmp"):
             shutil.rmtree(leftover, ignore_errors=leftover != self.temporary)
         self.temporary.mkdir(parents=True)
-        claim_run_id(folder, newest)
+        names = self.shelf.names()
+        claim_run_id(folder, self.shelf.folder / names[-1] if names else None)
         if _free_bytes(folder) < self.size:  # logs and ledgers want the rest of the disk
             raise OSError("no space left")
 
-    def _write(self, state: RunState) -> dict[str, Fingerprint]:
+    def _write(self) -> dict[str, Fingerprint]:
         """This rank's files, on disk, and their fingerprints by relative name."""
         engine = self.engine
         engine.save_state(self.temporary)
         if engine.rank == 0:
             state = dataclasses.replace(
-                state, world_size=engine.world_size, zero_stage=engine.zero_stage
+                self.state, world_size=engine.world_size, zero_stage=engine.zero_stage
             )
             write_json(self.temporary / RUN_STATE, dataclasses.asdict(state))
         files = sorted(path for path in self.temporary.rglob("[!.]*") if path.is_file())
@@ -93,11 +95,11 @@ class Commit:
             sync(path)
         return {str(path.relative_to(self.temporary)): fingerprint(path) for path in own}
 
-    def _publish(self, step: int, files: dict[str, Fingerprint]) -> None:
+    def _publish(self, files: dict[str, Fingerprint]) -> None:
         """Manifest and rename. Rank 0."""
         if self.engine.rank != 0:
             return
-        manifest = Manifest(run=run_id(self.final.parent), step=step, files=files)
+        manifest = Manifest(run=run_id(self.shelf.folder), step=self.state.step, files=files)
         write_json(self.temporary / MANIFEST, manifest.model_dump())
         for folder in (path for path in self.temporary.rglob("*") if path.is_dir()):
             sync(folder)
@@ -119,11 +121,11 @@ class Commit:
         if self.engine.rank == 0:
             shutil.rmtree(self.temporary, ignore_errors=True)
         self.fence.check()  # a newer start clears away what an older one has half written
-        folder = self.final.parent
+        folder = self.shelf.folder
         raise SaveError(
             f"{self.final.name} was not saved ({fault}): it takes {_gib(self.size)} and "
-            f"{_gib(_free_bytes(folder))} are free on the disk of {folder}; make room there, set "
-            "output_dir to another disk or lower checkpoint.keep"
+            f"{_gib(_free_bytes(folder))} are free on the disk of {folder}; make room there, "
+            "lower checkpoint.keep, or move the run to another disk and set output_dir to that"
         )
 
 

@@ -89,9 +89,17 @@ def find(checkpoint: str, folder: RunFolder) -> Path:
     path = Path(checkpoint)
     if checkpoint == LATEST:
         pointer = folder.checkpoints / LATEST
-        if not pointer.exists():
-            raise ConfigError(f"--evaluate latest: there is no checkpoint in {folder.checkpoints}")
-        path = folder.checkpoints / pointer.read_text(encoding="utf-8").strip()
+        try:
+            path = folder.checkpoints / pointer.read_text(encoding="utf-8").strip()
+        except FileNotFoundError:
+            raise ConfigError(
+                f"--evaluate latest: there is no checkpoint in {folder.checkpoints}"
+            ) from None
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"--evaluate latest: {pointer} cannot be read ({error}); name a folder "
+                f"{folder.checkpoints}/step_... instead"
+            ) from error
     if (path / WEIGHTS).exists():
         path = path / WEIGHTS
     if path.is_file():

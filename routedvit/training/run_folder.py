@@ -23,6 +23,7 @@ from typing import Any
 
 from routedvit.training.config import ConfigError
 from routedvit.training.ownership import Owner, refuse_beside_the_living, take
+from routedvit.training.shelf import names_in
 
 # Keys a resumed run may change: they alter what is seen, kept or how the work is split over
 # machines, never which numbers the run computes (up to rounding).
@@ -59,8 +60,17 @@ class RunFolder:
         return self.path / "weights_ema"
 
     def has_checkpoint(self) -> bool:
-        """Whether a run in this folder would be resumed."""
-        return any(self.checkpoints.glob("step_*"))
+        """Whether a run in this folder would be resumed.
+
+        Raises:
+            ConfigError: nobody can tell.
+        """
+        try:
+            return bool(names_in(self.checkpoints))
+        except OSError as error:
+            raise ConfigError(
+                f"{self.checkpoints} cannot be read ({error}); see to the disk and its rights"
+            ) from error
 
 
 def open_folder(

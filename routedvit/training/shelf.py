@@ -4,6 +4,7 @@ Nothing here is collective: every rank may look, rank 0 alone changes.
 """
 
 import contextlib
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,20 @@ from routedvit.training.retention import Retention
 from routedvit.training.run_state import read_run_state
 
 LATEST = "latest"
+
+
+def names_in(folder: Path) -> list[str]:
+    """The complete checkpoints in `folder`, oldest first; they may be damaged.
+
+    Raises:
+        OSError: it is there and cannot be listed. (`Path.glob` would find nothing instead, and the
+            run would begin anew.)
+    """
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(e.name for e in entries if e.name.startswith("step_") and e.is_dir())
+    except FileNotFoundError:
+        return []
 
 
 class Shelf:
@@ -34,8 +49,8 @@ class Shelf:
         return self.folder / step_name(step)
 
     def names(self) -> list[str]:
-        """The complete ones, oldest first; they may be damaged."""
-        return sorted(path.name for path in self.folder.glob("step_*") if path.is_dir())
+        """See `names_in`."""
+        return names_in(self.folder)
 
     def values(self) -> dict[int, float | None]:
         """The kept metric of every checkpoint by its step, None where there is none to read."""
@@ -61,12 +76,19 @@ class Shelf:
         self.delete_surplus(bad_since)
 
     def point_to(self, name: str) -> None:
-        """Make `latest` name this checkpoint."""
-        replace_text(self.folder / LATEST, name + "\n")
+        """Make `latest` name this checkpoint; nothing is written if it does."""
+        latest, text = self.folder / LATEST, f"{name}\n".encode()
+        if not (latest.is_file() and latest.read_bytes() == text):
+            replace_text(latest, text.decode())
 
     def delete_surplus(self, bad_since: int | None) -> None:
         """Delete what retention does not keep; see there for `bad_since`, its `before`."""
-        for step in self.retention.surplus(self.values(), before=bad_since):
+        try:
+            surplus = self.retention.surplus(self.values(), before=bad_since)
+        except OSError as error:
+            self.tell(f"checkpoints that may go cannot be found: {error}")
+            return
+        for step in surplus:
             self.delete(step_name(step))
 
     def delete(self, name: str) -> None:

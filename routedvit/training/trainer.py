@@ -190,7 +190,8 @@ class Trainer:
             self.checkpoints.save(self.state, bad_since=self.bad_since())
         except SaveError as error:
             if must:
-                raise
+                newest = next(reversed(self.checkpoints.names()), "the beginning")
+                raise SaveError(f"{error}; the same command then goes on from {newest}") from error
             self.progress.message(f"{error}; the run goes on and tries again at the next one")
 
     def bad_since(self) -> int | None:

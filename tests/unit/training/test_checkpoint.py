@@ -225,6 +225,40 @@ def test_a_disk_that_cannot_be_read_is_no_damage(engine, tmp_path, monkeypatch, 
     assert load(tmp_path)[0].step == 2
 
 
+def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(engine, tmp_path, monkeypatch):
+    save(engine, tmp_path, 1)
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", refuse)  # as root, the test may list anything
+        with pytest.raises(ConfigError, match=r"Permission denied.*rights"):
+            load(tmp_path)
+        with pytest.raises(SaveError, match="Permission denied"):
+            save(engine, tmp_path, 2)
+    assert load(tmp_path)[0].step == 1
+
+
+@pytest.mark.parametrize("text", [b"", b"step_0000", b"../nothing", b"\xff"])
+def test_latest_is_for_people_and_a_load_does_not_need_it(engine, tmp_path, text):
+    for step in (1, 2):
+        save(engine, tmp_path, step)
+    (tmp_path / "latest").write_bytes(text)
+    assert load(tmp_path)[0].step == 2
+    assert (tmp_path / "latest").read_text() == "step_00000002\n"
+
+
+def test_a_load_needs_no_room_on_the_disk(engine, tmp_path, monkeypatch):
+    save(engine, tmp_path, 1)
+
+    def full(path: Path, text: str) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(shelf, "replace_text", full)
+    assert load(tmp_path)[0].step == 1
+
+
 def test_a_full_disk_is_named_with_the_need_and_the_mend_and_nothing_is_left(engine, tmp_path):
     save(engine, tmp_path, 1)
     engine.full_disks = 1

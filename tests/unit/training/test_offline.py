@@ -136,3 +136,11 @@ def test_averages_are_evaluated_beside_the_weights(tmp_path: Path) -> None:
     assert torch.equal(weights["w"], expected["w"])
     assert torch.equal(averages["w"][0], expected["w"][0] + 10)  # the first rank had an average
     assert torch.equal(averages["w"][1], expected["w"][1])
+
+
+def test_a_latest_that_cannot_be_read_is_told_with_a_way_round(tmp_path):
+    pointer = tmp_path / "checkpoints" / "latest"
+    pointer.parent.mkdir()
+    pointer.write_bytes(b"\xff")
+    with pytest.raises(ConfigError, match=r"latest cannot be read .* name a folder"):
+        find("latest", RunFolder(tmp_path))

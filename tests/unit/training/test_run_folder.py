@@ -74,3 +74,15 @@ def test_starting_over_moves_the_old_run_aside(folder: RunFolder) -> None:
     assert second is not None
     assert second.name == "x.2"
     assert move_aside(folder) is None
+
+
+def test_checkpoints_that_cannot_be_listed_are_not_taken_for_none(folder, monkeypatch) -> None:
+    saved_run(folder)
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("os.scandir", refuse)
+    with pytest.raises(ConfigError, match=r"checkpoints cannot be read .*Permission denied"):
+        claim(folder, CONFIG | {"seed": 1})
+    assert json.loads(folder.config.read_text())["config"]["seed"] == 0

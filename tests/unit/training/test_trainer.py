@@ -424,8 +424,11 @@ def test_a_full_disk_does_not_stop_the_run_but_the_last_save_must_succeed(tmp_pa
     assert any("No space left" in text and "goes on" in text for text in sink.messages)
     assert sorted(path.name[-1] for path in tmp_path.glob("checkpoints/step_*")) == ["8", "9"]
     engine.full_disks = 9
-    with pytest.raises(SaveError, match="No space left"):
+    with pytest.raises(SaveError, match=r"No space left.*goes on from the beginning"):
         trainer(tmp_path / "other", engine, sink, RunState(), total_steps=2).fit()
+    state = RunState(step=9, samples_seen=36)
+    with pytest.raises(SaveError, match=r"No space left.*goes on from step_00000009"):
+        trainer(tmp_path, engine, sink, state, total_steps=10).fit()
 
 
 def test_a_new_best_is_saved_at_once_and_kept(tmp_path):
