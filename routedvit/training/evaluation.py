@@ -77,7 +77,9 @@ class Evaluation:
         """What an evaluator says about the present weights, by 'prefix/metric'."""
         folder = self.folder if self.engine.rank == 0 else None
         with self.engine.evaluating() as model:
-            return record(evaluator.run(model), prefix, step, writer=self.writer, folder=folder)
+            findings = evaluator.run(model)
+            tell = self.progress.message
+            return record(findings, prefix, step, writer=self.writer, folder=folder, tell=tell)
 
 
 def is_multiple(step: int, every: int) -> bool:

@@ -79,13 +79,21 @@ def open_folder(
     """Claim the folder, with `fresh` after moving an earlier run aside; one line for people.
 
     Raises:
-        ConfigError: another process of this machine runs in it, or see `claim`.
+        ConfigError: another process of this machine runs in it, the disk does not take it, or see
+            `claim`.
     """
-    refuse_beside_the_living(folder.path)
-    moved = move_aside(folder) if fresh else None
-    claim(folder, config, free=free)
+    try:
+        refuse_beside_the_living(folder.path)
+        moved = move_aside(folder) if fresh else None
+        claim(folder, config, free=free)
+        owner = take(folder.path)
+    except OSError as error:
+        raise ConfigError(
+            f"output_dir: the run folder {folder.path} cannot be used ({error}); see to the room "
+            "on its disk and to its rights, or set output_dir to another"
+        ) from error
     kept = f" (the earlier run is kept in {moved})" if moved else ""
-    return f"run folder {folder.path}{kept}", take(folder.path)
+    return f"run folder {folder.path}{kept}", owner
 
 
 def claim(folder: RunFolder, config: dict[str, Any], *, free: tuple[str, ...] = ()) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from routedvit.training.config import ConfigError
-from routedvit.training.run_folder import RunFolder, check_same_data, claim, move_aside
+from routedvit.training.run_folder import RunFolder, check_same_data, claim, move_aside, open_folder
 
 CONFIG = {"optim": {"lr": 0.1, "betas": (0.9, 0.95)}, "log": {"every_steps": 10}, "seed": 0}
 
@@ -86,3 +86,10 @@ def test_checkpoints_that_cannot_be_listed_are_not_taken_for_none(folder, monkey
     with pytest.raises(ConfigError, match=r"checkpoints cannot be read .*Permission denied"):
         claim(folder, CONFIG | {"seed": 1})
     assert json.loads(folder.config.read_text())["config"]["seed"] == 0
+
+
+def test_a_folder_that_cannot_be_written_is_told_with_the_mend(folder: RunFolder) -> None:
+    folder.path.parent.mkdir()
+    folder.path.write_text("a file in its place")
+    with pytest.raises(ConfigError, match=r"runs/x cannot be used .*output_dir to another"):
+        open_folder(folder, CONFIG, fresh=False, free=())
