@@ -147,7 +147,8 @@ def one_round(config: RunConfig, folder: Path) -> tuple[dict[str, list[float]], 
         checkpoints=Checkpoints(folder / "checkpoints", engine, keep=1),
         state=RunState(), folder=folder, console=Console(1), signals=StopSignals(),
     )  # fmt: skip
-    occasional = timed(trainer, list(EVERY))
+    *told, watch = EVERY
+    occasional = timed(trainer.step_log, told) | timed(trainer, [watch])
     trainer.fit()
     log = config.log.model_dump()
     busy = {
