@@ -147,8 +147,8 @@ def one_round(config: RunConfig, folder: Path) -> tuple[dict[str, list[float]], 
         checkpoints=Checkpoints(folder / "checkpoints", engine, keep=1),
         state=RunState(), folder=folder, console=Console(1), signals=StopSignals(),
     )  # fmt: skip
-    *told, watch = EVERY
-    occasional = timed(trainer.step_log, told) | timed(trainer, [watch])
+    *logs, watch = EVERY
+    logged, watched = timed(trainer.step_log, logs), timed(trainer, [watch])
     trainer.fit()
     log = config.log.model_dump()
     busy = {
@@ -162,6 +162,7 @@ def one_round(config: RunConfig, folder: Path) -> tuple[dict[str, list[float]], 
         for name, seconds in loader.seconds.items()
     }
     # The first of each opens files, loads fonts and warms caches.
+    occasional = logged | watched
     return plain, {name: statistics.median(each[1:]) for name, each in occasional.items()}
 
 
