@@ -28,8 +28,9 @@ from routedvit.models.warm_start import WarmStart, warm_start
 from routedvit.training import config as training
 from routedvit.training import engine as engines
 from routedvit.training.agreement import check_same_run, check_shared_folder
-from routedvit.training.assembly import build_checkpoints, build_engine, build_trainer
-from routedvit.training.checkpoint import RunState
+from routedvit.training.assembly import build_engine, build_retention, build_trainer
+from routedvit.training.assembly_watch import build_run_evaluators
+from routedvit.training.checkpoint import Checkpoints, RunState
 from routedvit.training.collective import must_agree, on_rank_zero
 from routedvit.training.config_file import describe_keys, json_schema, load_config
 from routedvit.training.connection import lost_rank
@@ -137,6 +138,9 @@ def run(config: RunConfig, args: argparse.Namespace, console: Console, signals: 
     readable = (loader.fingerprint, eval_loaders and eval_loaders.val.fingerprint)
     must_agree("shards", readable, "copy the same sets with their manifests to every machine")
     engine, schedules = build_engine(config, model, world, loader)
+    samples = loader.samples_per_epoch
+    evaluators = build_run_evaluators(config, engine.objective, eval_loaders, samples)
+    retention = build_retention(config, engine.objective, evaluators)
 
     # Only now, since a run that cannot be built must not claim or move a folder.
     record = config.model_dump(mode="json")
@@ -146,7 +150,7 @@ def run(config: RunConfig, args: argparse.Namespace, console: Console, signals: 
     console.log_to(folder.logs / f"rank_{world.rank}.log")
     if started:
         console.print(str(started))
-    checkpoints = build_checkpoints(config, engine, folder.checkpoints, console)
+    checkpoints = Checkpoints(folder.checkpoints, engine, keep=retention, tell=console.print)
     state = checkpoints.load_named(args.resume) if args.resume else checkpoints.load_newest()
     state = state or RunState(warm_start=asdict(started) if started else None)
     check_same_data(folder, state.data, loader.fingerprint)
@@ -154,8 +158,8 @@ def run(config: RunConfig, args: argparse.Namespace, console: Console, signals: 
     state.config, state.versions, state.data = record, versions(), loader.fingerprint
     trainer = build_trainer(
         config, engine, schedules, loader, eval_loaders,
-        checkpoints=checkpoints, state=state, folder=folder.path, console=console,
-        signals=signals,
+        evaluators=evaluators, checkpoints=checkpoints, state=state, folder=folder.path,
+        console=console, signals=signals,
     )  # fmt: skip
     console.print(opening(config, trainer))
     result = trainer.fit()

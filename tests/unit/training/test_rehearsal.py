@@ -153,7 +153,7 @@ def test_the_largest_batch_fits_and_the_next_does_not() -> None:
 class Absent:
     """Shards that are not there."""
 
-    num_classes, missing = None, "no shard matches"
+    num_classes, samples_per_epoch, missing, evaluates = None, None, "no shard matches", True
 
 
 def test_a_dry_run_goes_on_without_data() -> None:
@@ -166,7 +166,7 @@ def test_a_dry_run_goes_on_without_data() -> None:
 
 
 def test_fp16_can_be_rehearsed_where_it_cannot_be_run() -> None:
-    text = describe_step(config_of("precision.dtype=fp16"), Machine(2, 80))
+    text = describe_step(config_of("precision.dtype=fp16"), Machine(2, 80), Absent())
     assert "fp16, this rank's share" in text
 
 
