@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -47,7 +48,11 @@ def untouched() -> Any:
 
 
 def measured_peak(config: Any) -> int:
-    """Peak of a real second step, in one process."""
+    return measured(config)["peak"]
+
+
+def measured(config: Any) -> dict[str, int]:
+    """Bytes that a real second step takes in one process, under the names that a dry run prints."""
     world = engines.start()
     with MemoryMeter() as meter:
         model = create_model(config.model, num_classes=10, seed=0)
@@ -61,7 +66,14 @@ def measured_peak(config: Any) -> int:
             meter.reset_peak()
             engine.train_step([batch] * engine.accumulation)
     engines.stop()
-    return meter.peak
+    state = engine.optimizer.state
+    moments = [value for own in state.values() for value in own.values() if value.ndim]
+    return {
+        "weights": storage_bytes(model.parameters()),
+        "master weights": storage_bytes(state),
+        "optimiser state": storage_bytes(moments),
+        "peak": meter.peak,
+    }
 
 
 @pytest.mark.parametrize(
@@ -85,6 +97,21 @@ def test_the_estimate_is_within_a_tenth_of_the_measured_peak(overrides: tuple[st
     assert estimate.peak == pytest.approx(measured, rel=0.1)
     parts = (estimate.weights, estimate.master, estimate.state)
     assert all(part < estimate.peak for part in parts)
+
+
+def test_the_printed_numbers_are_those_of_a_run() -> None:
+    config = config_of("precision.dtype=bf16", "deepspeed.zero_optimization.stage=1")
+    text = describe_step(config, Machine(1, 80), Absent())
+    found = measured(config)
+    model = create_model(config.model, num_classes=10, seed=0)
+    assert f"parameters   {sum(p.numel() for p in model.parameters()):,}\n" in text
+    assert "batch        32 images = 1 ranks x 16 x 2 accumulated\n" in text
+    for name, size in found.items():
+        printed = re.search(rf"^  {name} +([\d.]+) (MiB|GiB)", text, re.MULTILINE)
+        assert printed, name
+        assert printed[2] == "MiB"
+        # what is printed has one decimal
+        assert float(printed[1]) * 2**20 == pytest.approx(size, rel=0.1, abs=0.05 * 2**20), name
 
 
 @pytest.mark.slow
