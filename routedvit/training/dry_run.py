@@ -136,10 +136,11 @@ def describe_step(config: RunConfig, machine: Machine, data: Any) -> str:
     batch = f"{config.train.batch_size:,} images = {world_size} ranks x {size}"
     batch += f" x {accumulation} accumulated" if accumulation > 1 else ""
     factor = max(scheduled(config.capacity))
+    teacher = ", with its teacher" if config.objective.name == "distill" else ""
     lines = [
         f"parameters   {compute.num_parameters:,}",
         f"compute      {_gflops(compute.forward_flops)} an image forward, "
-        f"{_gflops(compute.training_flops)} in training with what is recomputed",
+        f"{_gflops(compute.training_flops)} in training with what is recomputed{teacher}",
         f"batch        {batch}",
         *([f"capacity     factor {float(factor):g} of the schedule, its largest"] * (factor > 1)),
         "",
@@ -199,17 +200,18 @@ def _table(
     """The memory of one GPU, one row per kind."""
     dtype = "fp32" if config.precision.autocast else config.precision.dtype
     fits = memory.peak <= machine.usable
+    stage = zero_stage(config.deepspeed)
+    share = [", this rank's share" if stage >= least else ", whole" for least in range(4)]
     rows = [
-        ("weights", memory.weights, f"{dtype}, this rank's share"),
+        ("weights", memory.weights, dtype + share[3]),
         ("gathered weights", memory.gathered, "of other ranks, after a forward pass"),
-        ("master weights", memory.master, "fp32"),
-        ("optimiser state", memory.state, config.optim.name),
+        ("master weights", memory.master, "fp32" + share[1]),
+        ("optimiser state", memory.state, config.optim.name + share[1]),
         ("gradients", memory.gradients, "with communication buffers"),
         ("activations", compute.activations[config.train.checkpointing], f"batch of {size}"),
         ("peak", memory.peak, "everything, temporaries too: " + machine.verdict(fits)),
         ("on the host", memory.host, "offloaded, per rank"),
     ]
-    stage = zero_stage(config.deepspeed)
     return [
         f"memory of each GPU under ZeRO-{stage}, each row where it is largest",
         *(f"  {name:<18}{readable(value):>11}   {note}" for name, value, note in rows if value),
