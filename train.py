@@ -41,6 +41,7 @@ from routedvit.training.interfaces import EvalLoaders
 from routedvit.training.model import create_model
 from routedvit.training.native_config import split_batch
 from routedvit.training.offline import evaluate_offline
+from routedvit.training.out_of_memory import out_of_memory
 from routedvit.training.report import closing, opening
 from routedvit.training.run_folder import RunFolder, check_same_data, open_folder, versions
 from routedvit.training.signals import REQUEUE_EXIT_CODE, StopSignals
@@ -103,7 +104,8 @@ def main() -> int:
         return 0
     rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
     mistakes = (training.ConfigError, DataError)
-    with Console(rank, user_errors=mistakes, explain=lost_rank) as console:
+    explain = lambda error: lost_rank(error) or out_of_memory(error)  # noqa: E731
+    with Console(rank, user_errors=mistakes, explain=explain) as console:
         config = load_config(RunConfig, args.config, args.set)
         if args.dry_run or args.find_batch:
             machine = resolve_machine(args.world_size, args.gpu_memory)
