@@ -33,7 +33,7 @@ from routedvit.training.assembly_watch import build_run_evaluators
 from routedvit.training.checkpoint import Checkpoints, RunState
 from routedvit.training.collective import must_agree, on_rank_zero
 from routedvit.training.config_file import describe_keys, json_schema, load_config
-from routedvit.training.connection import lost_rank
+from routedvit.training.connection import lost_rank, record_collectives
 from routedvit.training.console import Console
 from routedvit.training.dry_run import rehearse, resolve_machine
 from routedvit.training.export import export_model
@@ -119,11 +119,12 @@ def main() -> int:
 
 def run(config: RunConfig, args: argparse.Namespace, console: Console, signals: StopSignals) -> int:
     """Everything between a valid config and the exit code, the same on every rank."""
+    folder = RunFolder(Path(config.folder))
+    record_collectives(folder.logs)
     world = engines.start(tf32=config.precision.tf32, tell=console.show)
     record = config.model_dump(mode="json")
     shards = resolve_train(config.data).shards
     check_same_run(record, shards.digest(), SOURCES)
-    folder = RunFolder(Path(config.folder))
     # without labels there is no classifier
     num_classes = shards.num_classes * config.objective.classifies
     config.model.kwargs.setdefault("num_classes", num_classes)
