@@ -13,6 +13,7 @@ import os
 import sys
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +149,8 @@ def run(config: RunConfig, args: argparse.Namespace, console: Console, signals: 
     # Only now, since a run that cannot be built must not claim or move a folder.
     record = config.model_dump(mode="json")
     free = tuple(f"data.{key}" for key in FREE_ON_RESUME)
-    console.print(on_rank_zero(lambda: open_folder(folder, record, fresh=args.fresh, free=free)))
+    claims = partial(open_folder, folder, record, fresh=args.fresh, free=free, resume=args.resume)
+    console.print(on_rank_zero(claims))
     check_shared_folder(folder.path)
     console.log_to(folder.logs / f"rank_{world.rank}.log")
     if started:

@@ -62,12 +62,39 @@ class RunFolder:
 
 
 def open_folder(
-    folder: RunFolder, config: dict[str, Any], *, fresh: bool, free: tuple[str, ...]
+    folder: RunFolder,
+    config: dict[str, Any],
+    *,
+    fresh: bool,
+    free: tuple[str, ...],
+    resume: Path | None = None,
 ) -> str:
-    """Claim the folder, with `fresh` after moving an earlier run aside; one line for people."""
+    """Claim the folder, with `fresh` after moving an earlier run aside; one line for people.
+
+    Raises:
+        ConfigError: see `claim`; or the checkpoint `resume` is not there, or would be moved.
+    """
+    if resume is not None:
+        check_resume(folder, resume, fresh=fresh)
     moved = move_aside(folder) if fresh else None
     claim(folder, config, free=free)
     return f"run folder {folder.path}" + (f" (the earlier run is kept in {moved})" if moved else "")
+
+
+def check_resume(folder: RunFolder, checkpoint: Path, *, fresh: bool) -> None:
+    """Before the folder is touched: is the checkpoint there, and will it stay?"""
+    own = folder.checkpoints / checkpoint
+    found = own if own.is_dir() else checkpoint
+    if not found.is_dir():
+        raise ConfigError(
+            f"--resume {checkpoint}: there is no such folder, and none of that name in "
+            f"{folder.checkpoints}"
+        )
+    if fresh and folder.path.resolve() in found.resolve().parents:
+        raise ConfigError(
+            f"--resume {checkpoint} goes on with the run in {folder.path}, which --fresh would "
+            "move aside; leave --fresh out, or give the new run another name (--set name=...)"
+        )
 
 
 def claim(folder: RunFolder, config: dict[str, Any], *, free: tuple[str, ...] = ()) -> None:

@@ -6,7 +6,13 @@ from pathlib import Path
 import pytest
 
 from routedvit.training.config import ConfigError
-from routedvit.training.run_folder import RunFolder, check_same_data, claim, move_aside
+from routedvit.training.run_folder import (
+    RunFolder,
+    check_same_data,
+    claim,
+    move_aside,
+    open_folder,
+)
 
 CONFIG = {"optim": {"lr": 0.1, "betas": (0.9, 0.95)}, "log": {"every_steps": 10}, "seed": 0}
 
@@ -74,3 +80,22 @@ def test_starting_over_moves_the_old_run_aside(folder: RunFolder) -> None:
     assert second is not None
     assert second.name == "x.2"
     assert move_aside(folder) is None
+
+
+def test_a_checkpoint_that_is_not_there_or_would_go_leaves_the_folder_alone(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    own, other = folder.checkpoints / "step_5", tmp_path / "other" / "checkpoints" / "step_5"
+    own.mkdir(parents=True)
+    other.mkdir(parents=True)
+    for fresh, resume, words in (
+        (False, Path("step_6"), "--resume step_6: there is no such folder"),
+        (True, Path("step_5"), "--resume step_5 goes on with the run in"),
+        (True, own, "leave --fresh out"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            open_folder(folder, {}, fresh=fresh, free=(), resume=resume)
+        assert own.is_dir()
+        assert not folder.config.exists()
+    open_folder(folder, {}, fresh=False, free=(), resume=Path("step_5"))
+    told = open_folder(folder, {}, fresh=True, free=(), resume=other)
+    assert "the earlier run is kept in" in told
