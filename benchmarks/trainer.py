@@ -31,6 +31,7 @@ import routedvit  # noqa: F401  (registers the models)
 from benchmarks.results import append_result
 from routedvit.training import engine as engines
 from routedvit.training.assembly import build_engine, build_trainer
+from routedvit.training.assembly_watch import build_run_evaluators
 from routedvit.training.checkpoint import Checkpoints
 from routedvit.training.config import RunConfig
 from routedvit.training.config_file import load_config
@@ -142,8 +143,12 @@ def one_round(config: RunConfig, folder: Path) -> tuple[dict[str, list[float]], 
     shape = resolve_input_data_config(model)["input_size"]
     loader = Interleaved(shape, config.train.batch_size, BareLoop(config))
     engine, schedule = build_engine(config, model, world, loader)
+    held_out = EvalLoaders(loader, None)
     trainer = build_trainer(
-        config, engine, schedule, loader, EvalLoaders(loader, None),
+        config, engine, schedule, loader, held_out,
+        evaluators=build_run_evaluators(
+            config, engine.objective, held_out, loader.samples_per_epoch
+        ),
         checkpoints=Checkpoints(folder / "checkpoints", engine, keep=1),
         state=RunState(), folder=folder, console=Console(1), signals=StopSignals(),
     )  # fmt: skip

@@ -74,14 +74,21 @@ class RunFolder:
 
 
 def open_folder(
-    folder: RunFolder, config: dict[str, Any], *, fresh: bool, free: tuple[str, ...]
+    folder: RunFolder,
+    config: dict[str, Any],
+    *,
+    fresh: bool,
+    free: tuple[str, ...],
+    resume: Path | None = None,
 ) -> tuple[str, Owner]:
     """Claim the folder, with `fresh` after moving an earlier run aside; one line for people.
 
     Raises:
-        ConfigError: another process of this machine runs in it, the disk does not take it, or see
-            `claim`.
+        ConfigError: another process of this machine runs in it, the disk does not take it, the
+            checkpoint `resume` is not there or would be moved, or see `claim`.
     """
+    if resume is not None:
+        check_resume(folder, resume, fresh=fresh)
     try:
         refuse_beside_the_living(folder.path)
         moved = move_aside(folder) if fresh else None
@@ -94,6 +101,22 @@ def open_folder(
         ) from error
     kept = f" (the earlier run is kept in {moved})" if moved else ""
     return f"run folder {folder.path}{kept}", owner
+
+
+def check_resume(folder: RunFolder, checkpoint: Path, *, fresh: bool) -> None:
+    """Before the folder is touched: is the checkpoint there, and will it stay?"""
+    own = folder.checkpoints / checkpoint
+    found = own if own.is_dir() else checkpoint
+    if not found.is_dir():
+        raise ConfigError(
+            f"--resume {checkpoint}: there is no such folder, and none of that name in "
+            f"{folder.checkpoints}"
+        )
+    if fresh and folder.path.resolve() in found.resolve().parents:
+        raise ConfigError(
+            f"--resume {checkpoint} goes on with the run in {folder.path}, which --fresh would "
+            "move aside; leave --fresh out, or give the new run another name (--set name=...)"
+        )
 
 
 def claim(folder: RunFolder, config: dict[str, Any], *, free: tuple[str, ...] = ()) -> None:

@@ -93,3 +93,22 @@ def test_a_folder_that_cannot_be_written_is_told_with_the_mend(folder: RunFolder
     folder.path.write_text("a file in its place")
     with pytest.raises(ConfigError, match=r"runs/x cannot be used .*output_dir to another"):
         open_folder(folder, CONFIG, fresh=False, free=())
+
+
+def test_a_checkpoint_that_is_not_there_or_would_go_leaves_the_folder_alone(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    own, other = folder.checkpoints / "step_5", tmp_path / "other" / "checkpoints" / "step_5"
+    own.mkdir(parents=True)
+    other.mkdir(parents=True)
+    for fresh, resume, words in (
+        (False, Path("step_6"), "--resume step_6: there is no such folder"),
+        (True, Path("step_5"), "--resume step_5 goes on with the run in"),
+        (True, own, "leave --fresh out"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            open_folder(folder, {}, fresh=fresh, free=(), resume=resume)
+        assert own.is_dir()
+        assert not folder.config.exists()
+    open_folder(folder, {}, fresh=False, free=(), resume=Path("step_5"))
+    told, _ = open_folder(folder, {}, fresh=True, free=(), resume=other)
+    assert "the earlier run is kept in" in told
