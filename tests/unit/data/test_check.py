@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from data import check, decode, reader
+from data import check, reader
 from data.manifest import read_manifest, write_manifest
 from data.shards import resolve
 from tests.unit.data.making import pair, png, write_tar
@@ -118,7 +118,7 @@ def test_images_that_training_would_refuse_are_a_note(good, capsys, monkeypatch)
 
 
 def test_no_more_of_an_image_is_read_than_training_would_read(good, capsys, monkeypatch):
-    assert reader.MAX_IMAGE_BYTES == decode.MAX_IMAGE_BYTES
+    assert check.MAX_IMAGE_BYTES == reader.MAX_IMAGE_BYTES
     monkeypatch.setattr(check, "MAX_IMAGE_BYTES", 20)
     assert check.main([str(good)]) == 1
     assert "encoded bytes; 20 are allowed" in capsys.readouterr().out
