@@ -79,6 +79,21 @@ def test_a_manifest_is_made_for_foreign_shards(tmp_path):
     assert resolve(pattern).num_samples == 6
 
 
+def test_a_manifest_made_anew_keeps_what_no_shard_says(good):
+    manifest = read_manifest(good / "manifest.json")
+    told = {"label_names": ["ant", "bee", "cat", "dog"], "recipe": {"--source": "folder"}}
+    counts = [*manifest.class_counts, 0]
+    write_manifest(good, manifest.model_copy(update=told | {"class_counts": counts}))
+    assert check.main(["--write-manifest", str(good / "*.tar")]) == 0
+    again = read_manifest(good / "manifest.json")
+    assert (again.recipe, again.label_names) == (told["recipe"], told["label_names"])
+    assert again.class_counts == counts
+    write_tar(good / "001.tar", pair("other", 1, 1))  # of this one nobody knows whence it came
+    assert check.main(["--write-manifest", str(good / "*.tar")]) == 0
+    again = read_manifest(good / "manifest.json")
+    assert (again.recipe, again.label_names) == (None, None)
+
+
 def test_no_manifest_is_made_for_damaged_shards(make_set, capsys):
     folder = make_set([4, 2])
     (folder / "manifest.json").unlink()

@@ -15,32 +15,16 @@ import time
 from pathlib import Path
 
 import pytest
-import s3fs
 
 from data.cache import ShardCache
-from data.config import RemoteConfig
 from data.errors import BadShard, DataError, Unreachable
 from data.manifest import MANIFEST_NAME
 from data.reader import ShardReader
 from data.remote import _filesystem
 from data.shards import resolve
-from tests.unit.data.serving import FaultyServer
 from tests.unit.data.test_loaders import train_loader
 
 ROOT = Path(__file__).resolve().parents[3]
-
-
-@pytest.fixture
-def server(tmp_path):
-    with FaultyServer(tmp_path) as running:
-        yield running
-        running.shutdown()
-
-
-@pytest.fixture
-def remote(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.remote.MAX_PAUSE", 0.05)
-    return RemoteConfig(cache_dir=str(tmp_path / "cache"), read_timeout=0.5, give_up_after=8)
 
 
 def fetched(server, remote, name="000.tar"):
@@ -113,27 +97,6 @@ def test_bytes_that_come_again_are_no_progress(make_set, server, remote, monkeyp
     with pytest.raises(Unreachable, match=r"000\.tar: given up"):
         fetched(server, remote.model_copy(update={"give_up_after": 1.0}))
     assert time.monotonic() - began < 4
-
-
-def test_a_store_that_drips_is_given_up_in_time(make_set, server, remote, monkeypatch):
-    """Its client hands over nothing before a block is whole."""
-    shards = resolve(str(make_set([6])))
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "testing",
-        "AWS_SECRET_ACCESS_KEY": "testing",
-        "AWS_ENDPOINT_URL": server.url,
-    }.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr("data.remote._filesystems", {})
-    with ShardCache(remote).open("s3://train/000.tar", shards.entries[0]) as file:
-        assert file.read() == Path(shards.names[0]).read_bytes()
-    cached(remote, "*.tar").unlink()
-    server.faults["000.tar"] = ["drip5000"]
-    hasty = remote.model_copy(update={"give_up_after": 0.5})
-    began = time.monotonic()
-    with pytest.raises(Unreachable, match=r"000\.tar: given up .*took too long.*give_up_after"):
-        ShardCache(hasty).open("s3://train/000.tar", shards.entries[0])
-    assert time.monotonic() - began < 2
 
 
 @pytest.mark.parametrize("scheme", ["http", "s3", "gs"])
@@ -361,36 +324,3 @@ def test_the_next_shard_is_fetched_before_it_is_needed(make_set, make_config, se
     while len(list(Path(remote.cache_dir).glob("*.tar"))) < 2:
         assert time.monotonic() < deadline
         time.sleep(0.05)
-
-
-def test_shards_in_s3_are_listed_fetched_and_verified(make_set, remote, monkeypatch):
-    folder = make_set([4, 2])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    endpoint = f"http://127.0.0.1:{port}"
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "testing")
-    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-    command = [sys.executable, "-m", "moto.server", "-p", str(port)]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as moto:
-        try:
-            while True:
-                with socket.socket() as probe:
-                    if probe.connect_ex(("127.0.0.1", port)) == 0:
-                        break
-                time.sleep(0.2)
-            bucket = s3fs.S3FileSystem(skip_instance_cache=True)
-            bucket.mkdir("shards")
-            bucket.put(str(folder), "shards/train", recursive=True)
-            patient = remote.model_copy(update={"read_timeout": 10.0, "give_up_after": 20.0})
-            for pattern in ("", "/*.tar", "/{000..001}.tar"):
-                shards = resolve(f"s3://shards/train{pattern}", remote=patient)
-                assert shards.sizes == [4, 2]
-            for url, entry in zip(shards.names, shards.entries, strict=True):
-                with ShardCache(patient).open(url, entry) as file:
-                    assert file.read() == (folder / entry.name).read_bytes()
-            with pytest.raises(DataError, match="not there"):
-                resolve("s3://shards/nowhere", remote=patient)
-        finally:
-            moto.terminate()
