@@ -131,7 +131,8 @@ def against_manifest(reports: list[ShardReport], manifest: Manifest) -> list[str
                 for what in ("samples", "bytes", "sha256")
                 if found[what] != getattr(entry, what)
             ]
-            findings += _about_index(report.path, found["index"], entry)
+            if found["sha256"] == entry.sha256:  # else its index must differ too
+                findings += _about_index(report.path, found["index"], entry)
             classes = len(manifest.class_counts)
             top = max(map(int, report.note["class_counts"]), default=0)
             if top >= classes:
