@@ -141,8 +141,8 @@ def run(config: RunConfig, args: argparse.Namespace, console: Console, signals: 
     if config.model.warm_start and not args.resume and (args.fresh or not folder.has_checkpoint()):
         started = begin_from(model, config.model.warm_start)
     loader, eval_loaders, image_format = build_loaders(config, model, world, folder)
-    readable = (loader.fingerprint, eval_loaders and eval_loaders.val.fingerprint)
-    must_agree("shards", readable, "copy the same sets with their manifests to every machine")
+    read = loader.fingerprint, eval_loaders.val.fingerprint if eval_loaders else ""
+    must_agree("shards", read, "copy the same sets with their manifests to every machine")
     engine, schedules = build_engine(config, model, world, loader)
     samples = loader.samples_per_epoch
     evaluators = build_run_evaluators(config, engine.objective, eval_loaders, samples)
@@ -163,9 +163,10 @@ def run(config: RunConfig, args: argparse.Namespace, console: Console, signals: 
     )
     state = checkpoints.load_named(args.resume) if args.resume else checkpoints.load_newest()
     state = state or RunState(warm_start=asdict(started) if started else None)
-    check_same_data(folder, state.data, loader.fingerprint)
+    check_same_data(folder, (state.data, state.held_out), read)
     # of this start: a resume may change some
-    state.config, state.versions, state.data = record, versions(), loader.fingerprint
+    state.config, state.versions = record, versions()
+    state.data, state.held_out = read
     trainer = build_trainer(
         config, engine, schedules, loader, eval_loaders,
         evaluators=evaluators, checkpoints=checkpoints, state=state, folder=folder.path,

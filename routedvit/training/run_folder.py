@@ -146,24 +146,28 @@ def claim(folder: RunFolder, config: dict[str, Any], *, free: tuple[str, ...] = 
     part.replace(folder.config)
 
 
-def check_same_data(folder: RunFolder, before: str, now: str) -> None:
-    """The order of samples follows from the shards, so a run that goes on needs the same ones.
+def check_same_data(folder: RunFolder, before: tuple[str, str], now: tuple[str, str]) -> None:
+    """The order of samples follows from the training shards, and the best metric so far means
+    something on the same held-out ones only; so a run that goes on needs the same ones.
 
     A run that only begins from another's checkpoint may take others.
 
     Args:
-        before: the shards that the checkpoint was trained on; empty if it does not say.
+        before: training and held-out shards of the checkpoint; empty where it does not say.
         now: those that the run would go on with.
 
     Raises:
         ConfigError: they are not the same.
     """
-    if folder.has_checkpoint() and before not in ("", now):
-        raise ConfigError(
-            f"data.train: {folder.path} was trained on {before}, and now there are {now}; bring "
-            "the earlier shards back, give this run another name (--set name=...) or start over "
-            "with --fresh"
-        )
+    if not folder.has_checkpoint():
+        return
+    for section, earlier, later in zip(("train", "val"), before, now, strict=True):
+        if earlier not in ("", later):
+            raise ConfigError(
+                f"data.{section}: {folder.path} was run on {earlier}, and now there are {later}; "
+                "bring the earlier shards back, begin a run of another name from this one (--set "
+                f"name=NEW --resume {folder.checkpoints}/...) or start over with --fresh"
+            )
 
 
 def move_aside(folder: RunFolder) -> Path | None:

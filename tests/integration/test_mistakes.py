@@ -144,6 +144,8 @@ def test_shards_that_changed_since_the_checkpoint(config: Path, tmp_path: Path) 
     command = ["--config", tmp_path / "config.json"]
     (first,) = run_train(command)
     assert first[0] == 0, first[1]
+    state = json.loads(next((tmp_path / "run").rglob("run_state.json")).read_text())
+    assert state["held_out"].startswith("1,000 samples")
     manifest = json.loads((tmp_path / "train" / "manifest.json").read_text())
     manifest["shards"].reverse()
     (tmp_path / "train" / "manifest.json").write_text(json.dumps(manifest))
@@ -152,7 +154,7 @@ def test_shards_that_changed_since_the_checkpoint(config: Path, tmp_path: Path) 
     # the folder is open by the time that its checkpoint can tell
     opened, _, mistake = printed.partition("\n")
     assert opened.startswith("run folder")
-    assert_mistake(code, mistake, "was trained on 4,000 samples", "bring the earlier", "--fresh")
+    assert_mistake(code, mistake, "was run on 4,000 samples", "bring the earlier", "--fresh")
     assert fresh[0] == 0, fresh[1]
 
 

@@ -55,12 +55,15 @@ def test_every_differing_key_is_counted(folder: RunFolder) -> None:
 
 def test_other_shards_are_refused_where_a_run_goes_on(folder: RunFolder) -> None:
     claim(folder, CONFIG)
-    check_same_data(folder, "9 samples", "8 samples")  # begins from the checkpoint of another run
+    nine, eight = ("9 samples", "3 samples"), ("8 samples", "3 samples")
+    check_same_data(folder, nine, eight)  # begins from the checkpoint of another run
     saved_run(folder)
-    for before in ("", "8 samples"):  # checkpoints of earlier versions do not say
-        check_same_data(folder, before, "8 samples")
-    with pytest.raises(ConfigError, match=r"trained on 9 samples, and now .* 8 samples.*--fresh"):
-        check_same_data(folder, "9 samples", "8 samples")
+    for before in (("", ""), eight):  # checkpoints of earlier versions do not say
+        check_same_data(folder, before, eight)
+    with pytest.raises(ConfigError, match=r"data\.train: .* on 9 samples, and now .* 8 .*--fresh"):
+        check_same_data(folder, nine, eight)
+    with pytest.raises(ConfigError, match=r"data\.val: .* on 3 samples, and now .* 2 .*--resume"):
+        check_same_data(folder, nine, ("9 samples", "2 samples"))
 
 
 def test_starting_over_moves_the_old_run_aside(folder: RunFolder) -> None:
