@@ -13,6 +13,7 @@ import os
 import sys
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,12 @@ from routedvit.models.warm_start import WarmStart, warm_start
 from routedvit.training import config as training
 from routedvit.training import engine as engines
 from routedvit.training.agreement import check_same_run, check_shared_folder
-from routedvit.training.assembly import build_checkpoints, build_engine, build_trainer
-from routedvit.training.checkpoint import RunState
+from routedvit.training.assembly import build_engine, build_retention, build_trainer
+from routedvit.training.assembly_watch import build_run_evaluators
+from routedvit.training.checkpoint import Checkpoints
 from routedvit.training.collective import must_agree, on_rank_zero
 from routedvit.training.config_file import describe_keys, json_schema, load_config
-from routedvit.training.connection import lost_rank
+from routedvit.training.connection import lost_rank, record_collectives
 from routedvit.training.console import Console
 from routedvit.training.dry_run import rehearse, resolve_machine
 from routedvit.training.export import export_model
@@ -40,8 +42,10 @@ from routedvit.training.interfaces import EvalLoaders
 from routedvit.training.model import create_model
 from routedvit.training.native_config import split_batch
 from routedvit.training.offline import evaluate_offline
+from routedvit.training.out_of_memory import out_of_memory
 from routedvit.training.report import closing, opening
 from routedvit.training.run_folder import RunFolder, check_same_data, open_folder, versions
+from routedvit.training.run_state import RunState
 from routedvit.training.signals import REQUEUE_EXIT_CODE, StopSignals
 from routedvit.training.world import World
 
@@ -102,7 +106,8 @@ def main() -> int:
         return 0
     rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
     mistakes = (training.ConfigError, DataError)
-    with Console(rank, user_errors=mistakes, explain=lost_rank) as console:
+    explain = lambda error: lost_rank(error) or out_of_memory(error)  # noqa: E731
+    with Console(rank, user_errors=mistakes, explain=explain) as console:
         config = load_config(RunConfig, args.config, args.set)
         if args.dry_run or args.find_batch:
             machine = resolve_machine(args.world_size, args.gpu_memory)
@@ -116,11 +121,13 @@ def main() -> int:
 
 def run(config: RunConfig, args: argparse.Namespace, console: Console, signals: StopSignals) -> int:
     """Everything between a valid config and the exit code, the same on every rank."""
-    world = engines.start(tf32=config.precision.tf32, tell=console.show)
+    folder = RunFolder(Path(config.folder))
+    record_collectives(folder.logs)
+    with signals.at_once(console.print):
+        world = engines.start(tf32=config.precision.tf32, tell=console.show)
     record = config.model_dump(mode="json")
     shards = resolve_train(config.data).shards
     check_same_run(record, shards.digest(), SOURCES)
-    folder = RunFolder(Path(config.folder))
     # without labels there is no classifier
     num_classes = shards.num_classes * config.objective.classifies
     config.model.kwargs.setdefault("num_classes", num_classes)
@@ -134,28 +141,36 @@ def run(config: RunConfig, args: argparse.Namespace, console: Console, signals: 
     if config.model.warm_start and not args.resume and (args.fresh or not folder.has_checkpoint()):
         started = begin_from(model, config.model.warm_start)
     loader, eval_loaders, image_format = build_loaders(config, model, world, folder.logs)
-    readable = (loader.fingerprint, eval_loaders and eval_loaders.val.fingerprint)
-    must_agree("shards", readable, "copy the same sets with their manifests to every machine")
+    read = loader.fingerprint, eval_loaders.val.fingerprint if eval_loaders else ""
+    must_agree("shards", read, "copy the same sets with their manifests to every machine")
     engine, schedules = build_engine(config, model, world, loader)
+    samples = loader.samples_per_epoch
+    evaluators = build_run_evaluators(config, engine.objective, eval_loaders, samples)
+    retention = build_retention(config, engine.objective, evaluators)
 
     # Only now, since a run that cannot be built must not claim or move a folder.
     record = config.model_dump(mode="json")
     free = tuple(f"data.{key}" for key in FREE_ON_RESUME)
-    console.print(on_rank_zero(lambda: open_folder(folder, record, fresh=args.fresh, free=free)))
+    claims = partial(open_folder, folder, record, fresh=args.fresh, free=free, resume=args.resume)
+    opened, owner = on_rank_zero(claims)
+    console.print(opened)
     check_shared_folder(folder.path)
     console.log_to(folder.logs / f"rank_{world.rank}.log")
     if started:
         console.print(str(started))
-    checkpoints = build_checkpoints(config, engine, folder.checkpoints, console)
+    checkpoints = Checkpoints(
+        folder.checkpoints, engine, keep=retention, owner=owner, tell=console.print
+    )
     state = checkpoints.load_named(args.resume) if args.resume else checkpoints.load_newest()
     state = state or RunState(warm_start=asdict(started) if started else None)
-    check_same_data(folder, state.data, loader.fingerprint)
+    check_same_data(folder, (state.data, state.held_out), read)
     # of this start: a resume may change some
-    state.config, state.versions, state.data = record, versions(), loader.fingerprint
+    state.config, state.versions = record, versions()
+    state.data, state.held_out = read
     trainer = build_trainer(
         config, engine, schedules, loader, eval_loaders,
-        checkpoints=checkpoints, state=state, folder=folder.path, console=console,
-        signals=signals,
+        evaluators=evaluators, checkpoints=checkpoints, state=state, folder=folder.path,
+        console=console, signals=signals,
     )  # fmt: skip
     console.print(opening(config, trainer))
     result = trainer.fit()

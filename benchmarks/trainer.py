@@ -31,7 +31,8 @@ import routedvit  # noqa: F401  (registers the models)
 from benchmarks.results import append_result
 from routedvit.training import engine as engines
 from routedvit.training.assembly import build_engine, build_trainer
-from routedvit.training.checkpoint import Checkpoints, RunState
+from routedvit.training.assembly_watch import build_run_evaluators
+from routedvit.training.checkpoint import Checkpoints
 from routedvit.training.config import RunConfig
 from routedvit.training.config_file import load_config
 from routedvit.training.console import Console
@@ -40,6 +41,7 @@ from routedvit.training.model import create_model
 from routedvit.training.native_config import zero_stage
 from routedvit.training.objectives import build_loss
 from routedvit.training.optim import build_optimizer
+from routedvit.training.run_state import RunState
 from routedvit.training.signals import StopSignals
 
 WARMUP = 5
@@ -141,12 +143,17 @@ def one_round(config: RunConfig, folder: Path) -> tuple[dict[str, list[float]], 
     shape = resolve_input_data_config(model)["input_size"]
     loader = Interleaved(shape, config.train.batch_size, BareLoop(config))
     engine, schedule = build_engine(config, model, world, loader)
+    held_out = EvalLoaders(loader, None)
     trainer = build_trainer(
-        config, engine, schedule, loader, EvalLoaders(loader, None),
+        config, engine, schedule, loader, held_out,
+        evaluators=build_run_evaluators(
+            config, engine.objective, held_out, loader.samples_per_epoch
+        ),
         checkpoints=Checkpoints(folder / "checkpoints", engine, keep=1),
         state=RunState(), folder=folder, console=Console(1), signals=StopSignals(),
     )  # fmt: skip
-    occasional = timed(trainer, list(EVERY))
+    *logs, watch = EVERY
+    logged, watched = timed(trainer.step_log, logs), timed(trainer, [watch])
     trainer.fit()
     log = config.log.model_dump()
     busy = {
@@ -160,6 +167,7 @@ def one_round(config: RunConfig, folder: Path) -> tuple[dict[str, list[float]], 
         for name, seconds in loader.seconds.items()
     }
     # The first of each opens files, loads fonts and warms caches.
+    occasional = logged | watched
     return plain, {name: statistics.median(each[1:]) for name, each in occasional.items()}
 
 

@@ -15,11 +15,8 @@ from __future__ import annotations
 
 import argparse
 import functools
-import multiprocessing
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +37,7 @@ from data.manifest import (
     write_atomically,
 )
 from data.manifest import write_manifest as save_manifest
+from data.pool import each
 from data.remote import is_url
 from data.report import describe
 from data.shards import match
@@ -118,16 +116,6 @@ def _examine_sample(
     statistics.add(image, label)
 
 
-def examine_all(paths: Sequence[Path], full_decode: bool, jobs: int) -> Iterator[ShardReport]:
-    """The reports of all shards, in order."""
-    work = functools.partial(examine, full_decode=full_decode)
-    if jobs == 1:
-        yield from map(work, paths)
-        return
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(work, paths)
-
-
 def against_manifest(reports: list[ShardReport], manifest: Manifest) -> list[str]:
     """Where the shards of one folder differ from its manifest."""
     known = {entry.name: entry for entry in manifest.shards}
@@ -143,7 +131,8 @@ def against_manifest(reports: list[ShardReport], manifest: Manifest) -> list[str
                 for what in ("samples", "bytes", "sha256")
                 if found[what] != getattr(entry, what)
             ]
-            findings += _about_index(report.path, found["index"], entry)
+            if found["sha256"] == entry.sha256:  # else its index must differ too
+                findings += _about_index(report.path, found["index"], entry)
             classes = len(manifest.class_counts)
             top = max(map(int, report.note["class_counts"]), default=0)
             if top >= classes:
@@ -200,20 +189,22 @@ def check_folder(
         )
     notes = [report.note for report in reports if report.note is not None]
     if any(note["class_counts"] for note in notes):
-        found = combine(notes, label_names)
+        earlier = _earlier(folder, notes if write else [])
+        names = label_names or (earlier.label_names if earlier else None)
+        found = combine(notes, names)
         if label_names and len(found.class_counts) > len(label_names):
             raise DataError(
                 f"--label-names has {len(label_names)} lines and {folder} has label "
                 f"{len(found.class_counts) - 1}; give one line per class, label 0 first"
             )
         ignored = sum(report.ignored for report in reports)
-        names = label_names or (None if write else _known_names(folder))
         print(*describe(folder, found, names, notes, ignored), sep="\n")
         if write:
             for report in reports:
                 index = report.path.with_name(report.path.name + SUFFIX)
                 write_atomically(index, content_for(report.path))
-            save_manifest(folder, found)
+            recipe = earlier.recipe if earlier else None
+            save_manifest(folder, found.model_copy(update={"recipe": recipe}))
             print(f"  wrote     {folder / MANIFEST_NAME}")
     elif write:
         raise DataError(f"{folder}: no usable sample; nothing to write a manifest about")
@@ -223,10 +214,17 @@ def check_folder(
     return findings + [line for report in reports for line in report.bad]
 
 
-def _known_names(folder: Path) -> list[str] | None:
-    """The class names that the manifest of a folder has, if there is one."""
-    path = folder / MANIFEST_NAME
-    return read_manifest(path).label_names if path.exists() else None
+def _earlier(folder: Path, notes: list[dict[str, Any]]) -> Manifest | None:
+    """The manifest of a folder, where it can be read and knows the shards that `notes` describe.
+
+    How they were written and what their classes are called is found in no shard.
+    """
+    try:
+        manifest = read_manifest(folder / MANIFEST_NAME)
+    except DataError:
+        return None
+    known = {entry.sha256 for entry in manifest.shards}
+    return manifest if known >= {note["entry"]["sha256"] for note in notes} else None
 
 
 def local(pattern: str) -> list[Path]:
@@ -250,9 +248,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Check what the arguments name; returns the exit code."""
     paths = [path for pattern in arguments.shards for path in local(pattern)]
     names = names_in(arguments.label_names) if arguments.label_names else None
+    examination = functools.partial(examine, full_decode=not arguments.headers_only)
     reports = list(
         tqdm(
-            examine_all(paths, not arguments.headers_only, arguments.jobs),
+            each(examination, paths, arguments.jobs),
             total=len(paths),
             unit="shard",
             disable=None,

@@ -164,7 +164,7 @@ class RemoteConfig(_Section):
     give_up_after: float = Field(
         default=300.0,
         gt=0,
-        description="Seconds, retries included, that the next MiB of a shard may take.",
+        description="Seconds, retries included, that the next 8 MiB of a shard may take.",
     )
 
 

@@ -17,7 +17,7 @@ from data.errors import BadSample
 EXTENSION_OF_FORMAT = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 FORMATS = tuple(EXTENSION_OF_FORMAT)
 MAX_PIXELS = 170_000_000  # for tools; Pillow itself refuses from 178,956,971 on
-MAX_IMAGE_BYTES = 1 << 28  # encoded; as in data.reader
+MAX_IMAGE_BYTES = 1 << 28  # encoded
 MODE_OF_CHANNELS = {1: "L", 3: "RGB"}
 # Deeper modes (I;16, I, F) convert to 8 bits by clipping, which whitens the image without a word.
 EIGHT_BIT_MODES = frozenset(

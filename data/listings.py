@@ -168,7 +168,7 @@ def dataset_split(
     numbered = _numbered(
         labels, f"the {prefix} split", "has it labels? name a split that has, such as --val-split"
     )
-    names = label_names or getattr(dataset, "classes", None) or numbered
+    names = label_names or _class_names(dataset, label_column) or numbered
     if len(names) < len(numbered):
         raise DataError(f"the {prefix} split: label {max(labels)} and {len(names)} class names")
     references: list[Reference] = [
@@ -176,6 +176,13 @@ def dataset_split(
         for number, label in enumerate(labels)
     ]
     return Split(references, [str(name) for name in names])
+
+
+def _class_names(dataset: Any, label_column: str) -> Sequence[str] | None:
+    """As torchvision's datasets keep them, or those of Hugging Face, which timm wraps twice."""
+    inner = getattr(getattr(dataset, "reader", None), "dataset", dataset)
+    features = getattr(inner, "features", None) or {}
+    return getattr(dataset, "classes", None) or getattr(features.get(label_column), "names", None)
 
 
 @dataclass(frozen=True)

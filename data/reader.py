@@ -22,6 +22,7 @@ import torch
 
 from data.cache import ShardCache
 from data.config import RemoteConfig
+from data.decode import MAX_IMAGE_BYTES
 from data.errors import BadSample, BadShard, Unreachable
 from data.index_file import SUFFIX, unpack
 from data.manifest import IndexEntry, ShardEntry, sha256_of_open
@@ -33,7 +34,6 @@ log = logging.getLogger(__name__)
 MAX_OPEN_SHARDS = 256  # per process: streams read many in turn; 1024 descriptors are usual
 MAX_OPEN_REMOTE = 16  # an open shard takes disk even after the cache dropped it
 MAX_INDICES = 4096  # per process: a shard of a thousand samples has an index of some 50 kB
-MAX_IMAGE_BYTES = 1 << 28
 
 
 class Sample(NamedTuple):

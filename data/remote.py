@@ -3,7 +3,7 @@
 fsspec brings the clients; what is added here is what training needs of them. A read that brings
 nothing for `read_timeout` seconds is over. A failed transfer goes on at the byte it had reached,
 after a pause that grows and is jittered (a thousand ranks must not knock at once). It is given up
-when the next MiB, or the rest, takes more than `give_up_after` seconds, failures or none: so a
+when the next 8 MiB, or the rest, take more than `give_up_after` seconds, failures or none: so a
 server that drips is noticed, and a long transfer that comes along well may fail late. Answers that
 no wait mends (404, 403) end it at once. Of all failures only "there is no such thing" holds for
 every rank alike; the rest are Unreachable.
@@ -25,6 +25,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 import aiohttp
 import fsspec
+from fsspec.exceptions import FSTimeoutError
 
 from data.config import RemoteConfig
 from data.errors import BadShard, DataError, Unreachable
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 
 SCHEMES = ("http", "https", "s3", "gs")
 CHUNK = 1 << 20
+STEP = 8 * CHUNK  # what counts as progress; also one request to s3 and gs, slow to begin an answer
 MAX_PAUSE = 30.0  # seconds between two attempts, at most
 _MISSING = frozenset({404, 410})
 _REFUSED = frozenset({400, 401, 403, 405, 416, 451})
@@ -55,18 +57,22 @@ class Progress:
 
     def reached(self, position: int) -> None:
         """So many bytes of the file have come in this attempt. Unreachable when that is too few."""
-        if position >= self.mark + CHUNK:  # bytes that came before are no progress
+        if position >= self.mark + STEP:  # bytes that came before are no progress
             self.mark, self.since = position, time.monotonic()
         elif self.ends_within(0):
             raise Unreachable(
-                f"{self.url}: given up at byte {position}, since the last {CHUNK >> 20} MiB took "
+                f"{self.url}: given up at byte {position}, since the last {STEP >> 20} MiB took "
                 f"more than {self.limit:g} s; mend the server or raise data.remote.give_up_after, "
                 "then start the same command again"
             )
 
+    def rest(self) -> float:
+        """Seconds left for the next STEP."""
+        return self.since + self.limit - time.monotonic()
+
     def ends_within(self, seconds: float) -> bool:
-        """Whether the time for the next MiB is over by then."""
-        return time.monotonic() + seconds - self.since > self.limit
+        """Whether they are over by then."""
+        return self.rest() < seconds
 
 
 def is_url(name: str) -> bool:
@@ -114,9 +120,10 @@ def find(pattern: str, remote: RemoteConfig) -> list[str]:
     """The URLs that a glob names, where the file system can list; sorted."""
     found: list[str] = []
 
-    def attempt(_: Progress) -> None:
+    def attempt(progress: Progress) -> None:
         filesystem = _filesystem(urlsplit(pattern).scheme, remote)
-        found[:] = sorted(filesystem.unstrip_protocol(name) for name in filesystem.glob(pattern))
+        names = filesystem.glob(pattern, timeout=progress.rest())
+        found[:] = sorted(map(filesystem.unstrip_protocol, names))
 
     persist(attempt, pattern, remote)
     fixed = re.split(r"[*\[]", pattern)[0]
@@ -152,14 +159,10 @@ def stream(url: str, start: int, remote: RemoteConfig, progress: Progress) -> It
     """The bytes of `url` from `start` on, in chunks; raises whatever the client raises, and
     Unreachable when they come too slowly.
     """
-    filesystem = _filesystem(urlsplit(url).scheme, remote)
     if urlsplit(url).scheme in ("s3", "gs"):
-        with filesystem.open(url, "rb", block_size=8 * CHUNK, cache_type="readahead") as file:
-            file.seek(start)
-            while chunk := file.read(CHUNK):
-                progress.reached(file.tell())
-                yield chunk
+        yield from _blocks(url, start, remote, progress)
         return
+    filesystem = _filesystem(urlsplit(url).scheme, remote)
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
     # block_size 0 streams one answer; a size spares the extra request that would ask for it
     with filesystem.open(url, "rb", block_size=0, size=1, headers=headers) as file:
@@ -171,6 +174,19 @@ def stream(url: str, start: int, remote: RemoteConfig, progress: Progress) -> It
             skip, chunk = max(0, skip - len(chunk)), chunk[skip:]
             if chunk:
                 yield chunk
+
+
+def _blocks(url: str, start: int, remote: RemoteConfig, progress: Progress) -> Iterator[bytes]:
+    """As `stream`, from clients that keep an answer until it is whole: nobody would see it drip,
+    so each request has a deadline.
+    """
+    filesystem = _filesystem(urlsplit(url).scheme, remote)
+    size = filesystem.info(url, timeout=progress.rest())["size"]
+    for begin in range(start, size, STEP):
+        end = min(begin + STEP, size)
+        block = filesystem.cat_file(url, start=begin, end=end, timeout=progress.rest())
+        progress.reached(end)
+        yield block
 
 
 def _filesystem(scheme: str, remote: RemoteConfig) -> Any:
@@ -212,4 +228,6 @@ def _said(error: Exception) -> str:
         return f"the server answers {error.status} {error.message}"
     if isinstance(error, FileNotFoundError):
         return "not there"
+    if isinstance(error, FSTimeoutError):
+        return "its answer took too long"
     return str(error).partition("\n")[0] or type(error).__name__

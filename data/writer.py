@@ -11,12 +11,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import multiprocessing
 import os
 import shutil
 import tarfile
-from collections.abc import Generator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +35,7 @@ from data.manifest import (
     write_atomically,
     write_manifest,
 )
+from data.pool import each
 from data.skipped import DEFAULT_SHARE, Skipped
 from data.sources import Reference, Split
 from data.statistics import ShardStatistics, combine
@@ -84,7 +82,7 @@ def write_split(
         _Job(folder / f"{number:06d}.tar", chunk, encoding) for number, chunk in enumerate(chunks)
     ]
     notes = []
-    with closing(_perform(work, jobs)) as performed:
+    with closing(each(_write_shard, work, jobs)) as performed:
         bar = tqdm(performed, total=len(work), unit="shard", desc=str(folder), disable=None)
         for note in bar:
             skipped.add(note["skipped"])
@@ -120,15 +118,6 @@ def _forget_other_plans(parts: Path, chunks: list[list[Reference]], encoding: En
         shutil.rmtree(parts)
         parts.mkdir()
         write_atomically(plan, digest.hexdigest().encode())
-
-
-def _perform(work: list[_Job], jobs: int) -> Generator[dict[str, Any]]:
-    """The notes of all shards, in order."""
-    if jobs == 1:
-        yield from map(_write_shard, work)
-        return
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(_write_shard, work)
 
 
 def _write_shard(job: _Job) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """From the sections of a run config to the objects that train: the meaning of each key."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from timm.data import resolve_input_data_config
@@ -8,11 +9,10 @@ from torch import nn
 from routedvit.training import capacity
 from routedvit.training.assembly_watch import (
     build_monitor,
-    build_run_evaluators,
     count_forwards,
     describe_run,
 )
-from routedvit.training.checkpoint import Checkpoints, RunState
+from routedvit.training.checkpoint import Checkpoints
 from routedvit.training.compiling import compile_blocks, leaf_modules
 from routedvit.training.config import ConfigError, RunConfig
 from routedvit.training.console import Console
@@ -33,9 +33,11 @@ from routedvit.training.profiler import ProfilerWindow
 from routedvit.training.progress import build_progress
 from routedvit.training.resolution import ResolutionDial
 from routedvit.training.retention import Retention
+from routedvit.training.run_state import RunState
 from routedvit.training.schedules import Dial, Schedules
 from routedvit.training.signals import StopSignals
-from routedvit.training.trainer import Trainer, TrainerSettings
+from routedvit.training.trainer import Trainer
+from routedvit.training.trainer_settings import TrainerSettings
 from routedvit.training.weight_average import WeightAverage, check_offload
 from routedvit.training.world import World
 
@@ -131,22 +133,33 @@ def build_schedules(
     return Schedules(rate, dials)
 
 
-def build_checkpoints(
-    config: RunConfig, engine: Engine, folder: Path, console: Console
-) -> Checkpoints:
-    """Where the run saves, and what of it stays."""
+def build_retention(
+    config: RunConfig, objective: nn.Module, evaluators: Sequence[Evaluator]
+) -> Retention:
+    """Which checkpoints stay.
+
+    Raises:
+        ConfigError: the best are to stay, by what no evaluator says.
+    """
     section = config.checkpoint
-    metric: str = section.best_metric or engine.objective.best_metric  # type: ignore[assignment]
+    metric: str = section.best_metric or objective.best_metric  # type: ignore[assignment]
     if section.best_metric is None and not _evaluates_raw(config):
         metric = metric.replace("/", "_ema/")
-    retention = Retention(
+    names = {evaluator.name for evaluator in evaluators if _evaluates_raw(config)}
+    if _evaluates_average(config):
+        names |= {f"{evaluator.name}_ema" for evaluator in evaluators}
+    if (section.keep_best or section.best_metric) and metric.split("/")[0] not in names:
+        raise ConfigError(
+            f"checkpoint.best_metric = {metric!r}: no evaluator has that name; there are: "
+            f"{', '.join(sorted(names)) or 'none (set data.val.shards)'}"
+        )
+    return Retention(
         keep=section.keep,
         keep_every=section.keep_every,
         keep_best=section.keep_best,
         metric=metric,
         mode=section.best_mode or ("min" if metric.endswith("loss") else "max"),
     )
-    return Checkpoints(folder, engine, keep=retention, tell=console.print)
 
 
 def build_trainer(
@@ -156,6 +169,7 @@ def build_trainer(
     loader: TrainLoader,
     eval_loaders: EvalLoaders | None,
     *,
+    evaluators: Sequence[Evaluator],
     checkpoints: Checkpoints,
     state: RunState,
     folder: Path,
@@ -169,26 +183,13 @@ def build_trainer(
         folder, config.log, rank=engine.rank, resume_step=state.step, report=progress.message
     )
     describe_run(config, writer, state.step)
-    evaluators: list[Evaluator] = []
     monitor: Monitor | None = None
     if eval_loaders is not None:
-        evaluators = build_run_evaluators(
-            config, engine.model, engine.objective, eval_loaders, samples
-        )
         monitor = build_monitor(config, engine, eval_loaders, loader, writer, progress.message)
     profiler = None
     if config.log.profile_steps and engine.rank == 0:
         profiler = ProfilerWindow(
             *config.log.profile_steps, folder / "profile", tell=progress.message
-        )
-    best = checkpoints.retention.metric
-    names = {evaluator.name for evaluator in evaluators}
-    if config.ema.decay is not None:
-        names |= {f"{name}_ema" for name in names}
-    if config.checkpoint.keep_best and best.split("/")[0] not in names:
-        raise ConfigError(
-            f"checkpoint.best_metric = {best!r}: no evaluator has that name; there are: "
-            f"{', '.join(sorted(names)) or 'none'}"
         )
     return Trainer(
         engine,
@@ -214,7 +215,7 @@ def build_trainer(
             checkpoint_every=config.checkpoint.every_steps,
             routing_every=config.log.routing_every_steps,
             evaluate_raw=_evaluates_raw(config),
-            evaluate_ema=config.ema.decay is not None and config.eval.weights != "raw",
+            evaluate_ema=_evaluates_average(config),
             gradients_every=config.log.gradients_every_steps,
         ),
         state=state,
@@ -225,3 +226,7 @@ def build_trainer(
 
 def _evaluates_raw(config: RunConfig) -> bool:
     return config.ema.decay is None or config.eval.weights != "ema"
+
+
+def _evaluates_average(config: RunConfig) -> bool:
+    return config.ema.decay is not None and config.eval.weights != "raw"

@@ -7,7 +7,7 @@ from typing import Any
 from timm.data import resolve_input_data_config
 from torch import nn
 
-from routedvit.training.config import RunConfig
+from routedvit.training.config import ConfigError, RunConfig
 from routedvit.training.engine import Engine
 from routedvit.training.evaluators import build_evaluators
 from routedvit.training.evaluators.held_out_loss import HeldOutLoss
@@ -19,30 +19,43 @@ from routedvit.training.objectives import MaskedObjective
 from routedvit.training.reconstruction import ReconstructionMonitor
 from routedvit.training.routing_monitor import RoutingMonitor
 
+OPTIONAL = ("knn", "linear_probe", "capacities", "throughput")  # evaluators of the section eval
 # Sections that change nothing about how good a run gets.
 NO_HPARAMS = ("about", "name", "output_dir", "eval", "checkpoint", "log", "deepspeed")
 
 
 def build_run_evaluators(
     config: RunConfig,
-    model: nn.Module,
-    objective: nn.Module | None,
-    loaders: EvalLoaders,
+    objective: nn.Module,
+    loaders: EvalLoaders | None,
     samples_per_epoch: int,
+    *,
+    with_loss: bool = True,
 ) -> list[Evaluator]:
-    """What is evaluated while a run goes on; without classes, the objective's own loss first.
+    """What is evaluated while the run goes on; without classes, the objective's own loss first.
 
     Args:
-        model: the network.
-        objective: around it; without one its loss is left out.
+        objective: of which only the attribute `model`, the network, counts where it classifies.
+        with_loss: False where `objective` is no more than that, and so has no loss.
+
+    Raises:
+        ConfigError: an evaluator is switched on that this run cannot have.
     """
+    if loaders is None:
+        asked = [name for name in OPTIONAL if getattr(config.eval, name) is not None]
+        if asked:
+            raise ConfigError(
+                f"eval.{asked[0]} needs held-out images; name them in data.val.shards, or delete it"
+            )
+        return []
+    model: nn.Module = objective.model  # type: ignore[assignment]
 
     def steps(epochs: float) -> int:
         return config.epochs_to_steps(epochs, samples_per_epoch)
 
     classifies = config.objective.classifies
     evaluators = build_evaluators(config.eval, model, loaders, steps=steps, classifies=classifies)
-    if not classifies and objective is not None:
+    if not classifies and with_loss:
         every_steps = config.eval.in_steps(steps)
         evaluators.insert(0, HeldOutLoss(objective, loaders.val, every_steps=every_steps))
     return evaluators

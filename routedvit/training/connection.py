@@ -13,6 +13,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -61,6 +62,16 @@ def connecting(world: World, tell: Callable[[str], None]) -> Iterator[None]:
         raise mistake from error
     finally:
         timer.cancel()
+
+
+def record_collectives(folder: Path) -> None:
+    """Let NCCL leave in `folder` what each rank waited for, should it ever wait in vain.
+
+    torch keeps the last 2,000 collectives of a rank in memory anyway and writes them down when one
+    times out, by default below the home folder, where jobs overwrite each other's. `torchfrtrace`
+    compares them. Call it before the ranks connect; what the environment says already stays.
+    """
+    os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(folder.absolute() / "collectives_rank_"))
 
 
 def place(rank: int) -> str:

@@ -121,12 +121,14 @@ class Console:
         if isinstance(error, self._user_errors):
             self.show(f"error: {error}")
             sys.exit(getattr(error, "exit_code", USER_ERROR_CODE))
+        words = self._explain(error)
         if self.log_path is None:
             traceback.print_exception(kind, error, trace, file=self._errors)
+            if words:
+                self.show(f"crashed: {words}")
         else:
             first_line = (str(error).splitlines() or [""])[0]
-            words = self._explain(error) or f"{type(error).__name__}: {first_line}"
-            self.show(f"crashed: {words}")
+            self.show(f"crashed: {words or f'{type(error).__name__}: {first_line}'}")
             self.show(f"the full traceback is at the end of {self.log_path}")
         sys.exit(CRASH_CODE)
 

@@ -1,8 +1,10 @@
-"""`train.py --dry-run`: what a run would take on each GPU, from one process and without its data.
+"""`train.py --dry-run`: would a run start, and what would it take on each GPU? From one process.
 
-The figures come from `rehearsal.py`, which runs a step of the very engine on fake tensors; this
-file asks for them and words them. `--find-batch` searches the micro-batches that divide the global
-batch for the largest one that fits.
+Everything that a run builds before its first step is built here by the same functions, so that a
+mistake in the config is found as a start would find it; data that are not there yet are none. The
+figures come from `rehearsal.py`, which runs a step of the very engine on fake tensors; this file
+asks for them and words them. `--find-batch` searches the micro-batches that divide the global batch
+for the largest one that fits.
 """
 
 from collections.abc import Iterator
@@ -11,19 +13,23 @@ from typing import Any
 
 import torch
 
+from routedvit.training.assembly import build_retention, build_schedules
+from routedvit.training.assembly_watch import build_run_evaluators
 from routedvit.training.capacity import scheduled
 from routedvit.training.config import ConfigError, RunConfig
+from routedvit.training.interfaces import EvalLoaders
 from routedvit.training.memory import gib, readable
 from routedvit.training.native_config import split_batch, zero_stage
 from routedvit.training.rehearsal import (
     Compute,
     Memory,
+    MemoryRehearsal,
     image_format,
     measure_compute,
     rehearse_memory,
 )
 
-ASSUMED_CLASSES = 1000
+ASSUMED_CLASSES, ASSUMED_SAMPLES = 1000, 1_281_167  # ImageNet-1k
 BATCH_KEYS = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"}
 # The CUDA context, NCCL, workspaces and fragmentation are not tensors: leave them a tenth.
 USABLE = 0.9
@@ -78,22 +84,44 @@ def rehearse(config: RunConfig, data: Any, machine: Machine, *, search: bool) ->
         ConfigError: the run would not start either. DataError: its data would not.
     """
     kwargs = config.model.kwargs
-    num_classes = data.num_classes or ASSUMED_CLASSES
+    known = kwargs.get("num_classes", data.num_classes)
+    num_classes = ASSUMED_CLASSES if known is None else known
     kwargs.setdefault("num_classes", num_classes * config.objective.classifies)
     yield f"{config.name}: {config.model.name} on {machine.world_size} ranks (nothing is started)"
     if data.missing:
-        yield f"data         not there yet, {num_classes} classes assumed: {data.missing}"
+        assumed = ""
+        if known is None and config.objective.classifies:
+            assumed = f", {num_classes} classes assumed (model.kwargs.num_classes says otherwise)"
+        yield f"data         not there yet{assumed}: {data.missing}"
     else:
         options = {"seed": config.seed, "global_batch_size": config.train.batch_size}
-        options |= image_format(config)
+        options |= {"pairs": bool(config.loss.mixup or config.loss.cutmix)} | image_format(config)
         for line in data.describe(world_size=machine.world_size, **options):
             yield f"data         {line}"
-    yield describe_step(config, machine)
+    yield describe_step(config, machine, data)
     if search:
         yield find_batch(config, machine)
 
 
-def describe_step(config: RunConfig, machine: Machine) -> str:
+def check_the_rest(config: RunConfig, rehearsal: MemoryRehearsal, data: Any) -> None:
+    """Build what a run builds beside its engine, for the mistakes that are found there.
+
+    Raises:
+        ConfigError: a schedule or an evaluator that this run cannot have.
+    """
+    samples = data.samples_per_epoch or (
+        # Shares of a run in epochs are the same with any data; in steps, short ones might do.
+        ASSUMED_SAMPLES if config.train.epochs else config.train.batch_size
+    )
+    engine = rehearsal.engine
+    build_schedules(config, engine, rehearsal.average, samples)
+    unread: Any = object()  # evaluators read their images later
+    loaders = EvalLoaders(unread, unread) if data.evaluates else None
+    evaluators = build_run_evaluators(config, engine.objective, loaders, samples)
+    build_retention(config, engine.objective, evaluators)
+
+
+def describe_step(config: RunConfig, machine: Machine, data: Any) -> str:
     """Parameters, FLOPs, and the memory of one GPU."""
     world_size = machine.world_size
     size, accumulation = split_batch(
@@ -101,16 +129,18 @@ def describe_step(config: RunConfig, machine: Machine) -> str:
     )
     chosen = config.train.checkpointing
     routed = dict.fromkeys([*POLICIES.values(), chosen])
-    compute = measure_compute(config, world_size, tuple(routed))
     with rehearse_memory(with_micro_batch(config, size, world_size), world_size) as rehearsal:
+        check_the_rest(config, rehearsal, data)
         memory = rehearsal.measure(size)
+    compute = measure_compute(config, world_size, tuple(routed))
     batch = f"{config.train.batch_size:,} images = {world_size} ranks x {size}"
     batch += f" x {accumulation} accumulated" if accumulation > 1 else ""
     factor = max(scheduled(config.capacity))
+    teacher = ", with its teacher" if config.objective.name == "distill" else ""
     lines = [
         f"parameters   {compute.num_parameters:,}",
         f"compute      {_gflops(compute.forward_flops)} an image forward, "
-        f"{_gflops(compute.training_flops)} in training with what is recomputed",
+        f"{_gflops(compute.training_flops)} in training with what is recomputed{teacher}",
         f"batch        {batch}",
         *([f"capacity     factor {float(factor):g} of the schedule, its largest"] * (factor > 1)),
         "",
@@ -170,17 +200,18 @@ def _table(
     """The memory of one GPU, one row per kind."""
     dtype = "fp32" if config.precision.autocast else config.precision.dtype
     fits = memory.peak <= machine.usable
+    stage = zero_stage(config.deepspeed)
+    share = [", this rank's share" if stage >= least else ", whole" for least in range(4)]
     rows = [
-        ("weights", memory.weights, f"{dtype}, this rank's share"),
+        ("weights", memory.weights, dtype + share[3]),
         ("gathered weights", memory.gathered, "of other ranks, after a forward pass"),
-        ("master weights", memory.master, "fp32"),
-        ("optimiser state", memory.state, config.optim.name),
+        ("master weights", memory.master, "fp32" + share[1]),
+        ("optimiser state", memory.state, config.optim.name + share[1]),
         ("gradients", memory.gradients, "with communication buffers"),
         ("activations", compute.activations[config.train.checkpointing], f"batch of {size}"),
         ("peak", memory.peak, "everything, temporaries too: " + machine.verdict(fits)),
         ("on the host", memory.host, "offloaded, per rank"),
     ]
-    stage = zero_stage(config.deepspeed)
     return [
         f"memory of each GPU under ZeRO-{stage}, each row where it is largest",
         *(f"  {name:<18}{readable(value):>11}   {note}" for name, value, note in rows if value),

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import pydantic
 
 MANIFEST, RUN_ID = "manifest.json", "run_id"
+EVALUATION = "evaluation.json"  # added to a checkpoint after its manifest, see run_state.py
 
 
 class Fingerprint(pydantic.BaseModel):
@@ -40,7 +41,8 @@ def read_manifest(folder: Path, run: str = "") -> dict[str, Fingerprint]:
 
     Raises:
         ValueError: it is not a manifest of this format, step and run, or it does not list every
-            file that lies there (a load would read any that carries the right name).
+            file that lies there (a load would read any that carries the right name). Hidden ones
+            are read by none, nor are later additions that stand for themselves.
     """
     try:
         manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
@@ -50,8 +52,9 @@ def read_manifest(folder: Path, run: str = "") -> dict[str, Fingerprint]:
         raise ValueError(f"it is of step {manifest.step}")
     if run and manifest.run and manifest.run != run:
         raise ValueError("it is of another run; --resume with another name begins a run from it")
-    present = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    if unlisted := present - manifest.files.keys() - {MANIFEST}:
+    files = [path for path in folder.rglob("[!.]*") if path.is_file()]
+    present = {str(path.relative_to(folder)) for path in files}
+    if unlisted := present - manifest.files.keys() - {MANIFEST, EVALUATION}:
         raise ValueError(f"{min(unlisted)} is not listed")
     return manifest.files
 

@@ -57,16 +57,16 @@ def evaluate_offline(
     path = on_rank_zero(lambda: find(checkpoint, folder))
     console.log_to(folder.evaluated / "logs" / f"rank_{world.rank}.log")
     console.print(f"evaluating {path} on {world.size} x {world.device.type}")
-    objective = stored_objective(config, model, path)
-    evaluators = build_run_evaluators(config, model, objective, loaders, samples_per_epoch=1)
-    if objective is None and not config.objective.classifies:
+    objective, whole = stored_objective(config, model, path)
+    evaluators = build_run_evaluators(config, objective, loaders, 1, with_loss=whole)
+    if not whole:
         console.print(what_is_missing(config, path, evaluators))
     numbers: dict[str, float] = {}
     out: Path | None = None
     for suffix, weights in weights_in(path, config.eval.weights):
-        load(model, objective, weights, path)
+        load(objective, weights, path)
         out = out or on_rank_zero(lambda: first_free(folder.evaluated / title(path, folder)))
-        place(objective or model, config.precision, world)
+        place(objective, config.precision, world)
         tables = out if world.rank == 0 else None
         numbers |= measure(evaluators, model, suffix, config.precision, world, tables)
     console.print(table(numbers))
@@ -76,14 +76,15 @@ def evaluate_offline(
     return 0
 
 
-def stored_objective(config: RunConfig, model: nn.Module, path: Path) -> nn.Module | None:
-    """The objective whose held-out loss is to be taken, if it is not judged by the classes and
-    `path` is a checkpoint: exported weights are the network's alone."""
+def stored_objective(config: RunConfig, model: nn.Module, path: Path) -> tuple[nn.Module, bool]:
+    """What the weights of `path` belong to, with the network as `model`, and whether that is all
+    an evaluation needs: exported weights are the network's alone, without an autoencoder's decoder.
+    """
     if config.objective.classifies or path.is_file():
-        return None
+        return nn.ModuleDict({"model": model}), config.objective.classifies
     # an objective without classes mixes nothing and has no teacher: the rest does not matter to it
     cpu = torch.device("cpu")
-    return build_objective(config, model, micro_batch_size=1, device=cpu, mean=(), std=())
+    return build_objective(config, model, micro_batch_size=1, device=cpu, mean=(), std=()), True
 
 
 def what_is_missing(config: RunConfig, path: Path, evaluators: list[Evaluator]) -> str:

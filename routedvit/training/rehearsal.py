@@ -14,6 +14,7 @@ operators are their PyTorch references.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -117,22 +118,23 @@ class MemoryRehearsal:
 
     def __init__(self, config: RunConfig, world: World, meter: MemoryMeter) -> None:
         self.meter = meter
-        self.engine, _ = wrap_objective(config, _fake_objective(config, world.size), world)
+        objective = _fake_objective(config, world.size)
+        self.engine, self.average = wrap_objective(config, objective, world)
         self.input_size = image_format(config)["input_size"]
         self.optimizer = self.engine.optimizer
         self.offloads = self.engine.offloads
         self._in_optimizer = self._after_forward = self._before_host_step = 0
-        self.host: list[Tensor] = []
+        self.host: list[Tensor] | None = None  # unknown before the first step
         self.engine.objective.register_forward_hook(self._forward_is_done)
         self.optimizer.register_step_pre_hook(self._optimizer_begins)
         self.optimizer.register_step_post_hook(self._optimizer_is_done)
-        size, _ = split_batch(config.train.batch_size, config.train.micro_batch_size, world.size)
-        self._step(size)
-        self.host = list(self.engine.host_tensors())
-        meter.set_aside(self.host)
 
     def measure(self, micro_batch_size: int) -> Memory:
         """One step with micro-batches of this size."""
+        if self.host is None:
+            self._step(micro_batch_size)
+            self.host = list(self.engine.host_tensors())
+            self.meter.set_aside(self.host)
         self._in_optimizer = self._after_forward = 0
         weights, here = storage_bytes(self._shares()), storage_bytes(self._gathered())
         self.meter.reset_peak()
@@ -171,7 +173,7 @@ class MemoryRehearsal:
         return self._on_gpu(state), self._on_gpu(masters)
 
     def _on_gpu(self, tensors: list[Tensor]) -> list[Tensor]:
-        host = {tensor.untyped_storage()._cdata for tensor in self.host}
+        host = {tensor.untyped_storage()._cdata for tensor in self.host or ()}
         return [tensor for tensor in tensors if tensor.untyped_storage()._cdata not in host]
 
     def _forward_is_done(self, *_: Any) -> None:
@@ -276,7 +278,7 @@ def _fake_objective(config: RunConfig, world_size: int) -> nn.Module:
             device=meta,
             mean=images["mean"],
             std=images["std"],
-            teacher=_untrained_teacher,
+            teacher=_teacher_at_hand,
         )
     set_checkpointing(model, *config.train.checkpointing)
     largest = max(scheduled(config.capacity))
@@ -296,10 +298,15 @@ def _fake_objective(config: RunConfig, world_size: int) -> nn.Module:
     return objective
 
 
-def _untrained_teacher(config: TeacherConfig, **options: Any) -> Teacher:
-    """A real one, to be made fake with the rest: some networks compute their widths by tensors."""
+def _teacher_at_hand(config: TeacherConfig, **options: Any) -> Teacher:
+    """A real one, to be made fake with the rest: some networks compute their widths by tensors.
+
+    Weights that lie here are read, for what may be wrong with them; none are downloaded.
+    """
+    trained = config.pretrained and config.name.startswith("local-dir:")
+    trained = trained or (config.checkpoint is not None and Path(config.checkpoint).is_file())
     with unset_fake_temporarily(), torch.device("cpu"):
-        return build_teacher(config, **options | {"device": torch.device("cpu")}, trained=False)
+        return build_teacher(config, **options | {"device": torch.device("cpu")}, trained=trained)
 
 
 def _batch(input_size: tuple[int, int, int], size: int) -> Batch:

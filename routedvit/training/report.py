@@ -3,7 +3,8 @@
 from routedvit.training.config import RunConfig
 from routedvit.training.progress import duration, summary
 from routedvit.training.run_folder import RunFolder
-from routedvit.training.trainer import Summary, Trainer
+from routedvit.training.trainer import Trainer
+from routedvit.training.trainer_settings import Summary
 
 
 def opening(config: RunConfig, trainer: Trainer) -> str:

@@ -1,6 +1,7 @@
 """The run folder: where a run writes, and the guard that one folder holds one run.
 
     runs/NAME/config.json    the resolved config, git revision and versions
+             owner.json      which start of the run writes here, see ownership.py
              checkpoints/    one folder a checkpoint, and `latest`
              events.*        TensorBoard's files, here so that the run shows under its own name
              logs/           what each rank printed
@@ -23,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from routedvit.training.config import ConfigError
+from routedvit.training.ownership import Owner, refuse_beside_the_living, take
+from routedvit.training.shelf import names_in
 
 # Keys a resumed run may change: they alter what is seen, kept or how the work is split over
 # machines, never which numbers the run computes (up to rounding).
@@ -63,17 +66,63 @@ class RunFolder:
         return self.path / "evaluated"
 
     def has_checkpoint(self) -> bool:
-        """Whether a run in this folder would be resumed."""
-        return any(self.checkpoints.glob("step_*"))
+        """Whether a run in this folder would be resumed.
+
+        Raises:
+            ConfigError: nobody can tell.
+        """
+        try:
+            return bool(names_in(self.checkpoints))
+        except OSError as error:
+            raise ConfigError(
+                f"{self.checkpoints} cannot be read ({error}); see to the disk and its rights"
+            ) from error
 
 
 def open_folder(
-    folder: RunFolder, config: dict[str, Any], *, fresh: bool, free: tuple[str, ...]
-) -> str:
-    """Claim the folder, with `fresh` after moving an earlier run aside; one line for people."""
-    moved = move_aside(folder) if fresh else None
-    claim(folder, config, free=free)
-    return f"run folder {folder.path}" + (f" (the earlier run is kept in {moved})" if moved else "")
+    folder: RunFolder,
+    config: dict[str, Any],
+    *,
+    fresh: bool,
+    free: tuple[str, ...],
+    resume: Path | None = None,
+) -> tuple[str, Owner]:
+    """Claim the folder, with `fresh` after moving an earlier run aside; one line for people.
+
+    Raises:
+        ConfigError: another process of this machine runs in it, the disk does not take it, the
+            checkpoint `resume` is not there or would be moved, or see `claim`.
+    """
+    if resume is not None:
+        check_resume(folder, resume, fresh=fresh)
+    try:
+        refuse_beside_the_living(folder.path)
+        moved = move_aside(folder) if fresh else None
+        claim(folder, config, free=free)
+        owner = take(folder.path)
+    except OSError as error:
+        raise ConfigError(
+            f"output_dir: the run folder {folder.path} cannot be used ({error}); see to the room "
+            "on its disk and to its rights, or set output_dir to another"
+        ) from error
+    kept = f" (the earlier run is kept in {moved})" if moved else ""
+    return f"run folder {folder.path}{kept}", owner
+
+
+def check_resume(folder: RunFolder, checkpoint: Path, *, fresh: bool) -> None:
+    """Before the folder is touched: is the checkpoint there, and will it stay?"""
+    own = folder.checkpoints / checkpoint
+    found = own if own.is_dir() else checkpoint
+    if not found.is_dir():
+        raise ConfigError(
+            f"--resume {checkpoint}: there is no such folder, and none of that name in "
+            f"{folder.checkpoints}"
+        )
+    if fresh and folder.path.resolve() in found.resolve().parents:
+        raise ConfigError(
+            f"--resume {checkpoint} goes on with the run in {folder.path}, which --fresh would "
+            "move aside; leave --fresh out, or give the new run another name (--set name=...)"
+        )
 
 
 def claim(folder: RunFolder, config: dict[str, Any], *, free: tuple[str, ...] = ()) -> None:
@@ -103,24 +152,28 @@ def claim(folder: RunFolder, config: dict[str, Any], *, free: tuple[str, ...] = 
     part.replace(folder.config)
 
 
-def check_same_data(folder: RunFolder, before: str, now: str) -> None:
-    """The order of samples follows from the shards, so a run that goes on needs the same ones.
+def check_same_data(folder: RunFolder, before: tuple[str, str], now: tuple[str, str]) -> None:
+    """The order of samples follows from the training shards, and the best metric so far means
+    something on the same held-out ones only; so a run that goes on needs the same ones.
 
     A run that only begins from another's checkpoint may take others.
 
     Args:
-        before: the shards that the checkpoint was trained on; empty if it does not say.
+        before: training and held-out shards of the checkpoint; empty where it does not say.
         now: those that the run would go on with.
 
     Raises:
         ConfigError: they are not the same.
     """
-    if folder.has_checkpoint() and before not in ("", now):
-        raise ConfigError(
-            f"data.train: {folder.path} was trained on {before}, and now there are {now}; bring "
-            "the earlier shards back, give this run another name (--set name=...) or start over "
-            "with --fresh"
-        )
+    if not folder.has_checkpoint():
+        return
+    for section, earlier, later in zip(("train", "val"), before, now, strict=True):
+        if earlier not in ("", later):
+            raise ConfigError(
+                f"data.{section}: {folder.path} was run on {earlier}, and now there are {later}; "
+                "bring the earlier shards back, begin a run of another name from this one (--set "
+                f"name=NEW --resume {folder.checkpoints}/...) or start over with --fresh"
+            )
 
 
 def move_aside(folder: RunFolder) -> Path | None:

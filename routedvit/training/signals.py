@@ -7,16 +7,27 @@ trainer spreads the flag to all ranks with the loss of the step, and all save to
 One wish arrives as no signal at all: `deepspeed` on a single machine dies of a SIGTERM without
 telling anyone, and its ranks would train on, unseen, in the way of the next start. So a rank under
 a launcher also looks whether that is still there (two small reads from /proc per step).
+
+Before the ranks have met there is nothing to save and no step to wait for: there a wish ends the
+process at once, see `StopSignals.at_once`.
 """
 
 import os
+import select
 import signal
-from pathlib import Path
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
+from routedvit.training.proc import command_of, parent_of
+
 # What `train.py` exits with after such a stop: EX_TEMPFAIL, "try again later".
 REQUEUE_EXIT_CODE = 75
+
+WISHES = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 NODE_LAUNCHERS = (
     "deepspeed.launcher.launch",
@@ -45,7 +56,7 @@ class StopSignals:
         return self._received or any(parent_of(pid) != parent for pid, parent in self._launchers)
 
     def __enter__(self) -> "StopSignals":
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        for number in WISHES:
             self._previous[number] = signal.signal(number, self._note)
         return self
 
@@ -57,6 +68,42 @@ class StopSignals:
     ) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+    @contextmanager
+    def at_once(self, tell: Callable[[str], None]) -> Iterator[None]:
+        """Around a wait for other machines: a wish, old or new, ends the process with exit code 75.
+
+        Python calls no handler while such a wait blocks in C++, for minutes. But the C half of
+        every handler writes to the wakeup descriptor, and a thread can wait for that. Main thread
+        only.
+
+        Args:
+            tell: called with one line before the process ends.
+        """
+        reader, writer = socket.socketpair()
+        writer.setblocking(False)
+        previous = signal.set_wakeup_fd(writer.fileno())
+        watch = threading.Thread(target=self._leave_on_wish, args=(reader, tell), daemon=True)
+        watch.start()
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(previous)
+            writer.close()  # which the thread takes for the end
+            watch.join()
+            reader.close()
+
+    def _leave_on_wish(self, reader: socket.socket, tell: Callable[[str], None]) -> None:
+        while not self.wanted:
+            if not select.select([reader], [], [], 1.0)[0]:
+                continue  # has the launcher gone meanwhile?
+            number = reader.recv(1)
+            if not number:
+                return
+            if number[0] in WISHES:
+                break
+        tell("stopped before the first step; the same command starts it")
+        os._exit(REQUEUE_EXIT_CODE)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._received = True
@@ -71,26 +118,10 @@ def launcher_chain() -> list[tuple[int, int]]:
     the parent is its per-node launcher, whose own parent is the command the user typed.
     """
     me, parent = os.getpid(), os.getppid()
-    command = _command_of(parent)
+    command = command_of(parent)
     if not any(name in command for name in NODE_LAUNCHERS):
         return []
     chain = [(me, parent)]
     if NODE_LAUNCHERS[0] in command and (grandparent := parent_of(parent)):
         chain.append((parent, grandparent))
     return chain
-
-
-def parent_of(pid: int) -> int | None:
-    """Parent of a process, None if there is no such process (or no /proc)."""
-    try:
-        # "pid (name) state parent ...", and the name may hold anything, brackets too.
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    except OSError:
-        return None
-
-
-def _command_of(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").replace("\0", " ")
-    except OSError:
-        return ""

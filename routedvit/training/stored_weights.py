@@ -12,11 +12,12 @@ from pathlib import Path
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
-from routedvit.training.checkpoint import LATEST, first_fault, read_manifest
 from routedvit.training.config import ConfigError
 from routedvit.training.export import WEIGHTS
 from routedvit.training.full_weights import full_weights, has_state
+from routedvit.training.manifest import first_fault, read_manifest
 from routedvit.training.run_folder import RunFolder
+from routedvit.training.shelf import LATEST
 
 NETWORK = "model."  # what an objective calls its network
 AVERAGE = "ema"  # the optimiser's state that holds averaged weights
@@ -31,9 +32,17 @@ def find(checkpoint: str, folder: RunFolder) -> Path:
     path = Path(checkpoint)
     if checkpoint == LATEST:
         pointer = folder.checkpoints / LATEST
-        if not pointer.exists():
-            raise ConfigError(f"--evaluate latest: there is no checkpoint in {folder.checkpoints}")
-        path = folder.checkpoints / pointer.read_text(encoding="utf-8").strip()
+        try:
+            path = folder.checkpoints / pointer.read_text(encoding="utf-8").strip()
+        except FileNotFoundError:
+            raise ConfigError(
+                f"--evaluate latest: there is no checkpoint in {folder.checkpoints}"
+            ) from None
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"--evaluate latest: {pointer} cannot be read ({error}); name a folder "
+                f"{folder.checkpoints}/step_... instead"
+            ) from error
     if (path / WEIGHTS).exists():
         path = path / WEIGHTS
     if path.is_file():
@@ -81,30 +90,16 @@ def weights_in(path: Path, wanted: str = "both") -> Iterator[tuple[str, dict[str
         yield "_ema", full_weights(path, AVERAGE)
 
 
-def load(
-    model: nn.Module, objective: nn.Module | None, weights: dict[str, Tensor], path: Path
-) -> None:
-    """Strictly, in fp32, into the objective, or without one into the network alone.
+def load(objective: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
+    """Strictly, in fp32, into the objective, or whatever has a network as `model`.
 
     Raises:
         ConfigError: they are another model's.
     """
-    holder = objective or model
-    if objective is None:
-        weights = of_network(weights)
-    holder.float()
+    objective.float()
     try:
-        holder.load_state_dict(weights)
+        objective.load_state_dict(weights)
     except (RuntimeError, ValueError) as error:
         first, *more = (" ".join(line.split()) for line in str(error).splitlines())
         reason = more[0] if more else first
         raise ConfigError(f"{path} does not fit the model of the config: {reason}") from None
-
-
-def of_network(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The part of an objective's weights that is the network's, under its own names."""
-    return {
-        name.removeprefix(NETWORK): value
-        for name, value in weights.items()
-        if name.startswith(NETWORK)
-    }

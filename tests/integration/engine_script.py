@@ -16,13 +16,14 @@ import toy
 from safetensors.torch import save_file
 
 from routedvit.training import engine as deepspeed_engine
-from routedvit.training.checkpoint import Checkpoints, RunState
+from routedvit.training.checkpoint import Checkpoints
 from routedvit.training.engine import Engine, StepResult
 from routedvit.training.evaluators.features import collect, feature_batches, gather
 from routedvit.training.export import export_model
 from routedvit.training.gauges import forward_flops
 from routedvit.training.gradients import gradient_norms
 from routedvit.training.native_config import resolve_native_config, split_batch
+from routedvit.training.run_state import RunState
 from routedvit.training.trainer import seed_step
 from routedvit.training.world import World
 

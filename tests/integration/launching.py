@@ -15,11 +15,17 @@ HERE = Path(__file__).parent
 
 
 def start(
-    script: Path, *args: object, ranks: int = 2, quiet: bool = False, torchrun: bool = False
+    script: Path,
+    *args: object,
+    ranks: int = 2,
+    quiet: bool = False,
+    torchrun: bool = False,
+    restarts: int = 0,
 ) -> subprocess.Popen[str]:
     """`deepspeed script args` in a process group of its own; stderr comes with stdout.
 
     `quiet` keeps the launcher's own lines away, as the Makefile does; `torchrun` takes that one.
+    With `restarts` torchrun starts ranks that crash again, so many times.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -30,6 +36,9 @@ def start(
         command += ["--log_level", "critical"]
     if torchrun:
         command = [programs / "torchrun", "--nproc-per-node", ranks, "--master-port", port]
+    if restarts:  # as launch/README.md says
+        command = [programs / "torchrun", "--nproc-per-node", ranks, "--standalone"]
+        command += ["--max-restarts", restarts]
     command += [script, *args]
     return _start(command)
 

@@ -19,11 +19,12 @@ from torch import nn
 
 from routedvit.training import capacity
 from routedvit.training import engine as deepspeed_engine
-from routedvit.training.checkpoint import Checkpoints, RunState
+from routedvit.training.checkpoint import Checkpoints
 from routedvit.training.engine import Engine
 from routedvit.training.export import export_model
 from routedvit.training.native_config import resolve_native_config
 from routedvit.training.resolution import ResolutionDial
+from routedvit.training.run_state import RunState
 from routedvit.training.schedules import Schedules
 from routedvit.training.trainer import seed_step
 from routedvit.training.weight_average import WeightAverage

@@ -17,9 +17,10 @@ import toy
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from worlds import in_world
 
-from routedvit.training.checkpoint import Checkpoints, RunState
+from routedvit.training.checkpoint import Checkpoints
 from routedvit.training.engine import Engine
 from routedvit.training.native_config import resolve_native_config, split_batch
+from routedvit.training.run_state import RunState
 from routedvit.training.trainer import seed_step
 from routedvit.training.weight_average import WeightAverage
 from routedvit.training.world import World

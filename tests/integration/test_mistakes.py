@@ -77,13 +77,24 @@ MISTAKES = {
     "deepspeed.zero_optimisation={}": ["zero_optimisation", "did you mean"],
     "optim.name=adamv": ["optim.name", "adamv"],
     "schedule.warmup_epochs=1": ["schedule.warmup_epochs", "125 steps of a run of 2"],
+    "checkpoint.best_metric=knn/top1": ["checkpoint.best_metric = 'knn/top1'", "there are: val"],
+    'eval={"capacities":{}} objective.name=mae': ["eval.capacities", "delete it"],
 }
+# Found by a dry run too; tests/unit/training/test_dry_run.py has the others.
+REHEARSED = ("data.val.shards=nowhere/*.tar", ["data.val.shards", "nowhere/*.tar"])
 
 
 @pytest.fixture(scope="module")
 def mistaken_runs(config: Path) -> dict[str, tuple[int, str]]:
-    results = run_train(*(["--config", config, "--set", override] for override in MISTAKES))
-    return dict(zip(MISTAKES, results, strict=True))
+    """What a start with each mistake ends in, and last what a dry run does."""
+    starts = [arguments(config, overrides) for overrides in MISTAKES]
+    results = run_train(*starts, [*arguments(config, REHEARSED[0]), "--dry-run"])
+    return dict(zip([*MISTAKES, "dry run"], results, strict=True))
+
+
+def arguments(config: Path, overrides: str) -> list[object]:
+    """Command line of the run with these overrides, apart by spaces."""
+    return ["--config", config, *(word for text in overrides.split() for word in ("--set", text))]
 
 
 @pytest.mark.parametrize("override", MISTAKES)
@@ -92,6 +103,14 @@ def test_mistake_in_the_config(
 ) -> None:
     assert_mistake(*mistaken_runs[override], *MISTAKES[override])
     assert not (config.parent / "run").exists(), "a run that cannot start must not claim a folder"
+
+
+def test_mistake_in_a_dry_run(mistaken_runs: dict[str, tuple[int, str]], config: Path) -> None:
+    code, printed = mistaken_runs["dry run"]
+    title, _, mistake = printed.partition("\n")
+    assert "nothing is started" in title
+    assert_mistake(code, mistake, *REHEARSED[1])
+    assert not (config.parent / "run").exists()
 
 
 def test_config_file_that_is_missing_or_no_json(tmp_path: Path) -> None:
@@ -125,6 +144,8 @@ def test_shards_that_changed_since_the_checkpoint(config: Path, tmp_path: Path) 
     command = ["--config", tmp_path / "config.json"]
     (first,) = run_train(command)
     assert first[0] == 0, first[1]
+    state = json.loads(next((tmp_path / "run").rglob("run_state.json")).read_text())
+    assert state["held_out"].startswith("1,000 samples")
     manifest = json.loads((tmp_path / "train" / "manifest.json").read_text())
     manifest["shards"].reverse()
     (tmp_path / "train" / "manifest.json").write_text(json.dumps(manifest))
@@ -133,7 +154,7 @@ def test_shards_that_changed_since_the_checkpoint(config: Path, tmp_path: Path) 
     # the folder is open by the time that its checkpoint can tell
     opened, _, mistake = printed.partition("\n")
     assert opened.startswith("run folder")
-    assert_mistake(code, mistake, "was trained on 4,000 samples", "bring the earlier", "--fresh")
+    assert_mistake(code, mistake, "was run on 4,000 samples", "bring the earlier", "--fresh")
     assert fresh[0] == 0, fresh[1]
 
 

@@ -82,3 +82,27 @@ def test_a_stopped_run_saves_goes_on_and_loses_nothing(
     launch(*arguments(config, folder))
     assert json.loads((folder / "status.json").read_text())["status"] == "finished"
     assert (folder / "weights" / "model.safetensors").read_bytes() == straight
+
+
+@pytest.mark.slow
+def test_ranks_that_torchrun_starts_again_go_on_from_the_newest_checkpoint(
+    config: Path, straight: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    folder = config.parent / "restarted"
+    often = ("--set", "checkpoint.every_steps=10")
+    process = start(*arguments(config, folder), *often, restarts=1)
+    try:
+        assert process.stdout is not None
+        while not (folder / "checkpoints" / "latest").exists():
+            assert process.stdout.readline(), "ended before a checkpoint"
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        ranks = [p for p in children if b"train.py" in Path(f"/proc/{p}/cmdline").read_bytes()]
+        assert len(ranks) == 2
+        os.kill(int(ranks[1]), signal.SIGKILL)
+        printed = process.stdout.read()
+        assert process.wait(timeout=30) == 0, printed
+    finally:
+        end(process)
+    assert json.loads((folder / "status.json").read_text())["status"] == "finished"
+    assert (folder / "weights" / "model.safetensors").read_bytes() == straight

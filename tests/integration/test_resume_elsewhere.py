@@ -117,7 +117,7 @@ def test_offline_evaluation_gives_what_the_run_logged(runs: Any) -> None:
     codes = json.loads((runs[0] / "codes.json").read_text())
     assert (codes["evaluated_on_2"], codes["evaluated_on_1"]) == ([0, 0], [0])
     checkpoint = f"step_{STEPS:08d}"
-    state = json.loads((straight / "checkpoints" / checkpoint / "run_state.json").read_text())
+    state = json.loads((straight / "checkpoints" / checkpoint / "evaluation.json").read_text())
     logged = state["metrics"]
     on_2, on_1 = (
         json.loads((straight / "evaluated" / name / "report.json").read_text())["metrics"]

@@ -65,6 +65,17 @@ def test_a_finished_run_does_nothing_more(report: dict[str, Any]) -> None:
     assert run["scalars"] == []
 
 
+def test_a_run_that_was_killed_in_its_last_evaluation_only_evaluates(
+    report: dict[str, Any],
+) -> None:
+    run = report["unevaluated"]
+    assert run["summary"]["finished"]
+    assert run["summary"]["best"] == report["straight"]["summary"]["best"]
+    assert run["updates"] == [10]
+    assert run["given"] == []
+    assert {tuple(scalar) for scalar in run["scalars"]} >= {("val/top1", 10)}
+
+
 def test_bad_steps_in_a_row_lead_back_to_a_checkpoint_and_past_their_data(report: Any) -> None:
     run = report["damaged"]
     assert run["summary"]["finished"]
@@ -92,3 +103,10 @@ def test_a_resume_agrees_on_what_was_passed_over(report: dict[str, Any]) -> None
     assert then[0] == f"key{10 * 8}"
     assert not set(then) & set(first[: 10 * 4])
     assert report["resume_after_going_back_is_bit_identical"]
+
+
+def test_all_ranks_of_a_start_end_in_words_once_a_newer_one_began(report: dict[str, Any]) -> None:
+    first, second = report["overtaken"]["ends"]
+    assert "another start of this run" in first
+    assert second == first
+    assert report["overtaken"]["checkpoints"] == ["latest", "run_id", "step_00000004"]

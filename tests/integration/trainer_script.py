@@ -20,13 +20,18 @@ import torch
 import toy
 
 from routedvit.training import engine as deepspeed_engine
-from routedvit.training.checkpoint import Checkpoints, RunState
+from routedvit.training.checkpoint import Checkpoints
+from routedvit.training.collective import on_rank_zero
 from routedvit.training.engine import Engine
 from routedvit.training.evaluators import Classification
+from routedvit.training.fence import OwnershipLost
 from routedvit.training.guard import Guard
 from routedvit.training.native_config import resolve_native_config
+from routedvit.training.ownership import Owner, take
+from routedvit.training.run_state import RunState
 from routedvit.training.signals import StopSignals
-from routedvit.training.trainer import Summary, Trainer, TrainerSettings
+from routedvit.training.trainer import Trainer
+from routedvit.training.trainer_settings import Summary, TrainerSettings
 from routedvit.training.world import World
 
 STEPS, SIGNAL_AT = 10, 5
@@ -95,8 +100,27 @@ class Loader(toy.Loader):
             yield rows
 
 
+class Overtaken(toy.Loader):
+    """Another start of the run begins while this one has taken some batches."""
+
+    def __init__(self, world: World, folder: Path) -> None:
+        super().__init__(world.rank, world.size)
+        self.folder = folder
+
+    def batches(self, start: int) -> Iterator[dict[str, Any]]:
+        for number, rows in enumerate(super().batches(start)):
+            if number == 12 and self.rank == 0:  # of step 7, of two micro-batches each
+                take(self.folder)
+            yield rows
+
+
 def fit(
-    world: World, folder: Path, seed: int, loader: Loader, signals: StopSignals
+    world: World,
+    folder: Path,
+    seed: int,
+    loader: toy.Loader,
+    signals: StopSignals,
+    owner: Owner | None = None,
 ) -> tuple[Summary, Any, Recorder]:
     """One run of the Trainer in `folder`; dropout makes the random state matter."""
     objective = toy.objective(seed, proj_drop_rate=0.2)
@@ -110,7 +134,7 @@ def fit(
         num_parameters=100_000,
     )
     engine = Engine(world, objective, toy.optimizer(objective.model, 2), native)
-    checkpoints = Checkpoints(folder / "checkpoints", engine, keep=2)
+    checkpoints = Checkpoints(folder / "checkpoints", engine, keep=2, owner=owner)
     state = checkpoints.load_newest() or RunState()
     recorder = Recorder()
     trainer = Trainer(
@@ -139,6 +163,21 @@ def fit(
     return summary, weights, recorder
 
 
+def overtaken(world: World, folder: Path) -> dict[str, Any]:
+    """How a start ends on each rank once a newer one has taken its folder."""
+    owner = on_rank_zero(lambda: folder.mkdir() or take(folder))
+    ends: list[str | None] = [None] * world.size
+    with StopSignals() as signals:
+        try:
+            fit(world, folder, 0, Overtaken(world, folder), signals, owner)
+            end = "finished"
+        except OwnershipLost as error:
+            end = str(error)
+    torch.distributed.all_gather_object(ends, end)
+    names = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    return {"ends": ends, "checkpoints": names}
+
+
 def main(out: Path) -> None:
     world = deepspeed_engine.start()
     report: dict[str, Any] = {}
@@ -148,12 +187,15 @@ def main(out: Path) -> None:
         "stopped": ("b", 0, Loader(world, signal_at=(signal.SIGTERM, 1, SIGNAL_AT - 1))),
         "resumed": ("b", 77, Loader(world)),
         "again": ("b", 78, Loader(world)),
+        "unevaluated": ("b", 78, Loader(world)),
         "damaged": ("c", 0, Loader(world, bad)),
         "damaged_and_stopped": ("d", 0, Loader(world, bad, (signal.SIGUSR1, 0, 9))),
         "damaged_and_resumed": ("d", 79, Loader(world, bad)),
     }
     weights = {}
     for name, (folder, seed, loader) in runs.items():
+        if name == "unevaluated" and world.rank == 0:  # as if killed in its last evaluation
+            (out / "b" / "checkpoints" / f"step_{STEPS:08d}" / "evaluation.json").unlink()
         with StopSignals() as signals:
             summary, weights[name], recorder = fit(world, out / folder, seed, loader, signals)
         report[name] = {
@@ -175,6 +217,7 @@ def main(out: Path) -> None:
         torch.equal(weights["damaged"][name], weights["damaged_and_resumed"][name])
         for name in weights["damaged"]
     )
+    report["overtaken"] = overtaken(world, out / "e")
     ledger = (out / "c" / "bad_steps.jsonl").read_text().splitlines()
     report["ledger"] = [json.loads(line) for line in ledger]
     if world.rank == 0:

@@ -15,7 +15,9 @@ RECIPES = sorted(path for path in CONFIGS.glob("*.json") if path.name != "schema
 
 
 def test_the_named_recipes_are_there() -> None:
-    assert {"quickstart", "vit_s", "vit_b", "vit_l", "vit_h"} <= {path.stem for path in RECIPES}
+    sizes = {f"vit_{size}{data}" for size in "sblh" for data in ("", "_in21k")}
+    others = {"quickstart", "mae_b", "distill_s", "warm_start_b", "vit_b_512"}
+    assert {path.stem for path in RECIPES} == sizes | others
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -9,7 +9,7 @@ afterwards, on raw and on averaged weights.
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from torch import Tensor
@@ -24,6 +24,7 @@ def record(
     *,
     writer: MetricWriter,
     folder: Path | None,
+    tell: Callable[[str], None] = print,
 ) -> dict[str, float]:
     """Writes tables and pictures that an evaluator yields, and returns its numbers.
 
@@ -32,6 +33,7 @@ def record(
         prefix: of the names, 'val', or 'val_ema' where averaged weights are in place.
         writer: the null writer on ranks other than 0.
         folder: for tables, one CSV file each, the newest only; None on ranks other than 0.
+        tell: called with one line about a file that the disk did not take; that ends no run.
 
     Returns:
         {'prefix/name': value}, equal on all ranks.
@@ -42,7 +44,7 @@ def record(
         if isinstance(finding, Table):
             writer.text(tag, markdown(finding), step)
             if folder is not None:
-                write_csv(folder / f"{tag.replace('/', '_')}.csv", finding)
+                try_write_csv(folder / f"{tag.replace('/', '_')}.csv", finding, tell)
         elif isinstance(finding, Tensor):
             writer.image(tag, finding, step)
         else:
@@ -56,6 +58,14 @@ def markdown(table: Table) -> str:
     text = "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
     hidden = len(table.rows) - table.shown
     return text + (f"\n\n{hidden} more rows in the run folder" if hidden > 0 else "")
+
+
+def try_write_csv(path: Path, table: Table, tell: Callable[[str], None]) -> None:
+    """Replace `path` by the table, or tell why not."""
+    try:
+        write_csv(path, table)
+    except OSError as error:
+        tell(f"{path} was not written: {error}")
 
 
 def write_csv(path: Path, table: Table) -> None:

@@ -88,7 +88,8 @@ def build_teacher(
 ) -> Teacher:
     """The trained network that `config` names, for a student of `num_classes`.
 
-    With `trained` false its weights are neither looked for nor read: only its shapes count then.
+    With `trained` false its weights are neither looked for nor read: only its shapes count then,
+    and the classes that timm says its weights know.
 
     Raises:
         ConfigError: no weights are named, they cannot be read or do not fit the network, or it
@@ -102,10 +103,9 @@ def build_teacher(
     if trained and config.checkpoint is not None and not Path(config.checkpoint).is_file():
         raise ConfigError(f"objective.teacher.checkpoint: {config.checkpoint} does not exist")
     kwargs = dict(config.kwargs)
-    if not trained:
+    if config.checkpoint is not None:  # with `pretrained`, timm would give it a new classifier
         kwargs = {"num_classes": num_classes, **kwargs}
-    elif config.checkpoint is not None:  # with `pretrained`, timm would give it a new classifier
-        kwargs = {"num_classes": num_classes, **kwargs, "checkpoint_path": config.checkpoint}
+        kwargs |= {"checkpoint_path": config.checkpoint} if trained else {}
     try:
         network = timm.create_model(config.name, pretrained=config.pretrained and trained, **kwargs)
     except (RuntimeError, TypeError, ValueError, OSError) as error:

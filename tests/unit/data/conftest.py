@@ -1,4 +1,4 @@
-"""Fixtures: sets of shards and configs that read them."""
+"""Fixtures: sets of shards, configs that read them, and a server of them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from data.config import DataConfig
+from data.config import DataConfig, RemoteConfig
 from tests.unit.data.making import Members, pair, vouch, write_tar
+from tests.unit.data.serving import FaultyServer
 
 
 @pytest.fixture
@@ -42,3 +43,18 @@ def make_config() -> Callable[..., DataConfig]:
         return DataConfig.model_validate({"train": section} | defaults | fields)
 
     return make
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A server of the folder that `make_set` writes into."""
+    with FaultyServer(tmp_path) as running:
+        yield running
+        running.shutdown()
+
+
+@pytest.fixture
+def remote(tmp_path, monkeypatch):
+    """A cache of its own, and little patience."""
+    monkeypatch.setattr("data.remote.MAX_PAUSE", 0.05)
+    return RemoteConfig(cache_dir=str(tmp_path / "cache"), read_timeout=0.5, give_up_after=8)

@@ -47,10 +47,18 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if fault.isdecimal() or not path.is_file():
             return self.send_error(int(fault) if fault.isdecimal() else 404)
         content, status = path.read_bytes(), 200
-        asked = re.fullmatch(r"bytes=(\d+)-", self.headers["Range"] or "")
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers["Range"] or "")
         if asked and self.server.ranges:
-            content, status = content[int(asked[1]) :], 206
+            end = int(asked[2]) + 1 if asked[2] else None
+            content, status = content[int(asked[1]) : end], 206
         return self.answer(status, content, fault)
+
+    def do_HEAD(self) -> None:
+        """As a store answers that is asked for the size of an object."""
+        path = self.server.root / self.path.lstrip("/")
+        self.send_response(200 if path.is_file() else 404)
+        self.send_header("Content-Length", str(path.stat().st_size if path.is_file() else 0))
+        self.end_headers()
 
     def answer(self, status: int, content: bytes, fault: str) -> None:
         half = len(content) // 2

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from data import check, decode, reader
+from data import check, reader
 from data.manifest import read_manifest, write_manifest
 from data.shards import resolve
 from tests.unit.data.making import pair, png, write_tar
@@ -79,6 +79,21 @@ def test_a_manifest_is_made_for_foreign_shards(tmp_path):
     assert resolve(pattern).num_samples == 6
 
 
+def test_a_manifest_made_anew_keeps_what_no_shard_says(good):
+    manifest = read_manifest(good / "manifest.json")
+    told = {"label_names": ["ant", "bee", "cat", "dog"], "recipe": {"--source": "folder"}}
+    counts = [*manifest.class_counts, 0]
+    write_manifest(good, manifest.model_copy(update=told | {"class_counts": counts}))
+    assert check.main(["--write-manifest", str(good / "*.tar")]) == 0
+    again = read_manifest(good / "manifest.json")
+    assert (again.recipe, again.label_names) == (told["recipe"], told["label_names"])
+    assert again.class_counts == counts
+    write_tar(good / "001.tar", pair("other", 1, 1))  # of this one nobody knows whence it came
+    assert check.main(["--write-manifest", str(good / "*.tar")]) == 0
+    again = read_manifest(good / "manifest.json")
+    assert (again.recipe, again.label_names) == (None, None)
+
+
 def test_no_manifest_is_made_for_damaged_shards(make_set, capsys):
     folder = make_set([4, 2])
     (folder / "manifest.json").unlink()
@@ -118,7 +133,7 @@ def test_images_that_training_would_refuse_are_a_note(good, capsys, monkeypatch)
 
 
 def test_no_more_of_an_image_is_read_than_training_would_read(good, capsys, monkeypatch):
-    assert reader.MAX_IMAGE_BYTES == decode.MAX_IMAGE_BYTES
+    assert check.MAX_IMAGE_BYTES == reader.MAX_IMAGE_BYTES
     monkeypatch.setattr(check, "MAX_IMAGE_BYTES", 20)
     assert check.main([str(good)]) == 1
     assert "encoded bytes; 20 are allowed" in capsys.readouterr().out

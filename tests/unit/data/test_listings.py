@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -142,3 +143,11 @@ def test_an_image_that_hugging_face_keeps_as_a_file_is_read(tmp_path):
     (tmp_path / "a.png").write_bytes(png(0))
     item = {"image": {"bytes": None, "path": str(tmp_path / "a.png")}, "label": 0}
     assert dataset_split([item], "x").references[0].read() == png(0)
+
+
+def test_classes_have_the_names_that_hugging_face_gives_them():
+    class Kept(list):
+        features = {"fine_label": SimpleNamespace(names=["ant", "bee"])}  # noqa: RUF012
+
+    split = dataset_split(Kept(items(1, 0)), "x", image_column="img", label_column="fine_label")
+    assert split.label_names == ["ant", "bee"]

@@ -77,9 +77,7 @@ def test_val_is_not_written_beside_a_train_split_of_other_samples(run, source, t
 
 
 def keys_of(folder):
-    reports = check.examine_all(
-        [folder / entry.name for entry in resolve(str(folder)).entries], True, 1
-    )
+    reports = [check.examine(folder / entry.name) for entry in resolve(str(folder)).entries]
     return [key for report in reports for key in report.keys]
 
 

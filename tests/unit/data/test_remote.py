@@ -15,32 +15,16 @@ import time
 from pathlib import Path
 
 import pytest
-import s3fs
 
 from data.cache import ShardCache
-from data.config import RemoteConfig
 from data.errors import BadShard, DataError, Unreachable
 from data.manifest import MANIFEST_NAME
 from data.reader import ShardReader
 from data.remote import _filesystem
 from data.shards import resolve
-from tests.unit.data.serving import FaultyServer
 from tests.unit.data.test_loaders import train_loader
 
 ROOT = Path(__file__).resolve().parents[3]
-
-
-@pytest.fixture
-def server(tmp_path):
-    with FaultyServer(tmp_path) as running:
-        yield running
-        running.shutdown()
-
-
-@pytest.fixture
-def remote(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.remote.MAX_PAUSE", 0.05)
-    return RemoteConfig(cache_dir=str(tmp_path / "cache"), read_timeout=0.5, give_up_after=8)
 
 
 def fetched(server, remote, name="000.tar"):
@@ -78,7 +62,7 @@ def test_a_server_that_never_recovers_is_given_up_in_time(make_set, server, remo
     server.ranges = False
     server.faults["000.tar"] = [fault] * 999
     began = time.monotonic()
-    with pytest.raises(Unreachable, match=r"000\.tar: given up after \d+ attempts .*give_up_after"):
+    with pytest.raises(Unreachable, match=r"000\.tar: given up (after|at) .*give_up_after"):
         fetched(server, remote.model_copy(update={"give_up_after": 1.0}))
     assert time.monotonic() - began < 4
 
@@ -96,7 +80,7 @@ def test_a_server_that_drips_is_given_up_in_time(make_set, server, remote):
 def test_a_transfer_that_comes_along_may_fail_late(make_set, server, remote, monkeypatch):
     """What was reached before a failure is worth the whole time anew; here 50 bytes in 0.5 s."""
     content = (make_set([6]) / "000.tar").read_bytes()
-    monkeypatch.setattr("data.remote.CHUNK", 50)
+    monkeypatch.setattr("data.remote.STEP", 50)
     server.faults["000.tar"] = ["drip60", "drip60", "drip60", "truncate"]
     began = time.monotonic()
     assert fetched(server, remote.model_copy(update={"give_up_after": 1.2})) == content
@@ -107,7 +91,7 @@ def test_bytes_that_come_again_are_no_progress(make_set, server, remote, monkeyp
     """A server without ranges that always fails at the same byte would else be tried for ever."""
     make_set([6])
     server.ranges = False
-    monkeypatch.setattr("data.remote.CHUNK", 10)
+    monkeypatch.setattr("data.remote.STEP", 10)
     server.faults["000.tar"] = ["drip20"] * 99
     began = time.monotonic()
     with pytest.raises(Unreachable, match=r"000\.tar: given up"):
@@ -340,36 +324,3 @@ def test_the_next_shard_is_fetched_before_it_is_needed(make_set, make_config, se
     while len(list(Path(remote.cache_dir).glob("*.tar"))) < 2:
         assert time.monotonic() < deadline
         time.sleep(0.05)
-
-
-def test_shards_in_s3_are_listed_fetched_and_verified(make_set, remote, monkeypatch):
-    folder = make_set([4, 2])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    endpoint = f"http://127.0.0.1:{port}"
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "testing")
-    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-    command = [sys.executable, "-m", "moto.server", "-p", str(port)]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as moto:
-        try:
-            while True:
-                with socket.socket() as probe:
-                    if probe.connect_ex(("127.0.0.1", port)) == 0:
-                        break
-                time.sleep(0.2)
-            bucket = s3fs.S3FileSystem(skip_instance_cache=True)
-            bucket.mkdir("shards")
-            bucket.put(str(folder), "shards/train", recursive=True)
-            patient = remote.model_copy(update={"read_timeout": 10.0, "give_up_after": 20.0})
-            for pattern in ("", "/*.tar", "/{000..001}.tar"):
-                shards = resolve(f"s3://shards/train{pattern}", remote=patient)
-                assert shards.sizes == [4, 2]
-            for url, entry in zip(shards.names, shards.entries, strict=True):
-                with ShardCache(patient).open(url, entry) as file:
-                    assert file.read() == (folder / entry.name).read_bytes()
-            with pytest.raises(DataError, match="not there"):
-                resolve("s3://shards/nowhere", remote=patient)
-        finally:
-            moto.terminate()

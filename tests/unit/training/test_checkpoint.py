@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from routedvit.training import checkpoint as module
-from routedvit.training.checkpoint import Checkpoints, RunState, SaveError, read_run_state
+from routedvit.training import commit, shelf, verification
+from routedvit.training.checkpoint import Checkpoints
+from routedvit.training.commit import SaveError
 from routedvit.training.config import ConfigError
 from routedvit.training.manifest import read_manifest
 from routedvit.training.retention import Retention
+from routedvit.training.run_state import RunState, read_run_state
 from tests.unit.training.fake_engine import FakeEngine
 
 
@@ -29,7 +31,7 @@ def die(*args: object) -> None:
 @pytest.fixture(autouse=True)
 def _one_writer(monkeypatch):
     """The fake writes the files of two ranks, so it must also seal those of the second."""
-    monkeypatch.setattr(module, "_writer_of", lambda path: 0)
+    monkeypatch.setattr(commit, "writer_of", lambda path: 0)
 
 
 @pytest.fixture
@@ -71,12 +73,12 @@ def test_a_run_state_from_before_a_field_was_added_still_loads(tmp_path):
 
 
 def test_a_checkpoint_from_before_the_guard_was_saved_still_loads(engine, tmp_path, monkeypatch):
-    write = module.write_json
+    write = commit.write_json
 
     def without_guard(path: Path, value: dict) -> None:
         write(path, {key: entry for key, entry in value.items() if key != "guard"})
 
-    monkeypatch.setattr(module, "write_json", without_guard)
+    monkeypatch.setattr(commit, "write_json", without_guard)
     save(engine, tmp_path, 2)
     (tmp_path / "rollbacks.json").write_text('[{"step": 2, "from": 16, "to": 40}]')
     state = load(tmp_path)[0]
@@ -195,7 +197,7 @@ def test_a_lost_run_id_is_read_from_the_newest_checkpoint(engine, tmp_path):
 
 def test_a_checkpoint_from_before_runs_had_an_id_still_loads(engine, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(module, "run_id", lambda folder: "")
+        patch.setattr(commit, "run_id", lambda folder: "")
         save(engine, tmp_path, 1)
     shutil.rmtree(save(engine, tmp_path, 2))
     assert load(tmp_path)[0].step == 1
@@ -217,10 +219,44 @@ def test_a_disk_that_cannot_be_read_is_no_damage(engine, tmp_path, monkeypatch, 
         raise OSError("Stale file handle")
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, name, fail)
+        patch.setattr(verification, name, fail)
         with pytest.raises(ConfigError, match=r"Stale file handle.*see to the disk"):
             load(tmp_path)
     assert load(tmp_path)[0].step == 2
+
+
+def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(engine, tmp_path, monkeypatch):
+    save(engine, tmp_path, 1)
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", refuse)  # as root, the test may list anything
+        with pytest.raises(ConfigError, match=r"Permission denied.*rights"):
+            load(tmp_path)
+        with pytest.raises(SaveError, match="Permission denied"):
+            save(engine, tmp_path, 2)
+    assert load(tmp_path)[0].step == 1
+
+
+@pytest.mark.parametrize("text", [b"", b"step_0000", b"../nothing", b"\xff"])
+def test_latest_is_for_people_and_a_load_does_not_need_it(engine, tmp_path, text):
+    for step in (1, 2):
+        save(engine, tmp_path, step)
+    (tmp_path / "latest").write_bytes(text)
+    assert load(tmp_path)[0].step == 2
+    assert (tmp_path / "latest").read_text() == "step_00000002\n"
+
+
+def test_a_load_needs_no_room_on_the_disk(engine, tmp_path, monkeypatch):
+    save(engine, tmp_path, 1)
+
+    def full(path: Path, text: str) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(shelf, "replace_text", full)
+    assert load(tmp_path)[0].step == 1
 
 
 def test_a_full_disk_is_named_with_the_need_and_the_mend_and_nothing_is_left(engine, tmp_path):
@@ -424,7 +460,7 @@ def test_a_disk_that_is_full_after_the_rename_fails_no_save(engine, tmp_path, mo
     def full(path: Path, text: str) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(module, "replace_text", full)
+    monkeypatch.setattr(shelf, "replace_text", full)
     checkpoints = Checkpoints(tmp_path, engine, keep=1, tell=told.append)
     assert checkpoints.save(RunState(step=2)).is_dir()
     assert "step_00000002 was saved" in told[0]
@@ -441,6 +477,39 @@ def test_a_damaged_run_state_has_no_metric(engine, tmp_path, text):
     assert checkpoints.wants(state)
     checkpoints.save(state)
     assert not folder.exists()
+
+
+def test_what_is_evaluated_after_a_save_belongs_to_the_checkpoint(engine, tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path, engine, keep=3)
+    checkpoints.save(RunState(step=1))
+    state = RunState(step=1, metrics={"val/top1": 5.0}, best={"val/top1": 7.0}, evaluated=["val"])
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", die)  # which leaves a part of the new file
+        with pytest.raises(Killed):
+            checkpoints.add_evaluation(state)
+    assert load(tmp_path)[0].evaluated == []
+    checkpoints.add_evaluation(state)
+    loaded = load(tmp_path)[0]
+    assert (loaded.metrics, loaded.best, loaded.evaluated) == (
+        {"val/top1": 5.0}, {"val/top1": 7.0}, ["val"],
+    )  # fmt: skip
+    (tmp_path / "step_00000001" / "evaluation.json").write_text('{"best"')
+    assert load(tmp_path)[0].evaluated == []  # and will be evaluated again
+    checkpoints.add_evaluation(RunState(step=2))
+    assert not (tmp_path / "step_00000002").exists()  # that step was not saved
+
+
+def test_a_disk_that_takes_no_evaluation_fails_nothing(engine, tmp_path, monkeypatch):
+    told: list[str] = []
+    checkpoints = Checkpoints(tmp_path, engine, keep=3, tell=told.append)
+    checkpoints.save(RunState(step=1))
+
+    def full(descriptor: int) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    checkpoints.add_evaluation(RunState(step=1, evaluated=["val"]))
+    assert "No space left" in told[0]
 
 
 def test_a_kill_at_any_moment_of_a_save_leaves_a_loadable_checkpoint(tmp_path, monkeypatch):

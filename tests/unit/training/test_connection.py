@@ -1,9 +1,11 @@
 """Ranks that cannot meet, or lose each other, say so in words."""
 
+import os
 import socket
 import time
 from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +13,12 @@ import torch.distributed as dist
 
 from routedvit.training import connection
 from routedvit.training.config import ConfigError
-from routedvit.training.connection import LaunchError, connecting, lost_rank
+from routedvit.training.connection import (
+    LaunchError,
+    connecting,
+    lost_rank,
+    record_collectives,
+)
 from routedvit.training.world import World
 
 
@@ -113,3 +120,18 @@ def test_a_lost_rank_is_told_in_words(text):
 def test_other_errors_speak_for_themselves():
     assert lost_rank(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
     assert lost_rank(OSError("Connection reset by peer")) is None  # of a download, say
+
+
+def test_the_last_collectives_would_be_written_beside_the_log(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The name of the setting is torch's; its recorder is asked for what it does on a timeout."""
+    monkeypatch.delenv("TORCH_FR_DUMP_TEMP_FILE", raising=False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "logs").mkdir()
+    record_collectives(Path("logs"))
+    monkeypatch.chdir("/")
+    torch._C._distributed_c10d._dump_fr_trace_file(3)
+    assert (tmp_path / "logs" / "collectives_rank_3").stat().st_size > 0
+    record_collectives(Path("elsewhere"))  # what the environment says stays
+    assert os.environ["TORCH_FR_DUMP_TEMP_FILE"] == f"{tmp_path}/logs/collectives_rank_"

@@ -16,9 +16,9 @@ from torch import nn
 
 import routedvit  # noqa: F401  (registers the models)
 from routedvit.training import engine as engines
-from routedvit.training.assembly import build_checkpoints, build_engine
+from routedvit.training.assembly import build_engine
 from routedvit.training.assembly_watch import build_run_evaluators
-from routedvit.training.checkpoint import RunState
+from routedvit.training.checkpoint import Checkpoints
 from routedvit.training.config import ConfigError, RunConfig
 from routedvit.training.console import Console
 from routedvit.training.engine import Engine
@@ -27,6 +27,7 @@ from routedvit.training.interfaces import EvalLoaders
 from routedvit.training.metrics import FanOutWriter
 from routedvit.training.offline import evaluate_offline
 from routedvit.training.run_folder import RunFolder
+from routedvit.training.run_state import RunState
 from routedvit.training.world import World
 
 MAE = {"name": "mae", "decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
@@ -114,8 +115,8 @@ def trained(what: RunConfig, world: World) -> Engine:
 
 
 def logged(engine: Engine, what: RunConfig) -> dict[str, float]:
-    """What the run's own evaluation says, as Trainer.evaluate does it."""
-    evaluators = build_run_evaluators(what, engine.model, engine.objective, LOADERS, 4)
+    """What the run's own evaluation says, as training.evaluation does it."""
+    evaluators = build_run_evaluators(what, engine.objective, LOADERS, 4)
     numbers: dict[str, float] = {}
     for evaluator in evaluators:
         with engine.evaluating() as network:
@@ -144,7 +145,7 @@ def test_a_checkpoint_gives_what_the_run_logged_bit_for_bit(
     engine = trained(what, world)
     expected = logged(engine, what)
     assert expected["val/loss"] != expected["val_ema/loss"]
-    checkpoints = build_checkpoints(what, engine, tmp_path / "checkpoints", Console(0))
+    checkpoints = Checkpoints(tmp_path / "checkpoints", engine, keep=1)
     checkpoints.save(RunState(step=1))
     evaluate(checkpoints.path_of(1), tmp_path, world, what)
     assert metrics(tmp_path / "evaluated" / "step_00000001") == expected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -47,7 +48,11 @@ def untouched() -> Any:
 
 
 def measured_peak(config: Any) -> int:
-    """Peak of a real second step, in one process."""
+    return measured(config)["peak"]
+
+
+def measured(config: Any) -> dict[str, int]:
+    """Bytes that a real second step takes in one process, under the names that a dry run prints."""
     world = engines.start()
     with MemoryMeter() as meter:
         model = create_model(config.model, num_classes=10, seed=0)
@@ -61,7 +66,14 @@ def measured_peak(config: Any) -> int:
             meter.reset_peak()
             engine.train_step([batch] * engine.accumulation)
     engines.stop()
-    return meter.peak
+    state = engine.optimizer.state
+    moments = [value for own in state.values() for value in own.values() if value.ndim]
+    return {
+        "weights": storage_bytes(model.parameters()),
+        "master weights": storage_bytes(state),
+        "optimiser state": storage_bytes(moments),
+        "peak": meter.peak,
+    }
 
 
 @pytest.mark.parametrize(
@@ -87,15 +99,19 @@ def test_the_estimate_is_within_a_tenth_of_the_measured_peak(overrides: tuple[st
     assert all(part < estimate.peak for part in parts)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "path", sorted((ROOT / "configs").glob("[!s]*.json")), ids=lambda p: p.stem
-)
-def test_every_recipe_can_be_rehearsed(path: Path) -> None:
-    config = load_config(train.RunConfig, str(path), [])
-    world_size = 64 if path.stem == "vit_h" else 8
-    *_, text = rehearse(config, Absent(), Machine(world_size, 80), search=False)
-    assert "everything, temporaries too: fits into 80 GiB" in text
+def test_the_printed_numbers_are_those_of_a_run() -> None:
+    config = config_of("precision.dtype=bf16", "deepspeed.zero_optimization.stage=1")
+    text = describe_step(config, Machine(1, 80), Absent())
+    found = measured(config)
+    model = create_model(config.model, num_classes=10, seed=0)
+    assert f"parameters   {sum(p.numel() for p in model.parameters()):,}\n" in text
+    assert "batch        32 images = 1 ranks x 16 x 2 accumulated\n" in text
+    for name, size in found.items():
+        printed = re.search(rf"^  {name} +([\d.]+) (MiB|GiB)", text, re.MULTILINE)
+        assert printed, name
+        assert printed[2] == "MiB"
+        # what is printed has one decimal
+        assert float(printed[1]) * 2**20 == pytest.approx(size, rel=0.1, abs=0.05 * 2**20), name
 
 
 def test_shards_shrink_with_the_world_and_activations_do_not() -> None:
@@ -153,7 +169,7 @@ def test_the_largest_batch_fits_and_the_next_does_not() -> None:
 class Absent:
     """Shards that are not there."""
 
-    num_classes, missing = None, "no shard matches"
+    num_classes, samples_per_epoch, missing, evaluates = None, None, "no shard matches", True
 
 
 def test_a_dry_run_goes_on_without_data() -> None:
@@ -166,8 +182,9 @@ def test_a_dry_run_goes_on_without_data() -> None:
 
 
 def test_fp16_can_be_rehearsed_where_it_cannot_be_run() -> None:
-    text = describe_step(config_of("precision.dtype=fp16"), Machine(2, 80))
-    assert "fp16, this rank's share" in text
+    text = describe_step(config_of("precision.dtype=fp16"), Machine(2, 80), Absent())
+    assert "fp16, whole" in text
+    assert "fp32, this rank's share" in text
 
 
 def test_storages_are_counted_once_and_taken_off_when_they_die() -> None:
@@ -182,12 +199,15 @@ def test_storages_are_counted_once_and_taken_off_when_they_die() -> None:
         assert meter.live == 0
 
 
+RECIPES = sorted(path for path in (ROOT / "configs").glob("*.json") if path.stem != "schema")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", sorted(p.stem for p in (ROOT / "configs").glob("*.json") if p.name != "schema.json")
-)
-def test_every_recipe_fits_eight_gpus(name: str) -> None:
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_fits_the_gpus_it_names(path: Path) -> None:
     """Teachers and autoencoders too; no recipe needs its data, its weights or a GPU for it."""
-    config = load_config(train.RunConfig, str(ROOT / "configs" / f"{name}.json"), [])
-    text = "\n".join(rehearse(config, Preview(config.data), Machine(8, 80.0), search=False))
+    config = load_config(train.RunConfig, str(path), [])
+    gpus = re.match(r"(\d+) x H100 80 GB", config.about.hardware)
+    machine = Machine(int(gpus[1]) if gpus else 2, 80.0)
+    text = "\n".join(rehearse(config, Preview(config.data), machine, search=False))
     assert ": fits into 80 GiB" in text

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from routedvit.training.config import ConfigError
-from routedvit.training.run_folder import RunFolder, check_same_data, claim, move_aside
+from routedvit.training.run_folder import RunFolder, check_same_data, claim, move_aside, open_folder
 
 CONFIG = {"optim": {"lr": 0.1, "betas": (0.9, 0.95)}, "log": {"every_steps": 10}, "seed": 0}
 
@@ -55,12 +55,15 @@ def test_every_differing_key_is_counted(folder: RunFolder) -> None:
 
 def test_other_shards_are_refused_where_a_run_goes_on(folder: RunFolder) -> None:
     claim(folder, CONFIG)
-    check_same_data(folder, "9 samples", "8 samples")  # begins from the checkpoint of another run
+    nine, eight = ("9 samples", "3 samples"), ("8 samples", "3 samples")
+    check_same_data(folder, nine, eight)  # begins from the checkpoint of another run
     saved_run(folder)
-    for before in ("", "8 samples"):  # checkpoints of earlier versions do not say
-        check_same_data(folder, before, "8 samples")
-    with pytest.raises(ConfigError, match=r"trained on 9 samples, and now .* 8 samples.*--fresh"):
-        check_same_data(folder, "9 samples", "8 samples")
+    for before in (("", ""), eight):  # checkpoints of earlier versions do not say
+        check_same_data(folder, before, eight)
+    with pytest.raises(ConfigError, match=r"data\.train: .* on 9 samples, and now .* 8 .*--fresh"):
+        check_same_data(folder, nine, eight)
+    with pytest.raises(ConfigError, match=r"data\.val: .* on 3 samples, and now .* 2 .*--resume"):
+        check_same_data(folder, nine, ("9 samples", "2 samples"))
 
 
 def test_starting_over_moves_the_old_run_aside(folder: RunFolder) -> None:
@@ -74,3 +77,41 @@ def test_starting_over_moves_the_old_run_aside(folder: RunFolder) -> None:
     assert second is not None
     assert second.name == "x.2"
     assert move_aside(folder) is None
+
+
+def test_checkpoints_that_cannot_be_listed_are_not_taken_for_none(folder, monkeypatch) -> None:
+    saved_run(folder)
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("os.scandir", refuse)
+    with pytest.raises(ConfigError, match=r"checkpoints cannot be read .*Permission denied"):
+        claim(folder, CONFIG | {"seed": 1})
+    assert json.loads(folder.config.read_text())["config"]["seed"] == 0
+
+
+def test_a_folder_that_cannot_be_written_is_told_with_the_mend(folder: RunFolder) -> None:
+    folder.path.parent.mkdir()
+    folder.path.write_text("a file in its place")
+    with pytest.raises(ConfigError, match=r"runs/x cannot be used .*output_dir to another"):
+        open_folder(folder, CONFIG, fresh=False, free=())
+
+
+def test_a_checkpoint_that_is_not_there_or_would_go_leaves_the_folder_alone(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    own, other = folder.checkpoints / "step_5", tmp_path / "other" / "checkpoints" / "step_5"
+    own.mkdir(parents=True)
+    other.mkdir(parents=True)
+    for fresh, resume, words in (
+        (False, Path("step_6"), "--resume step_6: there is no such folder"),
+        (True, Path("step_5"), "--resume step_5 goes on with the run in"),
+        (True, own, "leave --fresh out"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            open_folder(folder, {}, fresh=fresh, free=(), resume=resume)
+        assert own.is_dir()
+        assert not folder.config.exists()
+    open_folder(folder, {}, fresh=False, free=(), resume=Path("step_5"))
+    told, _ = open_folder(folder, {}, fresh=True, free=(), resume=other)
+    assert "the earlier run is kept in" in told

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
-from routedvit.training.signals import StopSignals, launcher_chain, parent_of
+from routedvit.training.proc import parent_of
+from routedvit.training.signals import REQUEUE_EXIT_CODE, StopSignals, launcher_chain
 
 ROOT = Path(__file__).parents[3]
 
@@ -32,6 +39,59 @@ def test_a_second_interrupt_interrupts():
         assert signals.wanted
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+def wait_for_a_rank_that_never_comes(port: int, wish: Callable[[StopSignals], None]) -> None:
+    """What a rank does at its start, in a process of its own."""
+    with StopSignals() as signals:
+        wish(signals)
+        with signals.at_once(lambda line: None):
+            dist.TCPStore("127.0.0.1", port, 2, is_master=True, timeout=timedelta(seconds=60))
+
+
+def sent_while_it_waits(number: int) -> Callable[[StopSignals], None]:
+    return lambda signals: threading.Timer(0.3, os.kill, [os.getpid(), number]).start()
+
+
+def sent_before(signals: StopSignals) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def launcher_dies_while_it_waits(signals: StopSignals) -> None:
+    gone = (os.getpid(), -1)
+    threading.Timer(0.3, signals._launchers.append, [gone]).start()
+
+
+@pytest.mark.parametrize(
+    "wish",
+    [
+        sent_before,
+        launcher_dies_while_it_waits,
+        *map(sent_while_it_waits, [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]),
+    ],
+)
+def test_a_wish_ends_the_wait_for_other_ranks_at_once(wish):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    rank = context.Process(target=wait_for_a_rank_that_never_comes, args=(port, wish))
+    rank.start()
+    rank.join(5)
+    alive = rank.is_alive()
+    rank.kill()
+    assert not alive
+    assert rank.exitcode == REQUEUE_EXIT_CODE
+
+
+def test_once_the_ranks_have_met_a_wish_is_a_wish_again():
+    threads = threading.active_count()
+    with StopSignals() as signals:
+        with signals.at_once(lambda line: None):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.wanted
+    assert threading.active_count() == threads  # and nothing is left that would end the process
 
 
 def test_parents():

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from routedvit.training.config import ConfigError
 from routedvit.training.full_weights import full_weights, has_state
 from routedvit.training.run_folder import RunFolder
-from routedvit.training.stored_weights import find, of_network, title, weights_in
+from routedvit.training.stored_weights import find, title, weights_in
 
 
 @pytest.mark.parametrize(
@@ -54,16 +54,16 @@ def test_parameters_are_put_together_from_all_ranks(tmp_path: Path) -> None:
 
 
 def test_averages_are_evaluated_beside_the_weights(tmp_path: Path) -> None:
-    expected = of_network(shards(tmp_path))
+    expected = shards(tmp_path)
     assert has_state(tmp_path, "ema")
     assert not has_state(tmp_path, "exp_avg")
-    (raw, weights), (averaged, averages) = (
-        (suffix, of_network(found)) for suffix, found in weights_in(tmp_path)
-    )
+    (raw, weights), (averaged, averages) = weights_in(tmp_path)
     assert (raw, averaged) == ("", "_ema")
-    assert torch.equal(weights["w"], expected["w"])
-    assert torch.equal(averages["w"][0], expected["w"][0] + 10)  # the first rank had an average
-    assert torch.equal(averages["w"][1], expected["w"][1])
+    assert torch.equal(weights["model.w"], expected["model.w"])
+    assert torch.equal(
+        averages["model.w"][0], expected["model.w"][0] + 10
+    )  # the first rank had an average
+    assert torch.equal(averages["model.w"][1], expected["model.w"][1])
 
 
 @pytest.mark.parametrize(
@@ -90,3 +90,11 @@ def test_weights_are_named_by_where_they_lie(tmp_path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch() if path.suffix else path.mkdir()
     assert {path: title(path, RunFolder(run)) for path in expected} == expected
+
+
+def test_a_latest_that_cannot_be_read_is_told_with_a_way_round(tmp_path: Path) -> None:
+    pointer = tmp_path / "checkpoints" / "latest"
+    pointer.parent.mkdir()
+    pointer.write_bytes(b"\xff")
+    with pytest.raises(ConfigError, match=r"latest cannot be read .* name a folder"):
+        find("latest", RunFolder(tmp_path))

@@ -14,14 +14,17 @@ import numpy as np
 import pytest
 import torch
 
-from routedvit.training.checkpoint import Checkpoints, RunState, SaveError, read_run_state
+from routedvit.training.checkpoint import Checkpoints
+from routedvit.training.commit import SaveError
 from routedvit.training.config import ConfigError
 from routedvit.training.guard import Guard
 from routedvit.training.optim import build_schedule
 from routedvit.training.retention import Retention
+from routedvit.training.run_state import RunState, read_run_state
 from routedvit.training.schedules import Schedules
 from routedvit.training.signals import StopSignals
-from routedvit.training.trainer import Trainer, TrainerSettings, seed_step
+from routedvit.training.trainer import Trainer, seed_step
+from routedvit.training.trainer_settings import TrainerSettings
 from tests.unit.training.fake_engine import FakeEngine
 
 
@@ -71,6 +74,7 @@ def trainer(folder: Path, engine: FakeEngine, sink: Sink, state: RunState, **cha
     }  # fmt: skip
     keep = changes.pop("keep", 2)
     signals = changes.pop("signals", None) or StopSignals()
+    dials = changes.pop("dials", [])
     guard = {"max_bad_steps": 3, "max_rollbacks": 2} | changes.pop("guard", {})
     return Trainer(
         engine,
@@ -89,7 +93,8 @@ def trainer(folder: Path, engine: FakeEngine, sink: Sink, state: RunState, **cha
                 warmup_steps=2,
                 warmup_lr=0,
                 min_lr=0,
-            )
+            ),
+            dials,
         ),
         settings=TrainerSettings(**(settings | changes)),
         state=state,
@@ -99,7 +104,7 @@ def trainer(folder: Path, engine: FakeEngine, sink: Sink, state: RunState, **cha
 
 @pytest.fixture(autouse=True)
 def _one_writer(monkeypatch):
-    monkeypatch.setattr("routedvit.training.checkpoint._writer_of", lambda path: 0)
+    monkeypatch.setattr("routedvit.training.commit.writer_of", lambda path: 0)
 
 
 def test_data_begins_where_the_state_says(tmp_path):
@@ -185,9 +190,7 @@ def test_dials_turn_in_the_step_and_their_values_are_logged(tmp_path):
         return original(*args, **kwargs)
 
     engine.train_step = train_step
-    run = trainer(tmp_path, engine, sink, RunState(step=2, samples_seen=8))
-    run.schedules = Schedules(run.schedules.rate, [dial])
-    run.fit()
+    trainer(tmp_path, engine, sink, RunState(step=2, samples_seen=8), dials=[dial]).fit()
     assert seen == [2, 3, 4, 5]
     assert dial.value is None
     assert sink.scalars["train/dial", 6] == 5.0
@@ -398,6 +401,8 @@ def test_a_wish_to_stop_amid_evaluations_waits_for_the_present_one_alone(tmp_pat
             yield from super().run(model)
 
     class Next(Evaluator):
+        name = "next"
+
         def run(self, model: torch.nn.Module) -> Iterator[tuple[str, float]]:
             ran.append("next")
             yield from super().run(model)
@@ -419,8 +424,11 @@ def test_a_full_disk_does_not_stop_the_run_but_the_last_save_must_succeed(tmp_pa
     assert any("No space left" in text and "goes on" in text for text in sink.messages)
     assert sorted(path.name[-1] for path in tmp_path.glob("checkpoints/step_*")) == ["8", "9"]
     engine.full_disks = 9
-    with pytest.raises(SaveError, match="No space left"):
+    with pytest.raises(SaveError, match=r"No space left.*goes on from the beginning"):
         trainer(tmp_path / "other", engine, sink, RunState(), total_steps=2).fit()
+    state = RunState(step=9, samples_seen=36)
+    with pytest.raises(SaveError, match=r"No space left.*goes on from step_00000009"):
+        trainer(tmp_path, engine, sink, state, total_steps=10).fit()
 
 
 def test_a_new_best_is_saved_at_once_and_kept(tmp_path):
@@ -431,6 +439,87 @@ def test_a_new_best_is_saved_at_once_and_kept(tmp_path):
     ).fit()
     assert summary.best == {"val/top1": 30.0}
     assert sorted(path.name[-1] for path in tmp_path.glob("checkpoints/step_*")) == ["4", "8"]
+
+
+class Crash(Evaluator):
+    """Raises from its n-th run on."""
+
+    def run(self, model: torch.nn.Module) -> Iterator[tuple[str, float]]:
+        value = next(self.values, None)
+        if value is None:
+            raise RuntimeError("out of memory")
+        yield "top1", value
+
+
+def test_an_evaluation_that_fails_at_the_end_costs_no_step_and_is_made_up_for(tmp_path):
+    """Step 4 is saved and evaluated; step 6, the last, is saved and its evaluation crashes."""
+    evaluators = [Crash([10.0], every_steps=4)]
+    run = trainer(tmp_path, FakeEngine(), Sink(), RunState(), evaluators=evaluators)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run.fit()
+    assert json.loads((tmp_path / "status.json").read_text())["status"] == "running"
+
+    engine, sink = FakeEngine(), Sink()
+    state = Checkpoints(tmp_path / "checkpoints", engine, keep=2).load_newest()
+    assert (state.step, state.best) == (6, {"val/top1": 10.0})
+    summary = trainer(tmp_path, engine, sink, state, evaluators=[Evaluator([30.0], 4)]).fit()
+    assert summary.finished
+    assert summary.best == {"val/top1": 30.0}
+    assert engine.seen == []
+    assert sink.scalars == {("val/top1", 6): 30.0}
+
+    state = Checkpoints(tmp_path / "checkpoints", engine, keep=2).load_newest()
+    evaluated = (state.metrics, state.best, state.evaluated)
+    assert evaluated == ({"val/top1": 30.0}, {"val/top1": 30.0}, ["val"])
+    assert trainer(tmp_path, engine, Sink(), state, evaluators=[Crash([], 4)]).fit().finished
+
+
+def test_an_evaluation_that_fails_on_the_way_is_made_up_for_and_may_be_among_the_best(tmp_path):
+    keep = Retention(keep=1, keep_best=1)
+    evaluators = [Crash([10.0], every_steps=2)]
+    run = trainer(
+        tmp_path, FakeEngine(), Sink(), RunState(), evaluators=evaluators, checkpoint_every=2
+    )
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run.fit()
+    state = Checkpoints(tmp_path / "checkpoints", FakeEngine(), keep=2).load_newest()
+    assert state.step == 4
+    run = trainer(
+        tmp_path, FakeEngine(), Sink(), state, evaluators=[Evaluator([30.0, 20.0], 4)], keep=keep
+    )
+    assert run.fit().best == {"val/top1": 30.0}
+    assert sorted(path.name[-1] for path in tmp_path.glob("checkpoints/step_*")) == ["4", "6"]
+
+
+def test_a_last_step_that_is_the_best_leaves_no_other_behind(tmp_path):
+    evaluators = [Evaluator([10.0, 30.0, 50.0], every_steps=2)]
+    keep = Retention(keep=1, keep_best=1)
+    trainer(tmp_path, FakeEngine(), Sink(), RunState(), evaluators=evaluators, keep=keep).fit()
+    assert [path.name[-1] for path in tmp_path.glob("checkpoints/step_*")] == ["6"]
+
+
+def test_a_wish_to_stop_in_the_last_evaluation_leaves_the_others_to_the_next_start(tmp_path):
+    class Long(Evaluator):
+        name = "long"
+
+        def run(self, model: torch.nn.Module) -> Iterator[tuple[str, float]]:
+            os.kill(os.getpid(), signal.SIGTERM)
+            yield from super().run(model)
+
+    engine = FakeEngine()
+    with StopSignals() as signals:
+        evaluators = [Long([1.0], 0), Crash([], 0)]
+        run = trainer(tmp_path, engine, Sink(), RunState(), evaluators=evaluators, signals=signals)
+        summary = run.fit()
+    assert (summary.step, summary.finished) == (6, False)
+    assert json.loads((tmp_path / "status.json").read_text()) == {"status": "stopped", "step": 6}
+    state = Checkpoints(tmp_path / "checkpoints", engine, keep=2).load_newest()
+    sink = Sink()
+    done = Crash([], 0)
+    done.name = "long"
+    run = trainer(tmp_path, engine, sink, state, evaluators=[done, Evaluator([2.0], 0)])
+    assert run.fit().finished
+    assert sink.scalars == {("val/top1", 6): 2.0}
 
 
 def draws() -> tuple[float, float, float]:

@@ -48,3 +48,18 @@ def test_a_table_reads_well_as_text() -> None:
     lines = markdown(TABLE).splitlines()
     assert lines[:4] == ["| class | top1 |", "| --- | --- |", "| cat/dog | 12.35 |", "| cow | 50 |"]
     assert lines[-1] == "1 more rows in the run folder"
+
+
+def test_a_table_that_the_disk_does_not_take_is_told_and_the_numbers_count(tmp_path: Path) -> None:
+    (tmp_path / "val_per_class.csv").mkdir()  # which no file can replace
+    told: list[str] = []
+    numbers = record(
+        [("per_class", TABLE), ("top1", 5.0)],
+        "val",
+        7,
+        writer=Recorder(),  # type: ignore[arg-type]
+        folder=tmp_path,
+        tell=told.append,
+    )
+    assert numbers == {"val/top1": 5.0}
+    assert "val_per_class.csv was not written" in told[0]

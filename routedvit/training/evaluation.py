@@ -1,0 +1,87 @@
+"""When each evaluator runs, on which weights, and what of it the run remembers."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from routedvit.training.engine import Engine
+from routedvit.training.evaluators import record
+from routedvit.training.interfaces import Evaluator, MetricWriter, Progress
+from routedvit.training.progress import evaluation_line
+from routedvit.training.retention import Retention
+from routedvit.training.run_state import RunState
+from routedvit.training.trainer_settings import TrainerSettings
+
+
+class Evaluation:
+    """All evaluators of a run; the same on all ranks.
+
+    Args:
+        engine: whose weights are evaluated.
+        evaluators: each runs at its own cadence and after the last step.
+        settings: the last step, and which weights.
+        retention: says which metric decides, and which of two values is better.
+        writer, progress: told the values; null ones on ranks other than 0.
+        folder: for tables, see `evaluators.record`.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        evaluators: Sequence[Evaluator],
+        settings: TrainerSettings,
+        *,
+        retention: Retention,
+        writer: MetricWriter,
+        progress: Progress,
+        folder: Path,
+    ) -> None:
+        self.engine = engine
+        self.evaluators = evaluators
+        self.settings = settings
+        self.retention = retention
+        self.writer = writer
+        self.progress = progress
+        self.folder = folder
+
+    def due(self, state: RunState) -> list[Evaluator]:
+        """Those that belong to the present step and have not come to their end there yet."""
+        last = state.step == self.settings.total_steps
+        return [
+            evaluator
+            for evaluator in self.evaluators
+            if evaluator.name not in state.evaluated
+            and (last or (state.step > 0 and is_multiple(state.step, evaluator.every_steps)))
+        ]
+
+    def run(self, evaluator: Evaluator, state: RunState) -> None:
+        """Evaluate raw and averaged weights; adds to `state` the values and the best so far."""
+        values: dict[str, float] = {}
+        if self.settings.evaluate_raw:
+            values |= self._measure(evaluator, evaluator.name, state.step)
+        if self.settings.evaluate_ema:
+            with self.engine.ema_weights():
+                values |= self._measure(evaluator, f"{evaluator.name}_ema", state.step)
+        for name, value in values.items():
+            self.writer.scalar(name, value, state.step)
+        state.metrics |= values
+        state.evaluated = [*state.evaluated, evaluator.name]
+        prefix, _, metric = self.retention.metric.rpartition("/")
+        for best in (f"{prefix}/{metric}", f"{prefix}_ema/{metric}"):
+            if best in values:
+                before = state.best.get(best, values[best])
+                state.best[best] = self.retention.better(values[best], before)
+        self.progress.message(evaluation_line(state.step, values))
+        self.writer.flush()  # what the state says was evaluated is not evaluated again
+
+    def _measure(self, evaluator: Evaluator, prefix: str, step: int) -> dict[str, float]:
+        """What an evaluator says about the present weights, by 'prefix/metric'."""
+        folder = self.folder if self.engine.rank == 0 else None
+        with self.engine.evaluating() as model:
+            findings = evaluator.run(model)
+            tell = self.progress.message
+            return record(findings, prefix, step, writer=self.writer, folder=folder, tell=tell)
+
+
+def is_multiple(step: int, every: int) -> bool:
+    """Whether a cadence of `every` steps comes round at `step`; never if it is 0."""
+    return every > 0 and step % every == 0
