@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import routedvit  # noqa: F401  (registers the models)
+from routedvit.training.run_state import read_run_state
 from tests.integration.launching import HERE, ROOT
 from tests.unit.data.making import pair, vouch, write_tar
 
@@ -139,8 +141,9 @@ def test_recipe_trains_in_miniature(name: str, runs: Any, folder: Path) -> None:
 
 
 def run_state(folder: Path, name: str) -> dict[str, Any]:
-    path = folder / "runs" / name / "checkpoints" / "step_00000002" / "run_state.json"
-    return json.loads(path.read_text())
+    """With what was evaluated after the step was saved."""
+    path = folder / "runs" / name / "checkpoints" / "step_00000002"
+    return dataclasses.asdict(read_run_state(path))
 
 
 def test_a_warm_start_is_told_and_recorded(runs: Any, folder: Path) -> None:
