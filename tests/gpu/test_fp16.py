@@ -1,4 +1,4 @@
-"""fp16 with dynamic loss scaling, which DeepSpeed refuses on CPUs."""
+"""fp16 with dynamic loss scaling on the devices it is for; test_precision.py forces it on CPUs."""
 
 import pytest
 import torch

@@ -14,6 +14,7 @@ from typing import Any
 import timm
 import torch
 import toy
+from overflowing import check_overflow
 from timm.utils import ModelEmaV3
 from torch import nn
 
@@ -227,6 +228,7 @@ def main(out: Path) -> None:
     for stage in range(4):
         report[f"average{stage}"] = check_average(world, stage, out, reference)
         report[f"groups{stage}"] = check_groups(world, stage)
+        report[f"overflow{stage}"] = check_overflow(make(world, stage, toy.objective()), out)
     for stage in (1, 3):  # stage 1 has an optimiser of its own for bf16
         report[f"bf16_{stage}"] = check_bf16(world, stage)
     if world.rank == 0:

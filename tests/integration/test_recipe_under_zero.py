@@ -1,4 +1,4 @@
-"""Through the real launcher, two ranks: averages, capacities, image sizes and groups under ZeRO."""
+"""Through the real launcher, two ranks: what changes by step, groups and overflows under ZeRO."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.integration import toy
 from tests.integration.launching import HERE, launch
 
 WEIGHT_TOLERANCE = 1e-5  # see test_engine_stages.py
@@ -72,3 +73,29 @@ def test_decay_and_layer_rates_act_on_each_parameter(report: dict[str, Any], sta
     assert {"pos_embed", "blocks.0.mlp.router.weight", "fc_norm.weight"} <= kept
     rates = {1 - expected for _, expected in groups.values() if expected < 1}
     assert len(rates) >= 3, "layer decay makes a rate for each layer"
+
+
+@STAGES
+def test_a_gradient_that_overflows_on_one_rank_is_skipped_on_all(report: Any, stage: int) -> None:
+    """The losses are finite; weights stay as they were, and equal bit for bit on both ranks."""
+    first, second = report[f"overflow{stage}"]["ranks"]
+    for rank in (first, second):
+        assert rank["loss_is_finite"] == [True, True]
+        assert rank["skipped"] == [True, True]
+        assert rank["unchanged"]
+        assert rank["acts_again"]
+    assert first["weights"] == second["weights"]
+    assert first["weights_after"] == second["weights_after"]
+
+
+@STAGES
+def test_steps_that_overflow_are_counted_told_and_in_the_ledger(report: Any, stage: int) -> None:
+    seen = report[f"overflow{stage}"]
+    for rank in seen["ranks"]:
+        assert rank["bad_steps"] == [1, 2]
+        for step, line in zip([1, 2], rank["told"], strict=True):
+            assert f"step {step} skipped: its loss or gradient is not finite" in line
+    lines = [json.loads(line) for line in seen["ledger"]]
+    assert [(line["step"], line["applied"]) for line in lines] == [(1, False), (2, False)]
+    half = toy.BATCH // 2
+    assert [len(keys) for line in lines for keys in line["keys"]] == [half] * 4

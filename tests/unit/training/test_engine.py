@@ -132,9 +132,8 @@ def test_a_wrong_type_inside_a_block_names_the_key(world):
         make(world, {"zero_optimization": {"stage": 7}})
 
 
-def test_fp16_is_refused_in_words_where_the_device_has_none(world):
-    if get_accelerator().is_fp16_supported():
-        pytest.skip("this device has fp16")
+def test_fp16_is_refused_in_words_where_the_device_has_none(world, monkeypatch):
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: False)
     with pytest.raises(ConfigError, match=r"precision\.dtype"):
         make(world, {"zero_optimization": {"stage": 1}}, "fp16")
 

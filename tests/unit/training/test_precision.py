@@ -8,20 +8,24 @@ one run drifts is chance, hence the factors; a control without fp32 weights is f
 from __future__ import annotations
 
 import os
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from routedvit.training import engine as engines
 from routedvit.training.config import ConfigError, PrecisionConfig
-from routedvit.training.engine import Engine
+from routedvit.training.engine import Engine, StepResult
 from routedvit.training.native_config import resolve_native_config
 from tests.integration import toy
 
 STEPS, MICRO = 200, 4
 RATE = 1e-3
+# Begins too high and tries more after 20 good steps, so that the search is part of the test.
+SEARCH = {"initial_scale_power": 30, "hysteresis": 1, "loss_scale_window": 20}
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +36,12 @@ def untouched() -> Any:
     nn.functional.linear = linear
     os.environ.clear()
     os.environ.update(environment)
+
+
+@pytest.fixture(autouse=True)
+def fp16_on_every_cpu(monkeypatch: Any) -> None:
+    """torch computes it on all of them; DeepSpeed lets it only where the hardware has it."""
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
 
 
 def objective() -> nn.Module:
@@ -53,7 +63,8 @@ def engine_of(stage: int, dtype: str, autocast: bool = False, **zero: Any) -> En
     world = engines.start()
     learned = objective()
     native = resolve_native_config(
-        {"zero_optimization": {"stage": stage, **zero}},
+        {"zero_optimization": {"stage": stage, **zero}}
+        | ({"fp16": dict(SEARCH)} if dtype == "fp16" else {}),
         batch_size=MICRO,
         micro_batch_size=MICRO,
         world_size=1,
@@ -67,9 +78,14 @@ def engine_of(stage: int, dtype: str, autocast: bool = False, **zero: Any) -> En
 
 
 def losses_of(engine: Engine, steps: int = STEPS) -> torch.Tensor:
-    results = [engine.train_step([DATA[step % len(DATA)]]) for step in range(steps)]
-    assert not any(result.skipped for result in results)
-    return torch.tensor([result.loss for result in results])
+    return torch.tensor([learn(engine, DATA[step % len(DATA)]).loss for step in range(steps)])
+
+
+def learn(engine: Engine, rows: dict[str, Any]) -> StepResult:
+    """One step that acts; the search for the loss scale of fp16 skips some before it."""
+    while (result := engine.train_step([rows])).skipped:
+        assert engine.scales_loss
+    return result
 
 
 def plain_losses(autocast: bool, steps: int = STEPS) -> torch.Tensor:
@@ -112,6 +128,11 @@ def distance(losses: torch.Tensor, exact: torch.Tensor, error: torch.Tensor) -> 
         pytest.param(2, "bf16", True, 4, marks=pytest.mark.slow),  # 2.1
         (1, "bf16", False, 6),  # 1.4; norms and residuals are bf16 too
         (2, "bf16", False, 6),  # 3.1
+        pytest.param(3, "bf16", True, 4, marks=pytest.mark.slow),  # 1.1
+        pytest.param(3, "bf16", False, 6, marks=pytest.mark.slow),  # 0.5
+        (1, "fp16", False, 4),  # 0.6; beside 18 skipped steps
+        pytest.param(2, "fp16", False, 4, marks=pytest.mark.slow),  # 0.6
+        pytest.param(3, "fp16", False, 4, marks=pytest.mark.slow),  # 0.5, with no step skipped
     ],
 )
 def test_losses_over_200_steps_stay_near_fp32(
@@ -138,9 +159,31 @@ def test_without_fp32_weights_the_bound_would_not_hold(exact: Any, error: Any) -
     assert distance(torch.tensor(losses), exact, error) > 8
 
 
-@pytest.mark.parametrize(("stage", "autocast"), [(1, False), (3, False), (0, True), (3, True)])
-def test_routers_score_and_gate_in_fp32(stage: int, autocast: bool) -> None:
-    engine = engine_of(stage, "bf16", autocast)
+@pytest.mark.parametrize("stage", [2, 3])
+def test_fp16_skips_until_its_loss_scale_fits_and_tries_more_later(stage: int) -> None:
+    engine = engine_of(stage, "fp16")
+    before = {name: value.clone() for name, value in engine.full_parameters()}
+    first = engine.train_step([DATA[0]])
+    assert first.skipped
+    assert first.loss_scale == 2.0**29
+    assert all(torch.equal(before[name], value) for name, value in engine.full_parameters())
+    scales = [learn(engine, DATA[0]).loss_scale for _ in range(2 * SEARCH["loss_scale_window"])]
+    assert scales[0] < 2.0**29
+    assert any(later == 2 * earlier for earlier, later in pairwise(scales))
+
+
+@pytest.mark.parametrize(
+    ("stage", "dtype", "autocast"),
+    [
+        (1, "bf16", False),
+        (3, "bf16", False),
+        (2, "fp16", False),
+        (0, "bf16", True),
+        (3, "bf16", True),
+    ],
+)
+def test_routers_score_and_gate_in_fp32(stage: int, dtype: str, autocast: bool) -> None:
+    engine = engine_of(stage, dtype, autocast)
     tokens, seen = [], []
     for router in engine.model.routers().values():
         router.register_forward_pre_hook(lambda module, given: tokens.append(given[0]))
@@ -150,7 +193,7 @@ def test_routers_score_and_gate_in_fp32(stage: int, autocast: bool) -> None:
     for gates, logits in seen:
         assert gates.dtype == logits.dtype == torch.float32
     if not autocast:
-        assert {x.dtype for x in tokens} == {torch.bfloat16}
+        assert {x.dtype for x in tokens} == {torch.bfloat16 if dtype == "bf16" else torch.float16}
 
 
 def test_autocast_keeps_weights_gradients_and_sums_in_fp32() -> None:
@@ -186,9 +229,12 @@ def test_what_offload_cannot_do_here_is_refused_in_words() -> None:
         resolve(3, offload_param={"device": "nvme"})
 
 
-def test_bf16_without_zero_is_refused_with_the_mend() -> None:
-    with pytest.raises(ConfigError, match=r"stage 1, 2 or 3 .*or precision.autocast = true"):
-        engine_of(0, "bf16")
+@pytest.mark.parametrize(
+    ("dtype", "mend"), [("bf16", r", or precision\.autocast = true$"), ("fp16", r"too\)$")]
+)
+def test_half_precision_without_zero_is_refused_with_the_mend(dtype: str, mend: str) -> None:
+    with pytest.raises(ConfigError, match=r"stage 1, 2 or 3 .*" + mend):
+        engine_of(0, dtype)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
