@@ -49,7 +49,7 @@ class Evaluation:
         return [
             evaluator
             for evaluator in self.evaluators
-            if evaluator.name not in state.evaluated
+            if kind_of(evaluator) not in state.evaluated
             and (last or (state.step > 0 and is_multiple(state.step, evaluator.every_steps)))
         ]
 
@@ -64,7 +64,7 @@ class Evaluation:
         for name, value in values.items():
             self.writer.scalar(name, value, state.step)
         state.metrics |= values
-        state.evaluated = [*state.evaluated, evaluator.name]
+        state.evaluated = [*state.evaluated, kind_of(evaluator)]
         prefix, _, metric = self.retention.metric.rpartition("/")
         for best in (f"{prefix}/{metric}", f"{prefix}_ema/{metric}"):
             if best in values:
@@ -80,6 +80,11 @@ class Evaluation:
             findings = evaluator.run(model)
             tell = self.progress.message
             return record(findings, prefix, step, writer=self.writer, folder=folder, tell=tell)
+
+
+def kind_of(evaluator: Evaluator) -> str:
+    """What tells it from the others: its class too, since several write under one name."""
+    return f"{type(evaluator).__name__}:{evaluator.name}"
 
 
 def is_multiple(step: int, every: int) -> bool:

@@ -130,7 +130,7 @@ def distance(losses: torch.Tensor, exact: torch.Tensor, error: torch.Tensor) -> 
         (2, "bf16", False, 6),  # 3.1
         pytest.param(3, "bf16", True, 4, marks=pytest.mark.slow),  # 1.1
         pytest.param(3, "bf16", False, 6, marks=pytest.mark.slow),  # 0.5
-        (1, "fp16", False, 4),  # 0.6; beside 18 skipped steps
+        pytest.param(1, "fp16", False, 4, marks=pytest.mark.slow),  # 0.6; beside 18 skipped steps
         pytest.param(2, "fp16", False, 4, marks=pytest.mark.slow),  # 0.6
         pytest.param(3, "fp16", False, 4, marks=pytest.mark.slow),  # 0.5, with no step skipped
     ],

@@ -114,6 +114,7 @@ def test_the_printed_numbers_are_those_of_a_run() -> None:
         assert float(printed[1]) * 2**20 == pytest.approx(size, rel=0.1, abs=0.05 * 2**20), name
 
 
+@pytest.mark.slow
 def test_shards_shrink_with_the_world_and_activations_do_not() -> None:
     config = config_of("deepspeed.zero_optimization.stage=2", "train.batch_size=1024")
     found = {}

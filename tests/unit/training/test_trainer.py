@@ -58,13 +58,18 @@ class Sink:
 
 
 class Evaluator:
+    """Says its values one by one and crashes when there are no more."""
+
     name = "val"
 
     def __init__(self, values: list[float], every_steps: int) -> None:
         self.values, self.every_steps = iter(values), every_steps
 
     def run(self, model: torch.nn.Module) -> Iterator[tuple[str, float]]:
-        yield "top1", next(self.values)
+        value = next(self.values, None)
+        if value is None:
+            raise RuntimeError("out of memory")
+        yield "top1", value
 
 
 def trainer(folder: Path, engine: FakeEngine, sink: Sink, state: RunState, **changes: Any):
@@ -441,19 +446,9 @@ def test_a_new_best_is_saved_at_once_and_kept(tmp_path):
     assert sorted(path.name[-1] for path in tmp_path.glob("checkpoints/step_*")) == ["4", "8"]
 
 
-class Crash(Evaluator):
-    """Raises from its n-th run on."""
-
-    def run(self, model: torch.nn.Module) -> Iterator[tuple[str, float]]:
-        value = next(self.values, None)
-        if value is None:
-            raise RuntimeError("out of memory")
-        yield "top1", value
-
-
 def test_an_evaluation_that_fails_at_the_end_costs_no_step_and_is_made_up_for(tmp_path):
     """Step 4 is saved and evaluated; step 6, the last, is saved and its evaluation crashes."""
-    evaluators = [Crash([10.0], every_steps=4)]
+    evaluators = [Evaluator([10.0], every_steps=4)]
     run = trainer(tmp_path, FakeEngine(), Sink(), RunState(), evaluators=evaluators)
     with pytest.raises(RuntimeError, match="out of memory"):
         run.fit()
@@ -470,13 +465,13 @@ def test_an_evaluation_that_fails_at_the_end_costs_no_step_and_is_made_up_for(tm
 
     state = Checkpoints(tmp_path / "checkpoints", engine, keep=2).load_newest()
     evaluated = (state.metrics, state.best, state.evaluated)
-    assert evaluated == ({"val/top1": 30.0}, {"val/top1": 30.0}, ["val"])
-    assert trainer(tmp_path, engine, Sink(), state, evaluators=[Crash([], 4)]).fit().finished
+    assert evaluated == ({"val/top1": 30.0}, {"val/top1": 30.0}, ["Evaluator:val"])
+    assert trainer(tmp_path, engine, Sink(), state, evaluators=[Evaluator([], 4)]).fit().finished
 
 
 def test_an_evaluation_that_fails_on_the_way_is_made_up_for_and_may_be_among_the_best(tmp_path):
     keep = Retention(keep=1, keep_best=1)
-    evaluators = [Crash([10.0], every_steps=2)]
+    evaluators = [Evaluator([10.0], every_steps=2)]
     run = trainer(
         tmp_path, FakeEngine(), Sink(), RunState(), evaluators=evaluators, checkpoint_every=2
     )
@@ -508,15 +503,14 @@ def test_a_wish_to_stop_in_the_last_evaluation_leaves_the_others_to_the_next_sta
 
     engine = FakeEngine()
     with StopSignals() as signals:
-        evaluators = [Long([1.0], 0), Crash([], 0)]
+        evaluators = [Long([1.0], 0), Evaluator([], 0)]
         run = trainer(tmp_path, engine, Sink(), RunState(), evaluators=evaluators, signals=signals)
         summary = run.fit()
     assert (summary.step, summary.finished) == (6, False)
     assert json.loads((tmp_path / "status.json").read_text()) == {"status": "stopped", "step": 6}
     state = Checkpoints(tmp_path / "checkpoints", engine, keep=2).load_newest()
     sink = Sink()
-    done = Crash([], 0)
-    done.name = "long"
+    done = type("Long", (Evaluator,), {"name": "long"})([], 0)
     run = trainer(tmp_path, engine, sink, state, evaluators=[done, Evaluator([2.0], 0)])
     assert run.fit().finished
     assert sink.scalars == {("val/top1", 6): 2.0}
