@@ -15,7 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from routedvit.training.evaluators.inference import as_input, inference, sum_over_ranks
+from routedvit.training.evaluators.inference import (
+    as_input,
+    check_counts,
+    inference,
+    sum_over_ranks,
+)
 from routedvit.training.interfaces import EvalLoader, Finding, Table
 
 
@@ -75,12 +80,7 @@ class Classification:
                 unusable += batch.get("unusable", 0)
         sums = sum_over_ranks(torch.cat([sums, sums.new_tensor([unusable])])).cpu()
         top1, top5, loss, count, lost = [*sums[:4].tolist(), float(sums[-1])]
-        if count + lost != self.loader.num_samples:
-            raise RuntimeError(
-                f"{self.name}: {count:.0f} samples were evaluated, the set has "
-                f"{self.loader.num_samples}. The shards differ from their manifest, or ranks read "
-                "different lists."
-            )
+        check_counts(self.name, count, lost, self.loader.num_samples)
         hits, sizes = sums[4:-1].chunk(2)
         return Totals(top1, top5, loss, count, lost, hits, sizes)
 

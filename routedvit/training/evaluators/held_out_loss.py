@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import distributed, nn
 
-from routedvit.training.evaluators.inference import inference
+from routedvit.training.evaluators.inference import check_counts, inference
 from routedvit.training.interfaces import EvalLoader
 
 
@@ -65,12 +65,7 @@ class HeldOutLoss:
         if distributed.is_available() and distributed.is_initialized():
             distributed.all_reduce(sums)
         *totals, seen, lost = sums.tolist()
-        if seen + lost != self.loader.num_samples:
-            raise RuntimeError(
-                f"{self.name}: {seen:.0f} samples were evaluated and {lost:.0f} are unusable, the "
-                f"set has {self.loader.num_samples}. The shards differ from their manifest, or "
-                "ranks read different lists."
-            )
+        check_counts(self.name, seen, lost, self.loader.num_samples)
         for name, total in zip(names, totals, strict=True):
             yield name, total / seen
         if lost:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import distributed, multiprocessing, nn
 
+from routedvit.training.config_base import ConfigError
 from routedvit.training.evaluators import Classification
 from routedvit.training.interfaces import Table
 
@@ -105,7 +106,7 @@ def test_all_ranks_get_the_metrics_of_one(world_size: int, tmp_path: Path) -> No
 def test_a_lost_or_repeated_sample_is_an_error(announced: int) -> None:
     loader = Loader(5)
     loader.num_samples = announced
-    with pytest.raises(RuntimeError, match=f"37 samples were evaluated, the set has {announced}"):
+    with pytest.raises(RuntimeError, match=f"37 samples were evaluated and 0 are unusable, the set has {announced}"):
         list(Classification(loader, every_steps=1).run(build_model()))
 
 
@@ -124,6 +125,17 @@ def test_a_sample_that_cannot_be_read_is_left_out_and_accounted_for() -> None:
     assert found["loss"] == pytest.approx(loss)
     assert found["unusable"] == 1
     assert "unusable" not in numbers(Loader(5))
+
+
+def test_a_set_without_a_readable_image_is_told_with_the_mend() -> None:
+    class Unreadable(Loader):
+        def __iter__(self) -> Iterator[dict[str, Any]]:
+            for batch in super().__iter__():
+                lost = int(batch["valid"].sum())
+                yield batch | {"valid": torch.zeros_like(batch["valid"]), "unusable": lost}
+
+    with pytest.raises(ConfigError, match=r"data\.val: none of the 37 .*python -m data\.check"):
+        numbers(Unreadable(5))
 
 
 def test_accuracy_per_class_worst_first() -> None:
