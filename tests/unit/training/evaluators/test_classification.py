@@ -106,7 +106,7 @@ def test_all_ranks_get_the_metrics_of_one(world_size: int, tmp_path: Path) -> No
 def test_a_lost_or_repeated_sample_is_an_error(announced: int) -> None:
     loader = Loader(5)
     loader.num_samples = announced
-    with pytest.raises(RuntimeError, match=f"37 samples were evaluated and 0 are unusable, the set has {announced}"):
+    with pytest.raises(RuntimeError, match=f"37 samples were evaluated .* the set has {announced}"):
         list(Classification(loader, every_steps=1).run(build_model()))
 
 
