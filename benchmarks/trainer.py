@@ -57,7 +57,9 @@ class BareLoop:
     def __init__(self, config: RunConfig) -> None:
         self.model = create_model(config.model, num_classes=10, seed=config.seed)
         self.loss = build_loss(config.loss.name, config.loss.label_smoothing)
-        self.optimizer = build_optimizer(self.model, **config.optim.model_dump())
+        self.optimizer = build_optimizer(
+            self.model, **config.optim.arguments(config.train.batch_size)
+        )
         self.grad_clip = config.train.grad_clip
 
     def step(self, image: torch.Tensor, target: torch.Tensor) -> float:

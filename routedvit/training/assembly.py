@@ -39,6 +39,7 @@ from routedvit.training.signals import StopSignals
 from routedvit.training.trainer import Trainer
 from routedvit.training.trainer_settings import TrainerSettings
 from routedvit.training.weight_average import WeightAverage, check_offload
+from routedvit.training.weight_decay import WeightDecayDial
 from routedvit.training.world import World
 
 
@@ -88,7 +89,8 @@ def wrap_objective(
     )
     if config.train.compile and zero_stage(native) == 3:
         native["zero_optimization"].setdefault("leaf_module", leaf_modules(model))
-    optimizer = build_optimizer(model, **config.optim.model_dump(), zero_stage=zero_stage(native))
+    arguments = config.optim.arguments(config.train.batch_size)
+    optimizer = build_optimizer(model, **arguments, zero_stage=zero_stage(native))
     add_parameters_beside_the_model(optimizer, objective, config.optim.weight_decay)
     average = None
     if config.ema.decay is not None:
@@ -100,7 +102,7 @@ def wrap_objective(
 def build_schedules(
     config: RunConfig, engine: Engine, average: WeightAverage | None, samples_per_epoch: int
 ) -> Schedules:
-    """Learning rate, weight average, capacity and image size by step, as far as they are asked for.
+    """Learning rate, weight decay and average, capacity and image size by step, as asked for.
 
     Raises:
         ConfigError: one of them is impossible with this model.
@@ -116,6 +118,8 @@ def build_schedules(
         **schedule,
     )
     dials: list[Dial] = [average] if average is not None else []
+    if config.optim.weight_decay_end is not None:
+        dials.append(WeightDecayDial(engine.optimizer, config.optim.weight_decay_end, total_steps))
     recipe = config.capacity
     if recipe.schedule != "none":
         factors = capacity.scheduled(recipe)

@@ -95,9 +95,15 @@ class OptimConfig(Section):
     name: str = "adamw"
     """One of timm.optim.list_optimizers(). Under ZeRO those that work element by element."""
     lr: float = Field(gt=0)
-    """Peak learning rate for the global batch; it is not rescaled."""
+    """Peak learning rate for the global batch, or for lr_batch_size where that is given."""
+    lr_batch_size: int | None = Field(None, gt=0)
+    """Global batch that lr is meant for; for another one it is scaled. null: lr as it is."""
+    lr_scaling: Literal["linear", "sqrt"] = "linear"
+    """How lr follows the batch: linear (1706.02677), or its root, usual for Adam (2205.10287)."""
     weight_decay: float = Field(0.05, ge=0)
     """Decoupled weight decay; norms, biases, positions and routers are exempt."""
+    weight_decay_end: float | None = Field(None, ge=0)
+    """Weight decay at the end of the run, by a cosine (DINO, 2104.14294); null: constant."""
     betas: tuple[float, ...] | None = None
     """Default: the optimiser's own; as many as it takes."""
     eps: float | None = Field(None, gt=0)
@@ -106,6 +112,21 @@ class OptimConfig(Section):
     """Factor on the learning rate per block, counted from the head down."""
     options: dict[str, Any] = Field(default_factory=dict)
     """More arguments of the optimiser, by timm's names, such as {"momentum": 0.95}."""
+
+    @model_validator(mode="after")
+    def _decay_to_change(self) -> "OptimConfig":
+        if self.weight_decay_end is not None and not self.weight_decay:
+            raise ValueError(
+                "weight_decay_end needs a weight_decay above 0 to begin with: without one no "
+                "parameter is known to decay; set it to a small number, or delete weight_decay_end"
+            )
+        return self
+
+    def arguments(self, batch_size: int) -> dict[str, Any]:
+        """Those of `build_optimizer` for a global batch of `batch_size` images."""
+        ratio = batch_size / (self.lr_batch_size or batch_size)
+        arguments = self.model_dump(exclude={"lr_batch_size", "lr_scaling", "weight_decay_end"})
+        return arguments | {"lr": self.lr * (ratio if self.lr_scaling == "linear" else ratio**0.5)}
 
 
 class ScheduleConfig(Section):
