@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from routedvit.training.full_weights import full_weights
-from routedvit.training.offline import of_network
+from routedvit.training.stored_weights import NETWORK
 from tests.integration import toy
 from tests.integration.launching import HERE, launch
 
@@ -108,9 +108,9 @@ def test_exported_weights_give_equal_logits(launched: Any) -> None:
 
 def test_whole_weights_are_read_without_an_engine(launched: Any) -> None:
     _, out, _ = launched
-    found = of_network(full_weights(out / "straight" / f"step_{toy.STEPS:08d}"))
+    found = full_weights(out / "straight" / f"step_{toy.STEPS:08d}")
     expected = load_file(out / "final.safetensors")
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert all(torch.equal(found[NETWORK + name], value) for name, value in expected.items())
 
 
 def test_frozen_features_are_those_of_the_exported_model(launched: Any) -> None:
