@@ -81,7 +81,9 @@ def measured(config: Any) -> dict[str, int]:
     [
         ("deepspeed.zero_optimization.stage=0",),
         ("deepspeed.zero_optimization.stage=0", "train.grad_checkpointing=true"),
-        ("deepspeed.zero_optimization.stage=1", "precision.dtype=bf16"),
+        pytest.param(
+            ("deepspeed.zero_optimization.stage=1", "precision.dtype=bf16"), marks=pytest.mark.slow
+        ),
         ("deepspeed.zero_optimization.stage=2", "train.grad_checkpointing=heavy"),
         ("deepspeed.zero_optimization.stage=2", "precision.dtype=bf16", "precision.autocast=true"),
         ("deepspeed.zero_optimization.stage=3", "train.grad_checkpointing=block/2"),
@@ -157,6 +159,7 @@ def test_no_memory_is_taken_for_a_large_model() -> None:
     assert (int(after) - int(before)) * os.sysconf("SC_PAGE_SIZE") < 100 * 2**20
 
 
+@pytest.mark.slow
 def test_the_largest_batch_fits_and_the_next_does_not() -> None:
     config = config_of("train.batch_size=64")
     with rehearse_memory(config_of("train.batch_size=64", "train.micro_batch_size=16"), 1) as run:
