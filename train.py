@@ -106,8 +106,7 @@ def main() -> int:
         return 0
     rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
     mistakes = (training.ConfigError, DataError)
-    explain = lambda error: lost_rank(error) or out_of_memory(error)  # noqa: E731
-    with Console(rank, user_errors=mistakes, explain=explain) as console:
+    with Console(rank, user_errors=mistakes, explain=in_words) as console:
         config = load_config(RunConfig, args.config, args.set)
         if args.dry_run or args.find_batch:
             machine = resolve_machine(args.world_size, args.gpu_memory)
@@ -117,6 +116,11 @@ def main() -> int:
         signals = StopSignals()
         with nullcontext() if args.evaluate else signals:  # an evaluation has nothing to save
             return run(config, args, console, signals)
+
+
+def in_words(error: BaseException) -> str | None:
+    """A crash that is nobody's mistake; None where only its traceback can tell."""
+    return lost_rank(error) or out_of_memory(error)
 
 
 def run(config: RunConfig, args: argparse.Namespace, console: Console, signals: StopSignals) -> int:

@@ -98,8 +98,8 @@ class OptimConfig(Section):
     """Peak learning rate for the global batch, or for lr_batch_size where that is given."""
     lr_batch_size: int | None = Field(None, gt=0)
     """Global batch that lr is meant for; for another one it is scaled. null: lr as it is."""
-    lr_scaling: Literal["linear", "sqrt"] = "linear"
-    """How lr follows the batch: linear (1706.02677), or its root, usual for Adam (2205.10287)."""
+    lr_scaling: Literal["linear", "sqrt"] | None = None
+    """How lr follows the batch: linear (1706.02677), the default, or its root (2205.10287)."""
     weight_decay: float = Field(0.05, ge=0)
     """Decoupled weight decay; norms, biases, positions and routers are exempt."""
     weight_decay_end: float | None = Field(None, ge=0)
@@ -126,7 +126,7 @@ class OptimConfig(Section):
         """Those of `build_optimizer` for a global batch of `batch_size` images."""
         ratio = batch_size / (self.lr_batch_size or batch_size)
         arguments = self.model_dump(exclude={"lr_batch_size", "lr_scaling", "weight_decay_end"})
-        return arguments | {"lr": self.lr * (ratio if self.lr_scaling == "linear" else ratio**0.5)}
+        return arguments | {"lr": self.lr * ratio ** (0.5 if self.lr_scaling == "sqrt" else 1.0)}
 
 
 class ScheduleConfig(Section):

@@ -4,9 +4,11 @@ Also the small ways of writing that survive a crash: synced, and replaced rather
 """
 
 import hashlib
+import itertools
 import json
 import os
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -121,6 +123,12 @@ def replace_text(path: Path, text: str) -> None:
         os.fsync(file.fileno())
     part.replace(path)
     sync(path.parent)
+
+
+def numbered(path: Path) -> Iterator[Path]:
+    """NAME, NAME.1, NAME.2, ...: for what must not take another's place."""
+    yield path
+    yield from (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
 
 
 def sync(path: Path) -> None:

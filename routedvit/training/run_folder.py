@@ -14,6 +14,7 @@ A folder that already holds another run is refused instead of being resumed with
 `--fresh` moves the old one aside, so nothing is ever deleted.
 """
 
+import contextlib
 import json
 import platform
 import subprocess
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from routedvit.training.config import ConfigError
+from routedvit.training.manifest import numbered
 from routedvit.training.ownership import Owner, refuse_beside_the_living, take
 from routedvit.training.shelf import names_in
 
@@ -180,22 +182,16 @@ def move_aside(folder: RunFolder) -> Path | None:
     """Rename an existing run folder to the first free NAME.1, NAME.2, ...; returns the new path."""
     if not folder.path.exists():
         return None
-    number = 1
-    while (target := folder.path.with_name(f"{folder.path.name}.{number}")).exists():
-        number += 1
-    return folder.path.rename(target)
+    return folder.path.rename(next(path for path in numbered(folder.path) if not path.exists()))
 
 
 def first_free(path: Path) -> Path:
     """Make the first folder of NAME, NAME.1, NAME.2, ... that does not exist, and return it."""
-    target, number = path, 0
-    while True:
-        try:
+    for target in numbered(path):
+        with contextlib.suppress(FileExistsError):
             target.mkdir(parents=True)
             return target
-        except FileExistsError:
-            number += 1
-            target = path.with_name(f"{path.name}.{number}")
+    raise AssertionError("there is always another number")
 
 
 def git_revision() -> str | None:

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from routedvit.training.manifest import replace_text, step_name, sync
+from routedvit.training.manifest import numbered, replace_text, step_name, sync
 from routedvit.training.retention import Retention
 from routedvit.training.run_state import read_run_state
 
@@ -101,6 +101,5 @@ class Shelf:
 
     def set_aside(self, name: str, why: str) -> Path:
         """Rename a checkpoint to WHY_NAME, so that the run can reach its step again."""
-        suffixes = ("", *map(".{}".format, range(99)))
-        free = (self.folder / f"{why}_{name}{suffix}" for suffix in suffixes)
-        return (self.folder / name).rename(next(path for path in free if not path.exists()))
+        names = numbered(self.folder / f"{why}_{name}")
+        return (self.folder / name).rename(next(path for path in names if not path.exists()))

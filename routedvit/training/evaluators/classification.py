@@ -15,12 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from routedvit.training.evaluators.inference import (
-    as_input,
-    check_counts,
-    inference,
-    sum_over_ranks,
-)
+from routedvit.training.evaluators.counts import check_counts, sum_over_ranks
+from routedvit.training.evaluators.inference import as_input, inference
 from routedvit.training.interfaces import EvalLoader, Finding, Table
 
 

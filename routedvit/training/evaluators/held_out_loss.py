@@ -11,9 +11,10 @@ import zlib
 from collections.abc import Iterator
 
 import torch
-from torch import distributed, nn
+from torch import nn
 
-from routedvit.training.evaluators.inference import check_counts, inference
+from routedvit.training.evaluators.counts import check_counts, sum_over_ranks
+from routedvit.training.evaluators.inference import inference
 from routedvit.training.interfaces import EvalLoader
 
 
@@ -61,9 +62,7 @@ class HeldOutLoss:
                 names = ["loss", *metrics]
                 means = torch.stack([loss, *metrics.values()]).double()
                 sums = sums + torch.cat([means * count, means.new_tensor([count])])
-        sums = torch.cat([sums, sums.new_tensor([unusable])])
-        if distributed.is_available() and distributed.is_initialized():
-            distributed.all_reduce(sums)
+        sums = sum_over_ranks(torch.cat([sums, sums.new_tensor([unusable])]))
         *totals, seen, lost = sums.tolist()
         check_counts(self.name, seen, lost, self.loader.num_samples)
         for name, total in zip(names, totals, strict=True):

@@ -1,7 +1,4 @@
-"""Running a model to look at it, leaving no trace: eval mode, no gradients, its own dtype.
-
-And that every sample was counted.
-"""
+"""Running a model to look at it, leaving no trace: eval mode, no gradients, its own dtype."""
 
 from __future__ import annotations
 
@@ -9,9 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, distributed, nn
-
-from routedvit.training.config_base import ConfigError
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -38,30 +33,3 @@ def as_input(images: Tensor, model: nn.Module) -> Tensor:
     """
     parameter = next(model.parameters())
     return images.to(parameter.device, parameter.dtype, non_blocking=True)
-
-
-def sum_over_ranks(values: Tensor) -> Tensor:
-    """`values` summed over all processes, in place; as they are where there is one. Collective."""
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.all_reduce(values)
-    return values
-
-
-def check_counts(name: str, seen: float, unusable: float, announced: int) -> None:
-    """Every held-out sample was evaluated or could not be read, and some were evaluated.
-
-    Raises:
-        RuntimeError: the batches of all ranks hold more or fewer samples than the set.
-        ConfigError: none of the images can be read.
-    """
-    if seen + unusable != announced:
-        raise RuntimeError(
-            f"{name}: {seen:.0f} samples were evaluated and {unusable:.0f} are unusable, the set "
-            f"has {announced}. The shards differ from their manifest, or ranks read different "
-            "lists."
-        )
-    if not seen:
-        raise ConfigError(
-            f"data.val: none of the {announced} held-out images can be read; "
-            "`python -m data.check SHARDS` says why"
-        )

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from routedvit.training.evaluators.counts import sum_over_ranks
 from routedvit.training.evaluators.features import feature_batches, gather, training_features
-from routedvit.training.evaluators.inference import sum_over_ranks
 from routedvit.training.interfaces import EvalLoader, Finding
 
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from routedvit.training.evaluators.classification import batch_sums
+from routedvit.training.evaluators.counts import sum_over_ranks
 from routedvit.training.evaluators.features import feature_batches, training_features
-from routedvit.training.evaluators.inference import sum_over_ranks
 from routedvit.training.interfaces import EvalLoader, Finding
 
 

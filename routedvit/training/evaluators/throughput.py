@@ -13,7 +13,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from routedvit.training.evaluators.inference import as_input, inference, sum_over_ranks
+from routedvit.training.evaluators.counts import sum_over_ranks
+from routedvit.training.evaluators.inference import as_input, inference
 from routedvit.training.interfaces import EvalLoader, Finding
 
 WARMUP = 3

@@ -14,6 +14,7 @@ from routedvit.training import engine as engines
 from routedvit.training.config_recipe import OptimConfig
 from routedvit.training.engine import Engine
 from routedvit.training.native_config import resolve_native_config
+from routedvit.training.run_folder import differences
 from routedvit.training.weight_decay import WeightDecayDial
 
 STEPS = 8
@@ -126,3 +127,11 @@ def test_the_rate_follows_the_batch_that_it_is_meant_for(values: dict, rate: flo
     arguments = OptimConfig(lr=1e-3, **values).arguments(batch_size=1024)
     assert arguments["lr"] == pytest.approx(rate)
     assert arguments.keys().isdisjoint({"lr_batch_size", "lr_scaling", "weight_decay_end"})
+
+
+def test_a_run_that_began_before_these_keys_goes_on() -> None:
+    """A key that its config does not have counts as null."""
+    now = OptimConfig(lr=1e-3).model_dump(mode="json")
+    later = ("lr_batch_size", "lr_scaling", "weight_decay_end")
+    before = {key: value for key, value in now.items() if key not in later}
+    assert list(differences(before, now)) == []
