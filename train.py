@@ -26,28 +26,28 @@ from data.loaders import TrainLoader, build_eval_loader, build_train_loader
 from data.mixture import resolve_train
 from data.preview import Preview
 from routedvit.models.warm_start import WarmStart, warm_start
-from routedvit.training import config as training
 from routedvit.training import engine as engines
-from routedvit.training.agreement import check_same_run, check_shared_folder
 from routedvit.training.assembly import build_engine, build_retention, build_trainer
 from routedvit.training.assembly_watch import build_run_evaluators
-from routedvit.training.checkpoint import Checkpoints
-from routedvit.training.collective import must_agree, on_rank_zero
-from routedvit.training.config_file import describe_keys, json_schema, load_config
-from routedvit.training.connection import lost_rank, record_collectives
-from routedvit.training.console import Console
+from routedvit.training.checkpoints.checkpoint import Checkpoints
+from routedvit.training.checkpoints.export import export_model
+from routedvit.training.checkpoints.run_state import RunState
+from routedvit.training.config import run as training
+from routedvit.training.config.file import describe_keys, json_schema, load_config
+from routedvit.training.config.native import split_batch
+from routedvit.training.distributed.agreement import check_same_run, check_shared_folder
+from routedvit.training.distributed.collective import must_agree, on_rank_zero
+from routedvit.training.distributed.connection import lost_rank, record_collectives
+from routedvit.training.distributed.signals import REQUEUE_EXIT_CODE, StopSignals
+from routedvit.training.distributed.world import World
 from routedvit.training.dry_run import rehearse, resolve_machine
-from routedvit.training.export import export_model
 from routedvit.training.interfaces import EvalLoaders
 from routedvit.training.model import create_model
-from routedvit.training.native_config import split_batch
 from routedvit.training.offline import evaluate_offline
 from routedvit.training.out_of_memory import out_of_memory
-from routedvit.training.report import closing, opening
 from routedvit.training.run_folder import RunFolder, check_same_data, open_folder, versions
-from routedvit.training.run_state import RunState
-from routedvit.training.signals import REQUEUE_EXIT_CODE, StopSignals
-from routedvit.training.world import World
+from routedvit.training.watch.console import Console
+from routedvit.training.watch.report import closing, opening
 
 # Code outside the package; all machines must have the same.
 SOURCES = (Path(__file__), Path(__file__).parent / "data")

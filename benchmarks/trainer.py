@@ -32,17 +32,17 @@ from benchmarks.results import append_result
 from routedvit.training import engine as engines
 from routedvit.training.assembly import build_engine, build_trainer
 from routedvit.training.assembly_watch import build_run_evaluators
-from routedvit.training.checkpoint import Checkpoints
-from routedvit.training.config import RunConfig
-from routedvit.training.config_file import load_config
-from routedvit.training.console import Console
+from routedvit.training.checkpoints.checkpoint import Checkpoints
+from routedvit.training.checkpoints.run_state import RunState
+from routedvit.training.config.file import load_config
+from routedvit.training.config.native import zero_stage
+from routedvit.training.config.run import RunConfig
+from routedvit.training.distributed.signals import StopSignals
 from routedvit.training.interfaces import EvalLoaders
 from routedvit.training.model import create_model
-from routedvit.training.native_config import zero_stage
 from routedvit.training.objectives import build_loss
-from routedvit.training.optim import build_optimizer
-from routedvit.training.run_state import RunState
-from routedvit.training.signals import StopSignals
+from routedvit.training.recipe.optim import build_optimizer
+from routedvit.training.watch.console import Console
 
 WARMUP = 5
 EVERY = {"log": "every_steps", "log_slowly": "gradients_every_steps",

@@ -6,41 +6,41 @@ from pathlib import Path
 from timm.data import resolve_input_data_config
 from torch import nn
 
-from routedvit.training import capacity
 from routedvit.training.assembly_watch import (
     build_monitor,
     count_forwards,
     describe_run,
 )
-from routedvit.training.checkpoint import Checkpoints
+from routedvit.training.checkpoints.checkpoint import Checkpoints
+from routedvit.training.checkpoints.retention import Retention
+from routedvit.training.checkpoints.run_state import RunState
 from routedvit.training.compiling import compile_blocks, leaf_modules
-from routedvit.training.config import ConfigError, RunConfig
-from routedvit.training.console import Console
+from routedvit.training.config.native import resolve_native_config, split_batch, zero_stage
+from routedvit.training.config.run import ConfigError, RunConfig
+from routedvit.training.distributed.signals import StopSignals
+from routedvit.training.distributed.world import World
 from routedvit.training.engine import Engine
 from routedvit.training.guard import Guard
 from routedvit.training.interfaces import EvalLoaders, Evaluator, TrainLoader
 from routedvit.training.interfaces import RoutingMonitor as Monitor
-from routedvit.training.metrics import build_writer
 from routedvit.training.model import set_checkpointing
-from routedvit.training.native_config import resolve_native_config, split_batch, zero_stage
 from routedvit.training.objectives import build_objective
-from routedvit.training.optim import (
+from routedvit.training.recipe import capacity
+from routedvit.training.recipe.optim import (
     add_parameters_beside_the_model,
     build_optimizer,
     build_schedule,
 )
-from routedvit.training.profiler import ProfilerWindow
-from routedvit.training.progress import build_progress
-from routedvit.training.resolution import ResolutionDial
-from routedvit.training.retention import Retention
-from routedvit.training.run_state import RunState
-from routedvit.training.schedules import Dial, Schedules
-from routedvit.training.signals import StopSignals
+from routedvit.training.recipe.resolution import ResolutionDial
+from routedvit.training.recipe.schedules import Dial, Schedules
+from routedvit.training.recipe.weight_average import WeightAverage, check_offload
+from routedvit.training.recipe.weight_decay import WeightDecayDial
 from routedvit.training.trainer import Trainer
 from routedvit.training.trainer_settings import TrainerSettings
-from routedvit.training.weight_average import WeightAverage, check_offload
-from routedvit.training.weight_decay import WeightDecayDial
-from routedvit.training.world import World
+from routedvit.training.watch.console import Console
+from routedvit.training.watch.metrics import build_writer
+from routedvit.training.watch.profiler import ProfilerWindow
+from routedvit.training.watch.progress import build_progress
 
 
 def build_engine(

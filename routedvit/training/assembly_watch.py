@@ -7,17 +7,22 @@ from typing import Any
 from timm.data import resolve_input_data_config
 from torch import nn
 
-from routedvit.training.config import ConfigError, RunConfig
+from routedvit.training.config.run import ConfigError, RunConfig
 from routedvit.training.engine import Engine
 from routedvit.training.evaluators import build_evaluators
 from routedvit.training.evaluators.held_out_loss import HeldOutLoss
-from routedvit.training.gauges import ForwardCounter, forward_flops, known_peak, measured_flops
 from routedvit.training.interfaces import EvalLoaders, Evaluator, MetricWriter, TrainLoader
 from routedvit.training.interfaces import RoutingMonitor as Monitor
-from routedvit.training.metrics import flat_hparams
 from routedvit.training.objectives import MaskedObjective
-from routedvit.training.reconstruction import ReconstructionMonitor
-from routedvit.training.routing_monitor import RoutingMonitor
+from routedvit.training.watch.gauges import (
+    ForwardCounter,
+    forward_flops,
+    known_peak,
+    measured_flops,
+)
+from routedvit.training.watch.metrics import flat_hparams
+from routedvit.training.watch.reconstruction import ReconstructionMonitor
+from routedvit.training.watch.routing_monitor import RoutingMonitor
 
 OPTIONAL = ("knn", "linear_probe", "capacities", "throughput")  # evaluators of the section eval
 # Sections that change nothing about how good a run gets.

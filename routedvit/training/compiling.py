@@ -20,7 +20,7 @@ import torch
 import torch._dynamo
 from torch import nn
 
-from routedvit.training.config import ConfigError
+from routedvit.training.config.run import ConfigError
 
 
 def compile_blocks(model: nn.Module, device: torch.device, shapes: int = 1) -> None:

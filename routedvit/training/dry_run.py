@@ -15,11 +15,11 @@ import torch
 
 from routedvit.training.assembly import build_retention, build_schedules
 from routedvit.training.assembly_watch import build_run_evaluators
-from routedvit.training.capacity import scheduled
-from routedvit.training.config import ConfigError, RunConfig
+from routedvit.training.config.native import split_batch, zero_stage
+from routedvit.training.config.run import ConfigError, RunConfig
 from routedvit.training.interfaces import EvalLoaders
 from routedvit.training.memory import gib, readable
-from routedvit.training.native_config import split_batch, zero_stage
+from routedvit.training.recipe.capacity import scheduled
 from routedvit.training.rehearsal import (
     Compute,
     Memory,

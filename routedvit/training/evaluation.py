@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from routedvit.training.checkpoints.retention import Retention
+from routedvit.training.checkpoints.run_state import RunState
 from routedvit.training.engine import Engine
 from routedvit.training.evaluators import record
 from routedvit.training.interfaces import Evaluator, MetricWriter, Progress
-from routedvit.training.progress import evaluation_line
-from routedvit.training.retention import Retention
-from routedvit.training.run_state import RunState
 from routedvit.training.trainer_settings import TrainerSettings
+from routedvit.training.watch.progress import evaluation_line
 
 
 class Evaluation:

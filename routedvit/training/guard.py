@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from routedvit.training.config import ConfigError
+from routedvit.training.config.run import ConfigError
 from routedvit.training.engine import Engine, StepResult
 from routedvit.training.interfaces import Batch
 

@@ -12,7 +12,7 @@ import timm
 import torch
 from torch import nn
 
-from routedvit.training.config import ConfigError, ModelConfig
+from routedvit.training.config.run import ConfigError, ModelConfig
 
 
 def create_model(config: ModelConfig, *, num_classes: int, seed: int) -> nn.Module:

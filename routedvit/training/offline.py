@@ -22,16 +22,16 @@ import torch
 from torch import nn
 
 from routedvit.training.assembly_watch import build_run_evaluators
-from routedvit.training.collective import on_rank_zero
-from routedvit.training.config import ConfigError, PrecisionConfig, RunConfig
-from routedvit.training.console import Console
+from routedvit.training.checkpoints.stored_weights import find, load, title, weights_in
+from routedvit.training.config.run import ConfigError, PrecisionConfig, RunConfig
+from routedvit.training.distributed.collective import on_rank_zero
+from routedvit.training.distributed.world import World
 from routedvit.training.evaluators import record
 from routedvit.training.interfaces import EvalLoaders, Evaluator
-from routedvit.training.metrics import FanOutWriter
 from routedvit.training.objectives import build_objective
 from routedvit.training.run_folder import RunFolder, first_free
-from routedvit.training.stored_weights import find, load, title, weights_in
-from routedvit.training.world import World
+from routedvit.training.watch.console import Console
+from routedvit.training.watch.metrics import FanOutWriter
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

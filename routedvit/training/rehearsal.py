@@ -30,17 +30,17 @@ from torch._subclasses.fake_tensor import (
 from torch.utils.flop_counter import FlopCounterMode
 
 from routedvit.training.assembly import wrap_objective
-from routedvit.training.capacity import CapacityDial, scheduled
-from routedvit.training.config import RunConfig
-from routedvit.training.config_recipe import TeacherConfig
+from routedvit.training.config.native import split_batch
+from routedvit.training.config.recipe import TeacherConfig
+from routedvit.training.config.run import RunConfig
+from routedvit.training.distributed.world import World
 from routedvit.training.engine import cast_to_parameters, pretend
 from routedvit.training.interfaces import Batch
 from routedvit.training.memory import MemoryMeter, storage_bytes
 from routedvit.training.model import create_model, set_checkpointing
-from routedvit.training.native_config import split_batch
 from routedvit.training.objectives import DistillationObjective, build_objective
 from routedvit.training.objectives.teacher import Teacher, build_teacher
-from routedvit.training.world import World
+from routedvit.training.recipe.capacity import CapacityDial, scheduled
 
 aten = torch.ops.aten
 VIEWS = {

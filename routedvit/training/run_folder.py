@@ -1,7 +1,7 @@
 """The run folder: where a run writes, and the guard that one folder holds one run.
 
     runs/NAME/config.json    the resolved config, git revision and versions
-             owner.json      which start of the run writes here, see ownership.py
+             owner.json      which start of the run writes here, see checkpoints/ownership.py
              checkpoints/    one folder a checkpoint, and `latest`
              events.*        TensorBoard's files, here so that the run shows under its own name
              logs/           what each rank printed
@@ -24,10 +24,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from routedvit.training.config import ConfigError
-from routedvit.training.manifest import numbered
-from routedvit.training.ownership import Owner, refuse_beside_the_living, take
-from routedvit.training.shelf import names_in
+from routedvit.training.checkpoints.manifest import numbered
+from routedvit.training.checkpoints.ownership import Owner, refuse_beside_the_living, take
+from routedvit.training.checkpoints.shelf import names_in
+from routedvit.training.config.run import ConfigError
 
 # Keys a resumed run may change: they alter what is seen, kept or how the work is split over
 # machines, never which numbers the run computes (up to rounding).

@@ -13,11 +13,12 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from routedvit.training.checkpoint import Checkpoints
-from routedvit.training.commit import SaveError
+from routedvit.training.checkpoints.checkpoint import Checkpoints
+from routedvit.training.checkpoints.commit import SaveError
+from routedvit.training.checkpoints.run_state import RunState
+from routedvit.training.distributed.signals import StopSignals
 from routedvit.training.engine import Engine, StepResult
 from routedvit.training.evaluation import Evaluation, is_multiple
-from routedvit.training.gauges import ForwardCounter
 from routedvit.training.guard import Guard
 from routedvit.training.interfaces import (
     Batch,
@@ -27,13 +28,12 @@ from routedvit.training.interfaces import (
     RoutingMonitor,
     TrainLoader,
 )
-from routedvit.training.meter import Meter
-from routedvit.training.profiler import ProfilerWindow
-from routedvit.training.run_state import RunState
-from routedvit.training.schedules import Schedules
-from routedvit.training.signals import StopSignals
-from routedvit.training.step_log import StepLog
+from routedvit.training.recipe.schedules import Schedules
 from routedvit.training.trainer_settings import Summary, TrainerSettings, write_status
+from routedvit.training.watch.gauges import ForwardCounter
+from routedvit.training.watch.meter import Meter
+from routedvit.training.watch.profiler import ProfilerWindow
+from routedvit.training.watch.step_log import StepLog
 
 
 class Trainer:
@@ -100,7 +100,7 @@ class Trainer:
         )  # fmt: skip
 
     def fit(self) -> Summary:
-        """Train to the end, or until any rank wants to stop (see signals.py); saves either way.
+        """Train to the end or until any rank wants to stop (distributed/signals.py), and save.
 
         A step is saved before it is evaluated, and an evaluation that did not come to its end is
         made up for by the next start, also of a run that has no more steps to go.

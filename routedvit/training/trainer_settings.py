@@ -4,7 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from routedvit.training.manifest import replace_text
+from routedvit.training.checkpoints.manifest import replace_text
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from routedvit.training import engine as engines
+from routedvit.training.config.native import resolve_native_config
 from routedvit.training.engine import Engine
-from routedvit.training.native_config import resolve_native_config
 from tests.integration import toy
 
 pytestmark = [

@@ -8,7 +8,7 @@ import torch
 import train
 from routedvit.training import engine as engines
 from routedvit.training.assembly import build_engine
-from routedvit.training.config_file import load_config
+from routedvit.training.config.file import load_config
 from routedvit.training.model import create_model
 from routedvit.training.rehearsal import rehearse_memory
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from routedvit.training.agreement import check_same_run, check_shared_folder
-from routedvit.training.config import ConfigError
+from routedvit.training.config.run import ConfigError
+from routedvit.training.distributed.agreement import check_same_run, check_shared_folder
 
 CONFIG = {"optim": {"lr": 0.1, "betas": (0.9, 0.95)}, "seed": 0}
 

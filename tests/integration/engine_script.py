@@ -16,16 +16,16 @@ import toy
 from safetensors.torch import save_file
 
 from routedvit.training import engine as deepspeed_engine
-from routedvit.training.checkpoint import Checkpoints
+from routedvit.training.checkpoints.checkpoint import Checkpoints
+from routedvit.training.checkpoints.export import export_model
+from routedvit.training.checkpoints.run_state import RunState
+from routedvit.training.config.native import resolve_native_config, split_batch
+from routedvit.training.distributed.world import World
 from routedvit.training.engine import Engine, StepResult
 from routedvit.training.evaluators.features import collect, feature_batches, gather
-from routedvit.training.export import export_model
-from routedvit.training.gauges import forward_flops
-from routedvit.training.gradients import gradient_norms
-from routedvit.training.native_config import resolve_native_config, split_batch
-from routedvit.training.run_state import RunState
 from routedvit.training.trainer import seed_step
-from routedvit.training.world import World
+from routedvit.training.watch.gauges import forward_flops
+from routedvit.training.watch.gradients import gradient_norms
 
 
 def make(world: World, stage: int, seed: int = 0) -> tuple[Engine, Any]:

@@ -17,15 +17,15 @@ from safetensors.torch import save_file
 from torch import nn
 
 from routedvit.training import engine as deepspeed_engine
+from routedvit.training.checkpoints.export import export_model
+from routedvit.training.config.native import resolve_native_config
+from routedvit.training.distributed.world import World
 from routedvit.training.engine import Engine
 from routedvit.training.evaluators.held_out_loss import HeldOutLoss
-from routedvit.training.export import export_model
-from routedvit.training.native_config import resolve_native_config
 from routedvit.training.objectives import DistillationObjective, MaskedObjective, build_loss
 from routedvit.training.objectives.teacher import Teacher
-from routedvit.training.optim import add_parameters_beside_the_model
-from routedvit.training.reconstruction import ReconstructionMonitor
-from routedvit.training.world import World
+from routedvit.training.recipe.optim import add_parameters_beside_the_model
+from routedvit.training.watch.reconstruction import ReconstructionMonitor
 from tests.integration import toy
 
 STEPS = 3

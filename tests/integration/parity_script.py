@@ -18,10 +18,10 @@ import toy
 from torch import nn
 from worlds import in_world
 
+from routedvit.training.config.native import resolve_native_config, split_batch
+from routedvit.training.distributed.world import World
 from routedvit.training.engine import Engine
-from routedvit.training.native_config import resolve_native_config, split_batch
 from routedvit.training.objectives import SupervisedObjective, build_loss
-from routedvit.training.world import World
 
 STEPS = 3
 OPTIONS: dict[str, dict[str, Any]] = {

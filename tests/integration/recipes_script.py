@@ -18,18 +18,18 @@ from overflowing import check_overflow
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from routedvit.training import capacity
 from routedvit.training import engine as deepspeed_engine
-from routedvit.training.checkpoint import Checkpoints
+from routedvit.training.checkpoints.checkpoint import Checkpoints
+from routedvit.training.checkpoints.export import export_model
+from routedvit.training.checkpoints.run_state import RunState
+from routedvit.training.config.native import resolve_native_config
+from routedvit.training.distributed.world import World
 from routedvit.training.engine import Engine
-from routedvit.training.export import export_model
-from routedvit.training.native_config import resolve_native_config
-from routedvit.training.resolution import ResolutionDial
-from routedvit.training.run_state import RunState
-from routedvit.training.schedules import Schedules
+from routedvit.training.recipe import capacity
+from routedvit.training.recipe.resolution import ResolutionDial
+from routedvit.training.recipe.schedules import Schedules
+from routedvit.training.recipe.weight_average import WeightAverage
 from routedvit.training.trainer import seed_step
-from routedvit.training.weight_average import WeightAverage
-from routedvit.training.world import World
 
 EMA: dict[str, Any] = {"decay": 0.9, "warmup": True, "warmup_power": 0.75}
 FACTORS = [0.5, 1, 2]

@@ -15,10 +15,10 @@ from worlds import in_world
 
 import train
 from routedvit.training.assembly import build_engine
-from routedvit.training.config_file import load_config
+from routedvit.training.config.file import load_config
+from routedvit.training.distributed.world import World
 from routedvit.training.memory import MemoryMeter
 from routedvit.training.model import create_model
-from routedvit.training.world import World
 
 QUICKSTART = str(Path(__file__).parents[2] / "configs" / "quickstart.json")
 LOADER = SimpleNamespace(mean=(0.1,), std=(0.3,), samples_per_epoch=4000)

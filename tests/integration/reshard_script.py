@@ -17,13 +17,13 @@ import toy
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from worlds import in_world
 
-from routedvit.training.checkpoint import Checkpoints
+from routedvit.training.checkpoints.checkpoint import Checkpoints
+from routedvit.training.checkpoints.run_state import RunState
+from routedvit.training.config.native import resolve_native_config, split_batch
+from routedvit.training.distributed.world import World
 from routedvit.training.engine import Engine
-from routedvit.training.native_config import resolve_native_config, split_batch
-from routedvit.training.run_state import RunState
+from routedvit.training.recipe.weight_average import WeightAverage
 from routedvit.training.trainer import seed_step
-from routedvit.training.weight_average import WeightAverage
-from routedvit.training.world import World
 
 SAVED_AT, STEPS = 2, 4
 PER_ELEMENT = ("exp_avg", "exp_avg_sq", "ema")

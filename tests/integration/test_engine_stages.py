@@ -11,8 +11,8 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-from routedvit.training.full_weights import full_weights
-from routedvit.training.stored_weights import NETWORK
+from routedvit.training.checkpoints.full_weights import full_weights
+from routedvit.training.checkpoints.stored_weights import NETWORK
 from tests.integration import toy
 from tests.integration.launching import HERE, launch
 

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import routedvit  # noqa: F401  (registers the models)
-from routedvit.training.run_state import read_run_state
+from routedvit.training.checkpoints.run_state import read_run_state
 from tests.integration.launching import HERE, ROOT
 from tests.unit.data.making import pair, vouch, write_tar
 

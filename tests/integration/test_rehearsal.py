@@ -8,7 +8,7 @@ import pytest
 from torch import nn
 
 import train
-from routedvit.training.config_file import load_config
+from routedvit.training.config.file import load_config
 from routedvit.training.rehearsal import rehearse_memory
 from tests.integration.launching import HERE, ROOT, run_script
 

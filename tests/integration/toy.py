@@ -11,8 +11,8 @@ from torch import nn
 
 import routedvit  # noqa: F401  (registers the models)
 from routedvit.training.objectives import SupervisedObjective, build_loss
-from routedvit.training.optim import build_optimizer, build_schedule
-from routedvit.training.schedules import Dial, Schedules
+from routedvit.training.recipe.optim import build_optimizer, build_schedule
+from routedvit.training.recipe.schedules import Dial, Schedules
 
 MODEL = "colt5_vit_test"
 KWARGS: dict[str, Any] = {"num_classes": 5, "img_size": 64, "depth": 2}

@@ -20,19 +20,19 @@ import torch
 import toy
 
 from routedvit.training import engine as deepspeed_engine
-from routedvit.training.checkpoint import Checkpoints
-from routedvit.training.collective import on_rank_zero
+from routedvit.training.checkpoints.checkpoint import Checkpoints
+from routedvit.training.checkpoints.fence import OwnershipLost
+from routedvit.training.checkpoints.ownership import Owner, take
+from routedvit.training.checkpoints.run_state import RunState
+from routedvit.training.config.native import resolve_native_config
+from routedvit.training.distributed.collective import on_rank_zero
+from routedvit.training.distributed.signals import StopSignals
+from routedvit.training.distributed.world import World
 from routedvit.training.engine import Engine
 from routedvit.training.evaluators import Classification
-from routedvit.training.fence import OwnershipLost
 from routedvit.training.guard import Guard
-from routedvit.training.native_config import resolve_native_config
-from routedvit.training.ownership import Owner, take
-from routedvit.training.run_state import RunState
-from routedvit.training.signals import StopSignals
 from routedvit.training.trainer import Trainer
 from routedvit.training.trainer_settings import Summary, TrainerSettings
-from routedvit.training.world import World
 
 STEPS, SIGNAL_AT = 10, 5
 

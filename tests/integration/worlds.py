@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable
 
 from routedvit.training import engine
-from routedvit.training.world import World
+from routedvit.training.distributed.world import World
 
 
 def fork_world(size: int, main: Callable[[int], int]) -> list[int]:

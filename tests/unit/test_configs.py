@@ -7,8 +7,8 @@ import timm
 import torch
 
 import train
-from routedvit.training.config_file import describe_keys, json_schema, load_config
-from routedvit.training.native_config import check_keys, split_batch
+from routedvit.training.config.file import describe_keys, json_schema, load_config
+from routedvit.training.config.native import check_keys, split_batch
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 RECIPES = sorted(path for path in CONFIGS.glob("*.json") if path.name != "schema.json")

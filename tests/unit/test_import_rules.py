@@ -34,8 +34,8 @@ EXCEPTIONS = {
     "routedvit/training/engine/native_check.py": {"deepspeed"},
     "routedvit/training/engine/pretended.py": {"deepspeed"},
     "routedvit/training/engine/processes.py": {"deepspeed"},
-    "routedvit/training/metrics.py": {"tensorboard"},
-    "routedvit/training/wandb_writer.py": {"wandb"},
+    "routedvit/training/watch/metrics.py": {"tensorboard"},
+    "routedvit/training/watch/wandb_writer.py": {"wandb"},
 }
 
 

@@ -17,8 +17,8 @@ import pytest
 import yaml
 from deepspeed.launcher.runner import fetch_hostfile
 
-from routedvit.training.console import USER_ERROR_CODE
-from routedvit.training.signals import NODE_LAUNCHERS, REQUEUE_EXIT_CODE
+from routedvit.training.distributed.signals import NODE_LAUNCHERS, REQUEUE_EXIT_CODE
+from routedvit.training.watch.console import USER_ERROR_CODE
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"

@@ -18,16 +18,21 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from safetensors import safe_open
 from torch import nn
 
-from routedvit.training.collective import WorldMean
-from routedvit.training.config import ConfigError
+from routedvit.training.checkpoints.shards import (
+    load_shards,
+    save_shards,
+    state_bytes,
+    write_tensors,
+)
+from routedvit.training.checkpoints.zero_layout import ZeroLayout
+from routedvit.training.config.native import zero_stage
+from routedvit.training.config.run import ConfigError
+from routedvit.training.distributed.collective import WorldMean
+from routedvit.training.distributed.world import World
 from routedvit.training.engine.native_check import check_native
 from routedvit.training.engine.processes import bound_all_waits
 from routedvit.training.interfaces import Batch
-from routedvit.training.native_config import zero_stage
-from routedvit.training.shards import load_shards, save_shards, state_bytes, write_tensors
-from routedvit.training.weight_average import exchange
-from routedvit.training.world import World
-from routedvit.training.zero_layout import ZeroLayout
+from routedvit.training.recipe.weight_average import exchange
 
 T = TypeVar("T")
 SHARDS, REPLICATED, COUNTERS = "shards", "replicated.safetensors", "counters.json"
@@ -53,9 +58,9 @@ class Engine:
         objective: called as objective(image, target, position) -> (scalar loss, {name: scalar});
             its attribute `model` is the network. The loss is part of it because under ZeRO-3
             weights exist only inside the forward of the module that DeepSpeed wraps.
-        optimizer: a torch optimiser over the objective's parameters (see `optim.py`). DeepSpeed
-            keeps the object and its group dicts, so a schedule may go on setting their `lr`.
-        native: the dict from `native_config.resolve_native_config`.
+        optimizer: a torch optimiser over the objective's parameters (see `recipe/optim.py`).
+            DeepSpeed keeps the object and its group dicts, so a schedule may go on setting `lr`.
+        native: the dict from `config.native.resolve_native_config`.
 
     Raises:
         ConfigError: DeepSpeed refuses `native`, or the device cannot do its precision.
@@ -186,8 +191,8 @@ class Engine:
         """The averages in the place of the weights, live and master, for as long as it lasts.
 
         Everything in it sees them: `evaluating`, `full_parameters`, an export. Afterwards the
-        weights are back, bit for bit. Without averages (see weight_average.py) nothing changes.
-        Collective; do not train or save in it.
+        weights are back, bit for bit. Without averages nothing changes, see
+        recipe/weight_average.py. Collective; do not train or save in it.
         """
         self._exchange_weights()
         try:

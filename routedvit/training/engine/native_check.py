@@ -9,8 +9,8 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 
-from routedvit.training.config import ConfigError
-from routedvit.training.config_file import nearest
+from routedvit.training.config.file import nearest
+from routedvit.training.config.run import ConfigError
 
 
 def check_native(native: dict[str, Any]) -> None:

@@ -12,8 +12,8 @@ from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from deepspeed.runtime.zero import partition_parameters, partitioned_param_coordinator, stage3
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from routedvit.training.distributed.world import World
 from routedvit.training.engine.processes import prepare_deepspeed, stop
-from routedvit.training.world import World
 
 
 @contextmanager

@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from routedvit.training.connection import connecting
-from routedvit.training.world import World, join_environment
+from routedvit.training.distributed.connection import connecting
+from routedvit.training.distributed.world import World, join_environment
 
 # Both are read while deepspeed is imported. The NVML check keeps CUDA uninitialised for forks.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")

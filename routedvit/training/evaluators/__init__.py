@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 from torch import nn
 
-from routedvit.training.config_base import ConfigError
-from routedvit.training.config_watch import EvalConfig
+from routedvit.training.config.base import ConfigError
+from routedvit.training.config.watch import EvalConfig
 from routedvit.training.evaluators.capacity_sweep import CapacitySweep
 from routedvit.training.evaluators.classification import Classification
 from routedvit.training.evaluators.findings import record

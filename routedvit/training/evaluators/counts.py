@@ -2,7 +2,7 @@
 
 from torch import Tensor, distributed
 
-from routedvit.training.config_base import ConfigError
+from routedvit.training.config.base import ConfigError
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:

@@ -18,8 +18,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from routedvit.training.config import RunConfig
-from routedvit.training.config_recipe import DistillConfig, MaskedConfig
+from routedvit.training.config.recipe import DistillConfig, MaskedConfig
+from routedvit.training.config.run import RunConfig
 from routedvit.training.objectives.distillation import DistillationObjective
 from routedvit.training.objectives.masked import MaskedObjective
 from routedvit.training.objectives.supervised import SupervisedObjective, build_loss, build_mixup

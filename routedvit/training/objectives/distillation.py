@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from routedvit.training.mixing import Mixing
 from routedvit.training.objectives.supervised import SupervisedObjective
+from routedvit.training.recipe.mixing import Mixing
 
 __all__ = ["DistillationObjective"]
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from routedvit.training.config import ConfigError
+from routedvit.training.config.run import ConfigError
 from routedvit.training.objectives.decoder import Decoder
 from routedvit.training.objectives.masking import visible_patches
 

@@ -8,7 +8,7 @@ only: 32 bits held in int64, so that no product overflows.
 
 from torch import Tensor
 
-from routedvit.training.hashing import hashed
+from routedvit.training.recipe.hashing import hashed
 
 __all__ = ["visible_patches"]
 

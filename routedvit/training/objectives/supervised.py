@@ -6,7 +6,7 @@ import timm.loss
 import torch
 from torch import nn
 
-from routedvit.training.mixing import Mixing
+from routedvit.training.recipe.mixing import Mixing
 
 
 class SupervisedObjective(nn.Module):

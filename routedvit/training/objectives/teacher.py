@@ -16,8 +16,8 @@ from timm.data import resolve_input_data_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from routedvit.training.config import ConfigError
-from routedvit.training.config_recipe import TeacherConfig
+from routedvit.training.config.recipe import TeacherConfig
+from routedvit.training.config.run import ConfigError
 
 __all__ = ["Teacher", "build_teacher"]
 

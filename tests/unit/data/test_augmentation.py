@@ -12,7 +12,7 @@ from timm.data.random_erasing import RandomErasing
 from data.config import AugmentConfig
 from data.errors import DataError
 from data.transforms import train_transform
-from routedvit.training.mixing import Mixing
+from routedvit.training.recipe.mixing import Mixing
 from tests.unit.data.test_loaders import BATCH, SIZES, train_loader
 
 STEPS = 4

@@ -15,8 +15,8 @@ from torch import nn
 from routedvit.training import compiling
 from routedvit.training import engine as engines
 from routedvit.training.compiling import compile_blocks, leaf_modules
-from routedvit.training.config import ConfigError
-from routedvit.training.native_config import resolve_native_config
+from routedvit.training.config.native import resolve_native_config
+from routedvit.training.config.run import ConfigError
 from tests.integration import toy
 
 CPU = torch.device("cpu")

@@ -19,8 +19,8 @@ from torch import nn
 
 import train
 from routedvit.training import engine as engines
-from routedvit.training.config import ConfigError
-from routedvit.training.config_file import load_config
+from routedvit.training.config.file import load_config
+from routedvit.training.config.run import ConfigError
 from routedvit.training.dry_run import Machine, rehearse
 
 QUICKSTART = str(Path(__file__).resolve().parents[3] / "configs" / "quickstart.json")

@@ -16,11 +16,11 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from routedvit.training import engine as module
-from routedvit.training.config import ConfigError
+from routedvit.training.config.native import resolve_native_config
+from routedvit.training.config.run import ConfigError
 from routedvit.training.engine import Engine
-from routedvit.training.native_config import resolve_native_config
 from routedvit.training.objectives import SupervisedObjective, build_loss
-from routedvit.training.optim import build_optimizer
+from routedvit.training.recipe.optim import build_optimizer
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,7 @@ def test_fp16_is_refused_in_words_where_the_device_has_none(world, monkeypatch):
 START = """
 import sys, torch
 from routedvit.training import engine
-from routedvit.training.native_config import resolve_native_config
+from routedvit.training.config.native import resolve_native_config
 world = engine.start()
 module = torch.nn.Module()
 module.model = torch.nn.Linear(2, 2)

@@ -3,8 +3,8 @@
 from types import SimpleNamespace
 from typing import Any, cast
 
+from routedvit.training.checkpoints.run_state import RunState
 from routedvit.training.evaluation import Evaluation, kind_of
-from routedvit.training.run_state import RunState
 from routedvit.training.trainer_settings import TrainerSettings
 
 OTHERS = ("retention", "writer", "progress", "folder")

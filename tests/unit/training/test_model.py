@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from routedvit.training.config import ConfigError, ModelConfig
+from routedvit.training.config.run import ConfigError, ModelConfig
 from routedvit.training.model import create_model, set_checkpointing
 
 SMALL = {"img_size": 32, "depth": 1}

@@ -18,17 +18,17 @@ import routedvit  # noqa: F401  (registers the models)
 from routedvit.training import engine as engines
 from routedvit.training.assembly import build_engine
 from routedvit.training.assembly_watch import build_run_evaluators
-from routedvit.training.checkpoint import Checkpoints
-from routedvit.training.config import ConfigError, RunConfig
-from routedvit.training.console import Console
+from routedvit.training.checkpoints.checkpoint import Checkpoints
+from routedvit.training.checkpoints.run_state import RunState
+from routedvit.training.config.run import ConfigError, RunConfig
+from routedvit.training.distributed.world import World
 from routedvit.training.engine import Engine
 from routedvit.training.evaluators import Classification, record
 from routedvit.training.interfaces import EvalLoaders
-from routedvit.training.metrics import FanOutWriter
 from routedvit.training.offline import evaluate_offline
 from routedvit.training.run_folder import RunFolder
-from routedvit.training.run_state import RunState
-from routedvit.training.world import World
+from routedvit.training.watch.console import Console
+from routedvit.training.watch.metrics import FanOutWriter
 
 MAE = {"name": "mae", "decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
 DISTILL = {"name": "distill", "teacher": {"name": "test_vit", "checkpoint": "gone.safetensors"}}

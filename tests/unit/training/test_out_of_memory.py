@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from routedvit.training.config_file import describe_keys
-from routedvit.training.console import CRASH_CODE, Console
+from routedvit.training.config.file import describe_keys
 from routedvit.training.out_of_memory import out_of_memory
+from routedvit.training.watch.console import CRASH_CODE, Console
 from train import RunConfig
 
 FULL = torch.OutOfMemoryError(

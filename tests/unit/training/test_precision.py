@@ -17,9 +17,9 @@ from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from routedvit.training import engine as engines
-from routedvit.training.config import ConfigError, PrecisionConfig
+from routedvit.training.config.native import resolve_native_config
+from routedvit.training.config.run import ConfigError, PrecisionConfig
 from routedvit.training.engine import Engine, StepResult
-from routedvit.training.native_config import resolve_native_config
 from tests.integration import toy
 
 STEPS, MICRO = 200, 4

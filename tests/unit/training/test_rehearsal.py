@@ -16,7 +16,7 @@ import train
 from data.preview import Preview
 from routedvit.training import engine as engines
 from routedvit.training.assembly import build_engine
-from routedvit.training.config_file import load_config
+from routedvit.training.config.file import load_config
 from routedvit.training.dry_run import Machine, describe_step, find_batch, rehearse
 from routedvit.training.memory import MemoryMeter, storage_bytes
 from routedvit.training.model import create_model

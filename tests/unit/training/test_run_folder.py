@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from routedvit.training.config import ConfigError
+from routedvit.training.config.run import ConfigError
 from routedvit.training.run_folder import RunFolder, check_same_data, claim, move_aside, open_folder
 
 CONFIG = {"optim": {"lr": 0.1, "betas": (0.9, 0.95)}, "log": {"every_steps": 10}, "seed": 0}

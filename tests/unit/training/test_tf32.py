@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import train
-from routedvit.training.config_file import load_config
-from routedvit.training.console import Console
-from routedvit.training.signals import StopSignals
+from routedvit.training.config.file import load_config
+from routedvit.training.distributed.signals import StopSignals
+from routedvit.training.watch.console import Console
 
 SWITCHES = (torch.backends.cuda.matmul, torch.backends.cudnn)
 

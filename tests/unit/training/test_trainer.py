@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 import torch
 
-from routedvit.training.checkpoint import Checkpoints
-from routedvit.training.commit import SaveError
-from routedvit.training.config import ConfigError
+from routedvit.training.checkpoints.checkpoint import Checkpoints
+from routedvit.training.checkpoints.commit import SaveError
+from routedvit.training.checkpoints.retention import Retention
+from routedvit.training.checkpoints.run_state import RunState, read_run_state
+from routedvit.training.config.run import ConfigError
+from routedvit.training.distributed.signals import StopSignals
 from routedvit.training.guard import Guard
-from routedvit.training.optim import build_schedule
-from routedvit.training.retention import Retention
-from routedvit.training.run_state import RunState, read_run_state
-from routedvit.training.schedules import Schedules
-from routedvit.training.signals import StopSignals
+from routedvit.training.recipe.optim import build_schedule
+from routedvit.training.recipe.schedules import Schedules
 from routedvit.training.trainer import Trainer, seed_step
 from routedvit.training.trainer_settings import TrainerSettings
 from tests.unit.training.fake_engine import FakeEngine
@@ -109,7 +109,7 @@ def trainer(folder: Path, engine: FakeEngine, sink: Sink, state: RunState, **cha
 
 @pytest.fixture(autouse=True)
 def _one_writer(monkeypatch):
-    monkeypatch.setattr("routedvit.training.commit.writer_of", lambda path: 0)
+    monkeypatch.setattr("routedvit.training.checkpoints.commit.writer_of", lambda path: 0)
 
 
 def test_data_begins_where_the_state_says(tmp_path):

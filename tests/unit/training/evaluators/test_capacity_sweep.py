@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import routedvit  # noqa: F401  (registers the models)
-from routedvit.training.config import ConfigError
-from routedvit.training.config_watch import EvalConfig
+from routedvit.training.config.run import ConfigError
+from routedvit.training.config.watch import EvalConfig
 from routedvit.training.evaluators import Classification, build_evaluators
 from routedvit.training.evaluators.capacity_sweep import CapacitySweep
 from routedvit.training.evaluators.throughput import WARMUP, Throughput

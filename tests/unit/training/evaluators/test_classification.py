@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import distributed, multiprocessing, nn
 
-from routedvit.training.config_base import ConfigError
+from routedvit.training.config.base import ConfigError
 from routedvit.training.evaluators import Classification
 from routedvit.training.interfaces import Table
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import routedvit  # noqa: F401  (registers the models)
-from routedvit.training.config import ConfigError
-from routedvit.training.config_recipe import TeacherConfig
+from routedvit.training.config.recipe import TeacherConfig
+from routedvit.training.config.run import ConfigError
 from routedvit.training.objectives import DistillationObjective, build_loss, build_mixup
 from routedvit.training.objectives.distillation import soft_distance
 from routedvit.training.objectives.teacher import Teacher, build_teacher

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import routedvit  # noqa: F401  (registers the models)
-from routedvit.training.config import ConfigError
+from routedvit.training.config.run import ConfigError
 from routedvit.training.objectives import MaskedObjective
-from routedvit.training.reconstruction import ReconstructionMonitor
+from routedvit.training.watch.reconstruction import ReconstructionMonitor
 
 
 def objective(model: dict[str, Any] | None = None, **kwargs: Any) -> MaskedObjective:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from routedvit.training.config import ConfigError
+from routedvit.training.config.run import ConfigError
 from routedvit.training.objectives import SupervisedObjective, build_loss, build_mixup
 
 

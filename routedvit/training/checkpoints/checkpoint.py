@@ -1,0 +1,242 @@
+"""The checkpoints of a run: saving, choosing one to load, going back.
+
+    checkpoints/step_00000100/manifest.json    the run; size and SHA-256 of every other file
+                              run_state.json   step, samples seen, config, versions
+                              shards/...       weights and optimiser state, see shards.py
+                              evaluation.json  what was measured later, see run_state.py
+                latest                         the name of the newest one
+                run_id                         whose they are: another run's is not loaded
+                rollbacks.json                 where the run went back to, see rollbacks.py
+    ../owner.json                              which start of the run may write, see ownership.py
+
+A checkpoint appears by one rename (commit.py). `latest` is replaced after that, so at every instant
+it names a complete one. After the rename nothing fails a save: what goes wrong with `latest` or
+with deleting old ones is told, and the next save tries again.
+
+A load checks every hash before anything is read, and nothing in a checkpoint is a pickle. A damaged
+checkpoint is named and moved aside, and the one before it is used. All ranks must see one file
+system.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from routedvit.training.checkpoints.commit import Commit
+from routedvit.training.checkpoints.fence import Fence
+from routedvit.training.checkpoints.manifest import step_name
+from routedvit.training.checkpoints.ownership import Owner
+from routedvit.training.checkpoints.retention import Retention
+from routedvit.training.checkpoints.rollbacks import forget_jumps, last_jump, note_jump, read_jumps
+from routedvit.training.checkpoints.run_state import RunState, read_run_state, write_evaluation
+from routedvit.training.checkpoints.shelf import Shelf
+from routedvit.training.checkpoints.verification import find_fault
+from routedvit.training.config.base import ConfigError
+from routedvit.training.engine import Engine
+
+
+class Checkpoints:
+    """Saves and loads the checkpoints of one run. All methods are collective.
+
+    Args:
+        folder: `runs/NAME/checkpoints`; made when the first one is saved.
+        engine: whose state is saved.
+        retention: which ones to keep; a number is that many of the newest.
+        owner: the start that writes here; None: no other start can be.
+        tell: called on rank 0 with one line about a damaged checkpoint.
+
+    Whatever writes or deletes raises `OwnershipLost` on all ranks once a newer start has begun.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        engine: Engine,
+        *,
+        keep: Retention | int,
+        owner: Owner | None = None,
+        tell: Callable[[str], None] = print,
+    ) -> None:
+        self.folder = folder
+        self.engine = engine
+        self.fence = Fence(engine, folder.parent, owner)
+        self.retention = Retention(keep) if isinstance(keep, int) else keep
+        self.shelf = Shelf(folder, self.retention, tell)
+        self.tell = tell
+
+    def save(self, state: RunState, *, bad_since: int | None = None) -> Path:
+        """Write the checkpoint of `state.step`; a step that is already saved is left alone.
+
+        Args:
+            state: what to save.
+            bad_since: the first of the present bad steps; the newest one before it stays.
+
+        Raises:
+            SaveError: the disk is full or fails; nothing is left of it and the others are whole.
+        """
+        final = self.path_of(state.step)
+        self.fence.check()
+        if self.engine.broadcast(final.exists()):
+            return final
+        Commit(self.engine, self.shelf, self.fence, state).run()
+        if self.engine.rank == 0:
+            self.shelf.welcome(final.name, bad_since)
+        self.engine.barrier()
+        return final
+
+    def add_evaluation(self, state: RunState, *, bad_since: int | None = None) -> None:
+        """Add what was evaluated to the checkpoint of `state.step`, if it was saved.
+
+        Args:
+            state: of which only `EVALUATED` is written.
+            bad_since: as in `save`; a value may make an earlier one surplus.
+        """
+        self.fence.check()
+        folder = self.path_of(state.step)
+        if self.engine.rank == 0 and folder.exists():
+            try:
+                write_evaluation(folder, state)
+                self.shelf.delete_surplus(bad_since)
+            except OSError as error:
+                self.tell(f"{folder.name} was saved, but not what was evaluated: {error}")
+        self.engine.barrier()
+
+    def path_of(self, step: int) -> Path:
+        """Folder of the checkpoint of `step`, whether it exists or not."""
+        return self.shelf.path_of(step)
+
+    def names(self) -> list[str]:
+        """The complete checkpoints, oldest first; they may be damaged.
+
+        Raises:
+            ConfigError: on every rank, if rank 0 cannot list them.
+        """
+        names: list[str] = []
+        trouble: str | None = None
+        try:
+            names = self.shelf.names()
+        except OSError as error:
+            trouble = f"{self.folder} cannot be read ({error}); see to the disk and its rights"
+        names, trouble = self.engine.broadcast((names, trouble))
+        if trouble is not None:
+            raise ConfigError(trouble)
+        return names
+
+    def wants(self, state: RunState) -> bool:
+        """Whether the metric just evaluated makes this step one of the best to keep."""
+        value = state.metrics.get(self.retention.metric)
+        if value is None or not self.retention.keep_best:
+            return False
+        wanted = self.engine.rank == 0 and self.retention.is_among_best(value, self.shelf.values())
+        return self.engine.broadcast(wanted)
+
+    def load_newest(self) -> RunState | None:
+        """Restore the newest checkpoint that is whole, whatever ranks and ZeRO stage wrote it.
+
+        None if there is none.
+
+        Raises:
+            ConfigError: all checkpoints are damaged, or it cannot be right under this stage.
+        """
+        names = self.names()
+        state = self._load_newest_of(names)
+        if state is None and names:
+            raise ConfigError(
+                f"all {len(names)} checkpoints in {self.folder} are damaged; --fresh starts over"
+            )
+        return state
+
+    def load_named(self, path: Path) -> RunState:
+        """Restore this checkpoint, of this run or another's folder.
+
+        Later ones of this run, which the steps to come would contradict, are set aside. Whoever
+        names one has looked into what went wrong, so earlier returns no longer count.
+
+        Raises:
+            ConfigError: it is not there or not whole, or it is another run's and this one has some.
+        """
+        folder = self.folder / path if (self.folder / path).is_dir() else path
+        # A link or '..' on the way must not make this run's own checkpoint another's.
+        folder = folder.parent.resolve() / folder.name
+        fault = find_fault(self.engine, folder)
+        if fault is not None:
+            raise ConfigError(f"--resume {path}: {folder} is no whole checkpoint ({fault})")
+        names = self.names()
+        if names and not self._is_own(folder):
+            raise ConfigError(
+                f"--resume {path}: this run has checkpoints of its own in {self.folder}; give it "
+                "another name (--set name=...) or start over with --fresh"
+            )
+        self.fence.check()
+        if self.engine.rank == 0 and names:
+            self.shelf.point_to(folder.name)  # before what it names goes
+            for name in (name for name in names if name > folder.name):
+                aside = self.shelf.set_aside(name, "abandoned")
+                self.tell(f"checkpoint {name} is later and was moved to {aside}")
+            forget_jumps(self.folder, after=int(folder.name.removeprefix("step_")))
+        state = self._load(folder)
+        state.guard |= {"returns": 0}
+        return state
+
+    def roll_back(self, before: int, resume_at: int, returns: int = 1) -> RunState | None:
+        """Restore the newest whole checkpoint from before step `before`; None if there is none.
+
+        The data goes on at position `resume_at`, in every later load of that checkpoint too; later
+        checkpoints are deleted. `returns` is how often the run has gone back with this time.
+        """
+        names = self.names()
+        state = self._load_newest_of([name for name in names if name < step_name(before)])
+        if state is None:
+            return None
+        self.fence.check()
+        if self.engine.rank == 0:
+            start = read_run_state(self.path_of(state.step)).samples_seen
+            jump = {"step": state.step, "from": start, "to": resume_at, "returns": returns}
+            note_jump(self.folder, jump)
+            # After the note: else a death here meets the bad data again.
+            for later in (name for name in self.shelf.names() if name >= step_name(before)):
+                self.shelf.delete(later)
+        state.samples_seen = resume_at
+        state.guard |= {"returns": returns, "good_steps": 0}
+        return state
+
+    def rollbacks(self) -> list[dict[str, int]]:
+        """Each time this run went back, see `read_jumps`."""
+        return self.engine.broadcast(read_jumps(self.folder))
+
+    def _load_newest_of(self, names: list[str]) -> RunState | None:
+        """The newest whole one; those after it are set aside, but if none is whole all stay."""
+        faults: dict[str, str] = {}
+        for name in reversed(names):
+            fault = find_fault(self.engine, self.folder / name)
+            if fault is None:
+                self._set_aside(faults, whole=name)
+                return self._load(self.folder / name)
+            faults[name] = fault
+        self._set_aside(faults, whole=None)
+        return None
+
+    def _set_aside(self, faults: dict[str, str], whole: str | None) -> None:
+        """Name the damaged ones and, if there is a whole one to go on from, move them."""
+        self.fence.check()
+        if self.engine.rank != 0:
+            return
+        if whole is not None:
+            self.shelf.point_to(whole)  # before what it names goes
+        for name, fault in faults.items():
+            moved = ""
+            if whole is not None:
+                aside = self.shelf.set_aside(name, "damaged")
+                moved = f"; moved to {aside}"
+            self.tell(f"checkpoint {name} is damaged ({fault}){moved}")
+
+    def _load(self, folder: Path) -> RunState:
+        state = self.engine.broadcast(read_run_state(folder))
+        self.engine.load_state(folder)
+        jumps = self.engine.broadcast(read_jumps(folder.parent))
+        if jump := last_jump(jumps, state.step, state.samples_seen):
+            state.samples_seen = jump["to"]
+            state.guard |= {"returns": jump.get("returns", 0), "good_steps": 0}
+        return state
+
+    def _is_own(self, folder: Path) -> bool:
+        return folder.parent.resolve() == self.folder.resolve()

@@ -1,0 +1,144 @@
+"""How all ranks write one checkpoint, so that it is complete or invisible.
+
+It is written into a hidden sibling folder; every rank syncs and hashes its own files, rank 0 writes
+the manifest, and ONE rename makes the folder visible. When the disk fails one rank, all of them
+give up together and the half-written folder goes.
+"""
+
+import dataclasses
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from routedvit.training.checkpoints.fence import Fence
+from routedvit.training.checkpoints.manifest import (
+    MANIFEST,
+    Fingerprint,
+    Manifest,
+    claim_run_id,
+    fingerprint,
+    run_id,
+    sync,
+    write_json,
+)
+from routedvit.training.checkpoints.run_state import RUN_STATE, RunState
+from routedvit.training.checkpoints.shelf import Shelf
+from routedvit.training.config.base import ConfigError
+from routedvit.training.engine import Engine
+
+T = TypeVar("T")
+
+
+class SaveError(ConfigError):
+    """The disk did not take a checkpoint; its text says which disk, and the mend."""
+
+
+class Commit:
+    """One checkpoint on its way to the disk. Methods are collective, but for those of rank 0.
+
+    Args:
+        engine: whose state is saved.
+        shelf: where it is to stand.
+        fence: lets this start write, or not.
+        state: what is saved with it.
+    """
+
+    def __init__(self, engine: Engine, shelf: Shelf, fence: Fence, state: RunState) -> None:
+        self.engine = engine
+        self.shelf = shelf
+        self.fence = fence
+        self.state = state
+        final = self.final = shelf.path_of(state.step)
+        self.temporary = final.with_name(f".{final.name}.{fence.name}.tmp")
+        self.size = engine.state_bytes()
+
+    def run(self) -> None:
+        """Write it.
+
+        Raises:
+            SaveError: the disk is full or fails; nothing is left of it.
+            OwnershipLost: a newer start has begun meanwhile.
+        """
+        self._on_all_ranks(self._make)
+        parts = self._on_all_ranks(self._write)
+        files = {name: entry for part in parts for name, entry in sorted(part.items())}
+        self.fence.check()
+        self._on_all_ranks(lambda: self._publish(files))
+
+    def _make(self) -> None:
+        """The hidden folder, without what interrupted saves left. Rank 0."""
+        if self.engine.rank != 0:
+            return
+        folder = self.shelf.folder
+        for leftover in folder.glob(".step_*.tmp"):
+            shutil.rmtree(leftover, ignore_errors=leftover != self.temporary)
+        self.temporary.mkdir(parents=True)
+        names = self.shelf.names()
+        claim_run_id(folder, self.shelf.folder / names[-1] if names else None)
+        if _free_bytes(folder) < self.size:  # logs and ledgers want the rest of the disk
+            raise OSError("no space left")
+
+    def _write(self) -> dict[str, Fingerprint]:
+        """This rank's files, on disk, and their fingerprints by relative name."""
+        engine = self.engine
+        engine.save_state(self.temporary)
+        if engine.rank == 0:
+            state = dataclasses.replace(
+                self.state, world_size=engine.world_size, zero_stage=engine.zero_stage
+            )
+            write_json(self.temporary / RUN_STATE, dataclasses.asdict(state))
+        files = sorted(path for path in self.temporary.rglob("[!.]*") if path.is_file())
+        own = [path for path in files if writer_of(path) == engine.rank]  # hidden: being written
+        for path in own:
+            sync(path)
+        return {str(path.relative_to(self.temporary)): fingerprint(path) for path in own}
+
+    def _publish(self, files: dict[str, Fingerprint]) -> None:
+        """Manifest and rename. Rank 0."""
+        if self.engine.rank != 0:
+            return
+        manifest = Manifest(run=run_id(self.shelf.folder), step=self.state.step, files=files)
+        write_json(self.temporary / MANIFEST, manifest.model_dump())
+        for folder in (path for path in self.temporary.rglob("*") if path.is_dir()):
+            sync(folder)
+        sync(self.temporary)
+        self.temporary.rename(self.final)
+
+    def _on_all_ranks(self, action: Callable[[], T]) -> list[T]:
+        """What `action` returns on each rank; if the disk fails one, all of them give up."""
+        result: Any = None
+        fault: str | None = None
+        try:
+            result = action()
+        except OSError as error:
+            fault = f"rank {self.engine.rank}: {error}"
+        outcomes = self.engine.gather((result, fault))
+        fault = next((fault for _, fault in outcomes if fault), None)
+        if fault is None:
+            return [result for result, _ in outcomes]
+        if self.engine.rank == 0:
+            shutil.rmtree(self.temporary, ignore_errors=True)
+        self.fence.check()  # a newer start clears away what an older one has half written
+        folder = self.shelf.folder
+        raise SaveError(
+            f"{self.final.name} was not saved ({fault}): it takes {_gib(self.size)} and "
+            f"{_gib(_free_bytes(folder))} are free on the disk of {folder}; make room there, "
+            "lower checkpoint.keep, or move the run to another disk and set output_dir to that"
+        )
+
+
+def writer_of(path: Path) -> int:
+    """The rank that wrote a file of a checkpoint: its name says so, or else it was rank 0."""
+    match = re.match(r"rank_(\d+)", path.name)
+    return int(match.group(1)) if match else 0
+
+
+def _free_bytes(folder: Path) -> int:
+    """On the disk where `folder` is or would be."""
+    return shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**29 else f"{size / 2**20:.1f} MiB"

@@ -1,0 +1,105 @@
+"""The folder in which the checkpoints of a run stand: how they are called, which stay, which go.
+
+Nothing here is collective: every rank may look, rank 0 alone changes.
+"""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from routedvit.training.checkpoints.manifest import numbered, replace_text, step_name, sync
+from routedvit.training.checkpoints.retention import Retention
+from routedvit.training.checkpoints.run_state import read_run_state
+
+LATEST = "latest"
+
+
+def names_in(folder: Path) -> list[str]:
+    """The complete checkpoints in `folder`, oldest first; they may be damaged.
+
+    Raises:
+        OSError: it is there and cannot be listed. (`Path.glob` would find nothing instead, and the
+            run would begin anew.)
+    """
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(e.name for e in entries if e.name.startswith("step_") and e.is_dir())
+    except FileNotFoundError:
+        return []
+
+
+class Shelf:
+    """The checkpoints in one folder.
+
+    Args:
+        folder: need not exist.
+        retention: which ones to keep.
+        tell: called with one line about what did not succeed and harms nothing.
+    """
+
+    def __init__(self, folder: Path, retention: Retention, tell: Callable[[str], None]) -> None:
+        self.folder = folder
+        self.retention = retention
+        self.tell = tell
+
+    def path_of(self, step: int) -> Path:
+        """Folder of the checkpoint of `step`, whether it exists or not."""
+        return self.folder / step_name(step)
+
+    def names(self) -> list[str]:
+        """See `names_in`."""
+        return names_in(self.folder)
+
+    def values(self) -> dict[int, float | None]:
+        """The kept metric of every checkpoint by its step, None where there is none to read."""
+        values: dict[int, float | None] = {}
+        for name in self.names():
+            value = None
+            if self.retention.keep_best:
+                # A damaged one has no value; a load will name it.
+                with contextlib.suppress(OSError, ValueError, TypeError):
+                    state = read_run_state(self.folder / name)
+                    value = state.metrics.get(self.retention.metric)
+            values[int(name.removeprefix("step_"))] = value
+        return values
+
+    def welcome(self, name: str, bad_since: int | None) -> None:
+        """`latest` and retention after a save; the new one is there whatever fails."""
+        try:
+            sync(self.folder)
+            self.point_to(name)
+        except OSError as error:
+            self.tell(f"{name} was saved, but {LATEST} does not name it yet: {error}")
+            return  # what `latest` still names must not go
+        self.delete_surplus(bad_since)
+
+    def point_to(self, name: str) -> None:
+        """Make `latest` name this checkpoint; nothing is written if it does."""
+        latest, text = self.folder / LATEST, f"{name}\n".encode()
+        if not (latest.is_file() and latest.read_bytes() == text):
+            replace_text(latest, text.decode())
+
+    def delete_surplus(self, bad_since: int | None) -> None:
+        """Delete what retention does not keep; see there for `bad_since`, its `before`."""
+        try:
+            surplus = self.retention.surplus(self.values(), before=bad_since)
+        except OSError as error:
+            self.tell(f"checkpoints that may go cannot be found: {error}")
+            return
+        for step in surplus:
+            self.delete(step_name(step))
+
+    def delete(self, name: str) -> None:
+        """Delete a checkpoint; what cannot be deleted (NFS keeps open files) is told."""
+        try:
+            # Renamed first: half a deletion must not look like a checkpoint.
+            shutil.rmtree((self.folder / name).rename(self.folder / f".{name}.tmp"))
+        except OSError as error:
+            self.tell(f"checkpoint {name} could not be deleted: {error}")
+
+    def set_aside(self, name: str, why: str) -> Path:
+        """Rename a checkpoint to WHY_NAME, so that the run can reach its step again."""
+        names = numbered(self.folder / f"{why}_{name}")
+        return (self.folder / name).rename(next(path for path in names if not path.exists()))

@@ -1,0 +1,255 @@
+"""The `deepspeed` section: native keys as the user wrote them, completed with what the run owns.
+
+DeepSpeed ignores an unknown top-level key without a word (a typo in `zero_optimization` trains at
+stage 0), takes "auto" in some places, and lets batch sizes and precision be given twice. Here every
+such case is an error that names the keys and the mend, before anything is built. Keys inside the
+blocks are checked by DeepSpeed itself when the engine starts. Nothing here imports deepspeed.
+"""
+
+import copy
+from typing import Any
+
+from routedvit.training.config.file import nearest
+from routedvit.training.config.run import ConfigError
+
+# Top-level keys that DeepSpeed 0.19 reads and that may be given.
+NATIVE_KEYS = (
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
+    "steps_per_print", "dump_state", "disable_python_gc", "disable_allgather",
+    "communication_data_type", "prescale_gradients", "gradient_predivide_factor",
+    "gradient_allreduce_op", "zero_optimization", "comms_logger", "tensorboard", "wandb",
+    "csv_monitor", "comet", "gradient_clipping", "fp16", "bf16", "bfloat16", "torch_autocast",
+    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "flops_profiler",
+    "wall_clock_breakdown", "memory_breakdown", "checkpoint", "data_types", "aio", "log_level",
+    "compile", "timers",
+)  # fmt: skip
+
+# Keys that DeepSpeed reads but that would work against this trainer, and what to use instead.
+REFUSED_KEYS = {
+    "optimizer": "the optimiser is configured in the section 'optim'",
+    "scheduler": "the learning rate is configured in the section 'schedule'",
+    "activation_checkpointing": "it does nothing by itself; set train.grad_checkpointing",
+    "managed_gradient_accumulation": "the trainer relies on DeepSpeed counting the micro-batches",
+    "dataloader_drop_last": "the loader is configured in the section 'data'",
+    "data_efficiency": "the loader is configured in the section 'data'",
+    "datastates_ckpt": "checkpoints are configured in the section 'checkpoint'",
+    "autotuning": "it starts runs of its own; choose the values by hand",
+    "weight_quantization": "it is for inference; this trainer does not use it",
+    "hybrid_engine": "it is for text generation; this trainer does not use it",
+    "pipeline": "this trainer is data-parallel only",
+    "tensor_parallel": "this trainer is data-parallel only",
+    "expert_parallel": "this trainer is data-parallel only",
+    "use_data_before_expert_parallelism": "this trainer is data-parallel only",
+    "sequence_parallel_size": "this trainer is data-parallel only",
+    "seq_parallel_communication_data_type": "this trainer is data-parallel only",
+    "data_parallel_size": "this trainer is data-parallel only",
+    "vocabulary_size": "it is for language models",
+}
+
+# Removed from DeepSpeed by 0.19, which raises on them even when they are switched off.
+REMOVED_KEYS = (
+    "amp", "compression_training", "curriculum_learning", "eigenvalue", "elasticity",
+    "graph_harvesting", "nebula", "progressive_layer_drop", "quantize_training",
+    "sparse_attention", "sparse_gradients",
+)  # fmt: skip
+
+PRECISIONS = {"fp32": None, "bf16": "bf16", "fp16": "fp16"}
+MAX_BUCKET = 500_000_000  # elements: DeepSpeed's own default, larger than most ViTs
+
+
+def split_batch(batch_size: int, micro_batch_size: int | None, world_size: int) -> tuple[int, int]:
+    """(micro-batch, gradient accumulation steps) that make the global batch over `world_size`.
+
+    Raises:
+        ConfigError: the batch does not divide; names both fields and the nearest ones that do.
+    """
+    ranks = f"{world_size} rank" + ("s" if world_size > 1 else "")
+    if batch_size % world_size:
+        lower = batch_size // world_size * world_size
+        near = " or ".join(str(size) for size in (lower, lower + world_size) if size)
+        raise ConfigError(
+            f"train.batch_size = {batch_size} does not divide over {ranks}; use {near}"
+        )
+    share = batch_size // world_size
+    micro = micro_batch_size or share
+    if share % micro:
+        divisors = [size for size in range(1, share + 1) if share % size == 0]
+        closest = min(divisors, key=lambda size: abs(size - micro))
+        raise ConfigError(
+            f"train.micro_batch_size = {micro} does not divide the {share} images that "
+            f"train.batch_size = {batch_size} gives each of {ranks}; use {closest}"
+        )
+    return micro, share // micro
+
+
+def resolve_native_config(
+    user: dict[str, Any],
+    *,
+    batch_size: int,
+    micro_batch_size: int,
+    world_size: int,
+    grad_clip: float | None,
+    dtype: str,
+    num_parameters: int,
+    autocast: bool = False,
+) -> dict[str, Any]:
+    """The complete dict for `deepspeed.initialize`; `user` is not changed.
+
+    `batch_size`, `micro_batch_size` and `grad_clip` come from the section `train`, `dtype` ('fp32',
+    'bf16', 'fp16') and `autocast` from `precision`; `num_parameters` sizes the communication
+    buckets.
+
+    Raises:
+        ConfigError: an unknown, removed or refused key, "auto", or a contradiction.
+    """
+    check_keys(user)
+    if user.get("zero_optimization", {}).get("round_robin_gradients"):
+        raise ConfigError(
+            "deepspeed.zero_optimization.round_robin_gradients = true: DeepSpeed 0.19 then takes "
+            "one parameter's master weights for another's when they are exported; delete it"
+        )
+    native = copy.deepcopy(user)
+    accumulation = batch_size // (micro_batch_size * world_size)
+    _own(native, "train_batch_size", batch_size, "train.batch_size")
+    _own(native, "train_micro_batch_size_per_gpu", micro_batch_size, "train.micro_batch_size")
+    _own(native, "gradient_accumulation_steps", accumulation, "train.batch_size")
+    _own(native, "gradient_clipping", grad_clip or 0.0, "train.grad_clip")
+    _own_autocast(native, autocast)
+    _own_precision(native, "fp32" if autocast else dtype)
+    _fill_defaults(native, num_parameters)
+    _check_offload(native)
+    return native
+
+
+def zero_stage(native: dict[str, Any]) -> int:
+    """The ZeRO stage that a native dict asks for; DeepSpeed's default is 0."""
+    return int(native.get("zero_optimization", {}).get("stage", 0))
+
+
+def check_keys(user: dict[str, Any]) -> None:
+    """Refuse top-level keys that are unknown, removed or not ours to pass on, and any "auto"."""
+    for key in user:
+        if key in REMOVED_KEYS:
+            raise ConfigError(f"deepspeed.{key} was removed from DeepSpeed 0.19; delete it")
+        if key in REFUSED_KEYS:
+            raise ConfigError(f"deepspeed.{key}: {REFUSED_KEYS[key]}; delete it")
+        if key not in NATIVE_KEYS:
+            raise ConfigError(f"unknown DeepSpeed key 'deepspeed.{key}'{nearest(key, NATIVE_KEYS)}")
+    _refuse_auto(user, "deepspeed")
+
+
+def _refuse_auto(value: Any, path: str) -> None:
+    if value == "auto":
+        raise ConfigError(
+            f'{path} = "auto": only Hugging Face trainers resolve it; write a value or delete it'
+        )
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            _refuse_auto(inner, f"{path}.{key}")
+
+
+def _own(native: dict[str, Any], key: str, value: Any, owner: str) -> None:
+    """Fill in a value that `owner` decides; the user may repeat it but not contradict it."""
+    given = native.setdefault(key, value)
+    if given != value:
+        raise ConfigError(
+            f"deepspeed.{key} = {given} contradicts {owner}, which makes it {value}; "
+            "delete the first"
+        )
+
+
+def _own_autocast(native: dict[str, Any], autocast: bool) -> None:
+    """Switch on DeepSpeed's block for autocast to bf16.
+
+    By default DeepSpeed would then also communicate the gradients of linear layers and convolutions
+    in bf16; an empty list of modules keeps the sums over ranks in fp32.
+    """
+    given = native.get("torch_autocast", {}).get("enabled")
+    if given is not None and given != autocast:
+        raise ConfigError(
+            f"deepspeed.torch_autocast.enabled = {str(given).lower()} contradicts "
+            f"precision.autocast = {str(autocast).lower()}; delete the first"
+        )
+    if not autocast:
+        return
+    block = native.setdefault("torch_autocast", {})
+    block["enabled"] = True
+    dtype = block.setdefault("dtype", "bfloat16")
+    if dtype not in ("bfloat16", "bf16"):
+        raise ConfigError(
+            f"deepspeed.torch_autocast.dtype = {dtype} contradicts precision.dtype = bf16; delete "
+            "the first"
+        )
+    block.setdefault("lower_precision_safe_modules", [])
+
+
+def _own_precision(native: dict[str, Any], dtype: str) -> None:
+    """Switch on the block of `dtype` and refuse the other's, and what would hide a bad step."""
+    wanted = PRECISIONS[dtype]
+    if "bfloat16" in native:  # DeepSpeed's older name of the same block
+        native["bf16"] = native.pop("bfloat16")
+    for block in ("bf16", "fp16"):
+        given = native.get(block, {}).get("enabled")
+        if given is not None and given != (block == wanted):
+            raise ConfigError(
+                f"deepspeed.{block}.enabled = {str(given).lower()} contradicts precision.dtype = "
+                f"{dtype}; delete the first"
+            )
+        if block == wanted:
+            native.setdefault(block, {})["enabled"] = True
+    if native.get("bf16", {}).get("check_grad_overflow") is False:
+        raise ConfigError(
+            "deepspeed.bf16.check_grad_overflow = false would apply steps that are not finite; "
+            "delete it"
+        )
+    if wanted and zero_stage(native) == 0:
+        raise ConfigError(
+            f"precision.dtype = {dtype} with deepspeed.zero_optimization.stage = 0 accumulates "
+            f"gradients in {dtype}; use stage 1, 2 or 3 (on one rank too)"
+            + (", or precision.autocast = true" if dtype == "bf16" else "")
+        )
+
+
+def _fill_defaults(native: dict[str, Any], num_parameters: int) -> None:
+    """Explicit values where DeepSpeed's defaults are slow, noisy or change between versions."""
+    native.setdefault("steps_per_print", 10**9)
+    # It synchronises the device twice per micro-batch; the trainer measures by itself.
+    native.setdefault("timers", {}).setdefault("throughput", {}).setdefault("enabled", False)
+    # Accumulating in bf16 loses small gradients, and would be DeepSpeed's default.
+    native.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+    native.setdefault("checkpoint", {}).setdefault("tag_validation", "Ignore")  # our tag is fixed
+    native.setdefault("zero_allow_untested_optimizer", True)  # optim.py refuses wrong ones
+    zero = native.get("zero_optimization")
+    if not zero:
+        return
+    stage = zero_stage(native)
+    if stage <= 2:
+        zero.setdefault("overlap_comm", False)  # with torch.compile it has produced NaNs (#8061)
+    # The default of 5e8 elements is allocated whole and, larger than the model, overlaps nothing.
+    bucket = min(MAX_BUCKET, max(1_000_000, num_parameters // 16 * 2))  # it must be even
+    zero.setdefault("reduce_bucket_size", bucket)
+    if stage <= 2:
+        zero.setdefault("allgather_bucket_size", bucket)
+    if _offloads(zero, "offload_optimizer"):
+        native.setdefault("zero_force_ds_cpu_optimizer", False)  # theirs would be compiled
+
+
+def _offloads(zero: dict[str, Any], block: str) -> bool:
+    return (zero.get(block) or {}).get("device", "none") != "none"
+
+
+def _check_offload(native: dict[str, Any]) -> None:
+    """Refuse what DeepSpeed would ignore, or could only do with an extension it has to compile."""
+    zero, stage = native.get("zero_optimization", {}), zero_stage(native)
+    for block, lowest in (("offload_optimizer", 1), ("offload_param", 3)):
+        where = f"deepspeed.zero_optimization.{block}"
+        if not _offloads(zero, block):
+            continue
+        if stage < lowest:
+            raise ConfigError(f"{where} needs zero_optimization.stage = {lowest} or more: {stage}")
+        for key, value in (("device", "nvme"), ("super_offload", True)):
+            if zero[block].get(key) == value:
+                raise ConfigError(
+                    f"{where}.{key} = {str(value).lower()} needs an extension that DeepSpeed would "
+                    'compile, and this trainer compiles none; use "device": "cpu" alone'
+                )

@@ -1,0 +1,139 @@
+"""DeepSpeed's own keys: what we own is filled in, and every contradiction names both sides."""
+
+import pytest
+
+from routedvit.training.config.native import resolve_native_config, split_batch
+from routedvit.training.config.run import ConfigError
+
+
+def resolve(user, **changes):
+    owned = {
+        "batch_size": 64, "micro_batch_size": 8, "world_size": 4, "grad_clip": 1.0,
+        "dtype": "fp32", "num_parameters": 80_000_000,
+    }  # fmt: skip
+    return resolve_native_config(user, **(owned | changes))
+
+
+def test_owned_values_are_filled_in():
+    native = resolve({"zero_optimization": {"stage": 2}})
+    assert native["train_batch_size"] == 64
+    assert native["train_micro_batch_size_per_gpu"] == 8
+    assert native["gradient_accumulation_steps"] == 2
+    assert native["gradient_clipping"] == 1.0
+    assert "bf16" not in native
+
+
+def test_no_clipping_is_written_out_because_deepspeed_clips_by_default():
+    assert resolve({}, grad_clip=None)["gradient_clipping"] == 0.0
+
+
+def test_the_users_dict_is_left_alone():
+    user = {"zero_optimization": {"stage": 1}}
+    resolve(user, dtype="bf16")
+    assert user == {"zero_optimization": {"stage": 1}}
+
+
+def test_native_keys_pass_verbatim_and_win_over_our_defaults():
+    zero = {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 7}
+    native = resolve({"zero_optimization": zero, "wall_clock_breakdown": True})
+    assert native["zero_optimization"].items() >= zero.items()
+    assert native["wall_clock_breakdown"] is True
+
+
+def test_buckets_follow_the_size_of_the_model():
+    assert (
+        resolve({"zero_optimization": {"stage": 1}})["zero_optimization"]["reduce_bucket_size"]
+        == 10_000_000
+    )
+
+
+def test_buckets_are_even_as_deepspeed_demands():
+    zero = resolve({"zero_optimization": {"stage": 1}}, num_parameters=80_000_009)
+    assert zero["zero_optimization"]["allgather_bucket_size"] % 2 == 0
+
+
+def test_autocast_keeps_weights_and_communication_in_fp32():
+    native = resolve({}, dtype="bf16", autocast=True)
+    assert "bf16" not in native
+    assert native["torch_autocast"]["enabled"] is True
+    assert native["torch_autocast"]["lower_precision_safe_modules"] == []
+
+
+def test_offload_takes_torchs_optimiser():
+    native = resolve({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}})
+    assert native["zero_force_ds_cpu_optimizer"] is False
+
+
+@pytest.mark.parametrize("block", ["bf16", "fp16"])
+def test_precision_switches_its_block_on(block):
+    native = resolve({"zero_optimization": {"stage": 1}}, dtype=block)
+    assert native[block]["enabled"] is True
+    assert native["data_types"]["grad_accum_dtype"] == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("user", "changes", "names"),
+    [
+        ({"train_batch_size": 32}, {}, ("deepspeed.train_batch_size", "train.batch_size")),
+        (
+            {"train_micro_batch_size_per_gpu": 4},
+            {},
+            ("deepspeed.train_micro_batch_size_per_gpu", "train.micro_batch_size"),
+        ),
+        ({"gradient_clipping": 0.5}, {}, ("deepspeed.gradient_clipping", "train.grad_clip")),
+        ({"bf16": {"enabled": True}}, {}, ("deepspeed.bf16.enabled", "precision.dtype")),
+        ({"bfloat16": {"enabled": True}}, {}, ("deepspeed.bf16.enabled", "precision.dtype")),
+        (
+            {"zero_optimization": {"stage": 1}, "bf16": {"enabled": False}},
+            {"dtype": "bf16"},
+            ("deepspeed.bf16.enabled", "precision.dtype"),
+        ),
+        (
+            {"zero_optimization": {"stage": 0}},
+            {"dtype": "bf16"},
+            ("precision.dtype", "deepspeed.zero_optimization.stage"),
+        ),
+        (
+            {"torch_autocast": {"enabled": True}},
+            {},
+            ("deepspeed.torch_autocast.enabled", "precision.autocast"),
+        ),
+        (
+            {"torch_autocast": {"dtype": "float16"}},
+            {"dtype": "bf16", "autocast": True},
+            ("deepspeed.torch_autocast.dtype", "precision.dtype"),
+        ),
+        ({"optimizer": {"type": "AdamW"}}, {}, ("deepspeed.optimizer", "'optim'")),
+        ({"scheduler": {}}, {}, ("deepspeed.scheduler", "'schedule'")),
+        ({"zero_optimisation": {}}, {}, ("deepspeed.zero_optimisation", "'zero_optimization'")),
+        ({"elasticity": {"enabled": False}}, {}, ("deepspeed.elasticity", "removed")),
+        (
+            {"zero_optimization": {"stage": 1, "reduce_bucket_size": "auto"}},
+            {},
+            ("deepspeed.zero_optimization.reduce_bucket_size", "auto"),
+        ),
+    ],
+)
+def test_a_contradiction_names_both_keys(user, changes, names):
+    with pytest.raises(ConfigError) as caught:
+        resolve(user, **changes)
+    assert all(name in str(caught.value) for name in names)
+    assert "\n" not in str(caught.value)
+
+
+def test_repeating_an_owned_value_is_fine():
+    assert resolve({"train_batch_size": 64})["train_batch_size"] == 64
+
+
+def test_a_batch_is_split_into_micro_batches_and_accumulation():
+    assert split_batch(64, 8, 4) == (8, 2)
+    assert split_batch(64, None, 4) == (16, 1)
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "world", "mend"),
+    [(64, None, 3, "63 or 66"), (64, 6, 2, "use 4"), (2, None, 4, "use 4")],
+)
+def test_a_batch_that_does_not_divide_is_refused_with_one_that_does(batch, micro, world, mend):
+    with pytest.raises(ConfigError, match=mend):
+        split_batch(batch, micro, world)

@@ -1,0 +1,131 @@
+"""The run config refuses what it does not understand, in a line that names field and mend."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from routedvit.training.config.file import describe_keys, load_config
+from routedvit.training.config.run import ConfigError, RunConfig
+
+MINIMAL = {
+    "name": "x",
+    "model": {"name": "colt5_vit_test"},
+    "train": {"batch_size": 8, "epochs": 2},
+    "optim": {"lr": 0.001},
+}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps(MINIMAL))
+    return str(file)
+
+
+def test_minimal_config_has_documented_defaults(path: str) -> None:
+    config = load_config(RunConfig, path, [])
+    assert config.folder == "runs/x"
+    assert config.train.grad_clip == 1.0
+    assert config.total_steps(samples_per_epoch=80) == 20
+
+
+def test_set_overrides_nested_keys_with_json_values(path: str) -> None:
+    overrides = ["optim.betas=[0.9, 0.95]", "deepspeed.zero_optimization.stage=3", "name=other"]
+    config = load_config(RunConfig, path, overrides)
+    assert config.optim.betas == (0.9, 0.95)
+    assert config.deepspeed == {"zero_optimization": {"stage": 3}}
+    assert config.name == "other"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("optim.lrr=1", ["optim.lrr", "did you mean 'lr'"]),
+        ("optm.lr=1", ["optm", "did you mean 'optim'"]),
+        ('optim.lr="fast"', ["optim.lr", '"fast"', "valid number"]),
+        ("train.batch_size=2.5", ["train.batch_size", "2.5", "integer"]),
+        ("train.batch_size=-1", ["train.batch_size", "greater than 0"]),
+        ("train.steps=7", ["exactly one of train.epochs and train.steps"]),
+        ("loss.name=hinge", ["loss.name", "'softmax' or 'bce'"]),
+        ("optim.betas=1", ["optim.betas = 1: input should be a valid array"]),
+        ("train.grad_clip=no", ['train.grad_clip = "no": input should be a valid number']),
+        ("optim.lr", ["--set optim.lr", "section.key=value"]),
+        ("name.x=1", ["--set name.x=1", "not a section"]),
+        ("objective.name=mea", ["objective", "'mea'", "'supervised', 'mae', 'distill'"]),
+        ("objective.mask_ratio=0.5", ["'objective.name' is missing"]),
+        ('objective={"name": "mae", "mask_ratoi": 1}', ["objective.mask_ratoi", "'mask_ratio'"]),
+        ('objective={"name": "mae", "mask_ratio": 2}', ["objective.mask_ratio = 2: input should"]),
+        ('objective={"name": "mae", "decoder_heads": 7}', ["decoder_heads = 7 must divide"]),
+        ('objective={"name": "distill"}', ["'objective.teacher' is missing"]),
+        (
+            'objective={"name": "distill", "teacher": {"nam": "x"}}',
+            ["'objective.teacher.name' is missing"],
+        ),
+    ],
+)
+def test_mistake_names_field_and_mend(path: str, override: str, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(RunConfig, path, [override])
+    text = str(caught.value)
+    assert "\n" not in text
+    for word in words:
+        assert word in text
+
+
+def test_missing_required_key_is_named(path: str) -> None:
+    Path(path).write_text(json.dumps(MINIMAL | {"optim": {}}))
+    with pytest.raises(ConfigError, match=r"'optim.lr' is missing"):
+        load_config(RunConfig, path, [])
+
+
+def test_missing_file_lists_its_neighbours(path: str) -> None:
+    with pytest.raises(ConfigError, match=r"does not exist; there are .*run\.json"):
+        load_config(RunConfig, path.replace("run.json", "runs.json"), [])
+
+
+def test_broken_json_is_located_by_line_and_column(path: str) -> None:
+    Path(path).write_text('{"name": "x",\n "model" {}}')
+    with pytest.raises(ConfigError, match="line 2, column 10: not JSON"):
+        load_config(RunConfig, path, [])
+
+
+def test_json_that_is_no_object_is_refused(path: str) -> None:
+    Path(path).write_text("[1, 2]")
+    with pytest.raises(ConfigError, match="holds a JSON list"):
+        load_config(RunConfig, path, [])
+
+
+def test_every_objective_lists_its_keys() -> None:
+    text = describe_keys(RunConfig)
+    for name in ("supervised", "mae", "distill"):
+        assert f'  objective.name = "{name}"' in text
+    assert "  objective.mask_ratio = 0.75" in text
+    assert "  objective.teacher.name = required" in text
+
+
+@pytest.mark.parametrize(
+    ("value", "policy"),
+    [
+        ("false", ("none", 1)),
+        ("true", ("block", 1)),
+        ("heavy", ("heavy", 1)),
+        ("block/3", ("block", 3)),
+    ],
+)
+def test_checkpointing_is_a_policy_or_a_boolean(
+    path: str, value: str, policy: tuple[str, int]
+) -> None:
+    config = load_config(RunConfig, path, [f"train.grad_checkpointing={value}"])
+    assert config.train.checkpointing == policy
+
+
+def test_an_unknown_checkpointing_policy_is_refused(path: str) -> None:
+    with pytest.raises(ConfigError, match=r"train\.grad_checkpointing = \"blocks\""):
+        load_config(RunConfig, path, ["train.grad_checkpointing=blocks"])
+
+
+def test_mixing_for_an_objective_without_labels_is_refused(path: str) -> None:
+    overrides = ["objective.name=mae", "loss.cutmix=0.5"]
+    with pytest.raises(ConfigError, match=r"loss\.cutmix: objective\.name = 'mae' reads no labels"):
+        load_config(RunConfig, path, overrides)
