@@ -23,6 +23,7 @@ from torch.distributed import distributed_c10d
 
 from routedvit.training.distributed.connection import connecting
 from routedvit.training.distributed.world import World, join_environment
+from routedvit.training.host_memory import keep_freed_memory
 
 # Both are read while deepspeed is imported. The NVML check keeps CUDA uninitialised for forks.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
@@ -47,6 +48,8 @@ def start(*, tf32: bool = True, tell: Callable[[str], None] = print) -> World:
     """
     world = join_environment()
     prepare_deepspeed()
+    if world.device.type == "cpu":
+        keep_freed_memory()
     torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.backends.cudnn.allow_tf32 = tf32
     with connecting(world, tell):
