@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tests.unit.training.test_routing_monitor import route
+from tests.unit.training.watch.test_routing_monitor import route
 
 from routedvit.training.watch.routing_health import RoutingHealth, condition
 from routedvit.training.watch.routing_monitor import statistics
