@@ -6,6 +6,7 @@ PIP := DS_BUILD_OPS=0 $(BIN)/python -m pip --disable-pip-version-check install -
 RANKS ?= 2
 ARGS ?=
 PORT ?= 29500
+TESTERS ?= 2  # processes that run the unit tests; the integration tests start their own
 
 .PHONY: help env train tensorboard test test-slow lint schema bench gpu clean
 
@@ -44,7 +45,8 @@ lint: $(VENV)/dev.stamp  ## ruff and mypy
 	@$(BIN)/mypy
 
 test: lint  ## lint, types, unit and integration tests (what CI runs)
-	@$(BIN)/pytest -m "not slow and not gpu"
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow and not gpu" -n $(TESTERS) --dist worksteal tests/unit
+	@$(BIN)/pytest -m "not slow and not gpu" tests/integration tests/gpu
 
 test-slow: $(VENV)/dev.stamp  ## the tests that take longer
 	@$(BIN)/pytest -m "slow and not gpu"
