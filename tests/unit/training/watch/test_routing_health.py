@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tests.unit.training.watch.test_routing_monitor import route
 
 from routedvit.training.watch.routing_health import RoutingHealth, condition
 from routedvit.training.watch.routing_monitor import statistics
+from tests.unit.training.watch.test_routing_monitor import route
 
 IMAGES, PATCHES, K = 8, 64, 16
 
