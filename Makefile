@@ -6,7 +6,8 @@ PIP := DS_BUILD_OPS=0 $(BIN)/python -m pip --disable-pip-version-check install -
 RANKS ?= 2
 ARGS ?=
 PORT ?= 29500
-TESTERS ?= 2  # processes that run the unit tests; the integration tests start their own
+# processes that run the unit tests; the integration tests start their own
+TESTERS ?= 2
 
 .PHONY: help env train tensorboard test test-slow lint schema bench gpu clean
 
