@@ -34,7 +34,7 @@ class Guard:
         engine: gathers what the ranks know.
         ledger: JSON lines, one per bad step and one per return to a checkpoint.
         max_bad_steps, max_rollbacks, forgive_after, spike_sigmas, spike_window, max_spikes: see
-            `config_watch.GuardConfig`.
+            `config.watch.GuardConfig`.
         tell: called with one line about each bad step.
     """
 
