@@ -121,8 +121,8 @@ def test_compiled_steps_equal_plain_pytorch(stage, policy):
     )
     batches = toy.Loader(0, 1).batches(0)
     for step in range(toy.STEPS):
-        schedule.step_update(step)
-        result = engine.train_step([next(batches) for _ in range(engine.accumulation)])
+        with schedule.at(step):
+            result = engine.train_step([next(batches) for _ in range(engine.accumulation)])
         assert result.loss == pytest.approx(losses[step], abs=1e-6)
         assert float(result.grad_norm) == pytest.approx(norms[step], rel=1e-3)
     for name, value in engine.full_parameters():
