@@ -248,6 +248,17 @@ def test_muon_takes_the_matrices_in_the_blocks_and_nothing_else(name, layer_deca
     assert len(muon) >= 10 * len(routed.blocks)
 
 
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+@pytest.mark.parametrize(
+    ("options", "fused"), [({}, True), ({"fused": False}, False), ({"foreach": True}, None)]
+)
+def test_torchs_own_optimisers_are_fused_unless_told_otherwise(model, name, options, fused):
+    optimizer = build_optimizer(model, name=name, lr=1e-3, weight_decay=0, options=options)
+    assert [group["fused"] for group in optimizer.param_groups] == [fused] * len(
+        optimizer.param_groups
+    )
+
+
 def test_further_options_reach_the_optimiser(model):
     optimizer = build_optimizer(
         model, name="sgd", lr=0.1, weight_decay=0.0, options={"momentum": 0.95, "nesterov": False}
