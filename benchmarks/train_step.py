@@ -1,6 +1,7 @@
 """Training steps of `colt5_vit_b` beside timm's dense twin: does the clock follow the FLOPs?
 
     python -m benchmarks.train_step [--rounds 3] [--depth 12] [--only 224,448,all_heavy,seed]
+        [--profile FOLDER]
 
 A step is forward, backward and a fused AdamW. What counts is the realised speed-up over the dense
 twin divided by the ratio of their FLOPs (counted by PyTorch's FlopCounterMode over forward and
@@ -9,12 +10,15 @@ compiled, all four interleaved in one run. Two more comparisons: `all_heavy`, th
 every capacity 1 and no light path against the dense one, and `seed`, our `ConditionalRoutedViT`
 against the one of `colt5-attention` with the same arguments and weights.
 
-On a GPU the steps run in bf16 autocast with larger batches.
+On a GPU the steps run in bf16 autocast with larger batches. With --profile each step is profiled
+once after it was timed.
 """
 
 import argparse
 import statistics
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import colt5_attention
@@ -25,6 +29,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import routedvit
+from benchmarks.profiles import write_profiles
 from benchmarks.results import append_result
 from benchmarks.timing import interleave
 
@@ -42,6 +47,15 @@ SEED: dict[str, Any] = {
     "ff_heavy_mult": 4, "ff_light_mult": 0.5,
 }  # fmt: skip
 SEED_WIDTHS = {192: (3, 1), 384: (6, 2), 768: (12, 3)}  # heavy and light heads
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to measure: rounds, blocks of the models, and a folder for profiles or None."""
+
+    rounds: int
+    depth: int
+    profile: Path | None
 
 
 class Step:
@@ -76,11 +90,12 @@ def compare(
     rounds: int,
     baseline: str,
     flop_ratio: float | None = None,
+    profile: Path | None = None,
 ) -> dict[str, float]:
     """Time the steps, print and append a row each; returns the speed-ups over the baseline."""
     device = next(iter(steps.values())).device
     # a step allocates and communicates with the host: on a GPU too it is timed from outside
-    timed = {name: _synchronised(step, device) for name, step in steps.items()}
+    timed = {name: synchronised(step, device) for name, step in steps.items()}
     seconds = interleave(timed, rounds, "cpu")
     median = {name: statistics.median(times) for name, times in seconds.items()}
     for name, times in seconds.items():
@@ -102,10 +117,14 @@ def compare(
             "train_step", f"{case} {name}", [1e3 * t for t in times],
             unit="ms", baseline=baseline, ratio=1 / speed_up,
         )  # fmt: skip
+    if profile is not None:
+        write_profiles(profile, f"train_step {case}", timed)
     return {name: median[baseline] / own for name, own in median.items()}
 
 
-def _synchronised(step: Step, device: str) -> Callable[[], None]:
+def synchronised(step: Callable[[], object], device: str) -> Callable[[], None]:
+    """`step`, which then waits until the device has done it."""
+
     def call() -> None:
         step()
         if device == "cuda":
@@ -114,33 +133,35 @@ def _synchronised(step: Step, device: str) -> Callable[[], None]:
     return call
 
 
-def against_dense(size: int, batch: int, depth: int, rounds: int) -> None:
+def against_dense(size: int, batch: int, options: Options) -> None:
     """Eager and compiled, each routed step against its dense twin."""
     models = {
-        name: (lambda name=name: timm.create_model(name, img_size=size, depth=depth))
+        name: (lambda name=name: timm.create_model(name, img_size=size, depth=options.depth))
         for name in (DENSE, ROUTED)
     }
     flops = {name: Step(make(), 1, size).flops() for name, make in models.items()}
     ratio = flops[DENSE] / flops[ROUTED]
     for compiled, mode in ((False, "eager"), (True, "compiled")):
-        case = f"{size} px, batch {batch}, {depth} blocks, {mode},"
+        case = f"{size} px, batch {batch}, {options.depth} blocks, {mode},"
         torch.compiler.reset()
         steps = {
             name: Step(make(), batch, size, compiled=compiled) for name, make in models.items()
         }
-        compare(case, steps, rounds, DENSE, ratio)
+        compare(case, steps, options.rounds, DENSE, ratio, options.profile)
 
 
-def all_heavy(depth: int, rounds: int, batch: int) -> None:
+def all_heavy(batch: int, options: Options) -> None:
     """Every capacity 1 and no light path: the routed model is a dense one."""
+    depth = options.depth
     steps = {
         DENSE: Step(timm.create_model(DENSE, depth=depth), batch, 224),
         "all heavy": Step(timm.create_model(ROUTED, depth=depth, **ALL_HEAVY), batch, 224),
     }
-    compare(f"224 px, batch {batch}, {depth} blocks,", steps, rounds, DENSE)
+    case = f"224 px, batch {batch}, {depth} blocks,"
+    compare(case, steps, options.rounds, DENSE, profile=options.profile)
 
 
-def against_seed(rounds: int, batch: int) -> None:
+def against_seed(batch: int, options: Options) -> None:
     """`ConditionalRoutedViT`, theirs and ours, with the same arguments and weights."""
     for dim, (heavy, light) in SEED_WIDTHS.items():
         arguments = {**SEED, "dim": dim, "attn_heavy_heads": heavy, "attn_light_heads": light}
@@ -149,7 +170,7 @@ def against_seed(rounds: int, batch: int) -> None:
         ours.load_state_dict(theirs.state_dict())
         steps = {"colt5-attention": Step(theirs, batch, 224), "ours": Step(ours, batch, 224)}
         case = f"ConditionalRoutedViT, D={dim}, batch {batch},"
-        compare(case, steps, rounds, "colt5-attention")
+        compare(case, steps, 5 * options.rounds, "colt5-attention", profile=options.profile)
 
 
 def main() -> None:
@@ -157,17 +178,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--depth", type=int, default=12)
     parser.add_argument("--only", default="", help="comma-separated: sizes, all_heavy, seed")
+    parser.add_argument("--profile", type=Path, help="folder for a table of operators per step")
     arguments = parser.parse_args()
     wanted = arguments.only.split(",") if arguments.only else None
     batches = BATCHES["cuda" if torch.cuda.is_available() else "cpu"]
-    rounds, depth = arguments.rounds, arguments.depth
+    options = Options(arguments.rounds, arguments.depth, arguments.profile)
     for size, batch in batches.items():
         if wanted is None or str(size) in wanted:
-            against_dense(size, batch, depth, rounds)
+            against_dense(size, batch, options)
     if wanted is None or "all_heavy" in wanted:
-        all_heavy(depth, rounds, batches[224])
+        all_heavy(batches[224], options)
     if wanted is None or "seed" in wanted:
-        against_seed(5 * rounds, batches[224])
+        against_seed(batches[224], options)
 
 
 if __name__ == "__main__":

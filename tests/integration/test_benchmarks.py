@@ -8,6 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from benchmarks.gpu import STEPS, run_all
+from benchmarks.profiles import write_profiles
 
 ROOT = Path(__file__).resolve().parents[2]
 OFTEN = ["--set", "log.gradients_every_steps=4", "--set", "log.routing_every_steps=3"]
@@ -23,6 +27,7 @@ def test_every_benchmark_can_be_imported(module: str) -> None:
     ("command", "rows"),
     [
         (["benchmarks.router", "--rounds", "1"], 18),
+        (["benchmarks.utilisation", "--rounds", "1"], 3),
         (["benchmarks.trainer", "--rounds", "1", "--steps", "12", *OFTEN], 3),
     ],
 )
@@ -39,3 +44,23 @@ def test_a_short_run_ends_in_rows_with_a_baseline(
         found = list(csv.DictReader(lines))
     assert len(found) == rows
     assert all(row["baseline"] and float(row["median"]) > 0 and row["hardware"] for row in found)
+
+
+def test_the_gpu_run_names_what_failed_and_what_its_minutes_did_not_suffice_for() -> None:
+    sleep = ("-c", "import time; time.sleep(60)")
+    wrong = run_all([("-c", ""), ("-c", "raise SystemExit(3)"), sleep, ("-c", "")], seconds=3)
+    assert [line.split(":")[0] for line in wrong] == [
+        "exit status 3", "cut off, the time was over", "not begun, the time was over",
+    ]  # fmt: skip
+
+
+def test_the_gpu_run_knows_its_benchmarks() -> None:
+    modules = {step[1].removeprefix("benchmarks.") for step in STEPS} - {"pytest"}
+    assert modules <= set(MODULES)
+
+
+def test_a_profile_names_the_operators_of_a_step(tmp_path: Path) -> None:
+    write_profiles(
+        tmp_path, "224 px,", {"product": lambda: torch.ones(64, 64).mm(torch.ones(64, 64))}
+    )
+    assert "aten::mm" in (tmp_path / "224_px_product.txt").read_text(encoding="utf-8")

@@ -115,6 +115,12 @@ def resources(cubin: bytes) -> dict[str, int]:
     }
 
 
+def store_widths(ptx: str) -> list[int]:
+    """Bits that each store instruction to global memory writes at once, widest first."""
+    stores = re.findall(r"\bst\.global(?:\.\w+)*?\.(?:v(\d)\.)?b(\d+)", ptx)
+    return sorted((int(vector or 1) * int(bits) for vector, bits in stores), reverse=True)
+
+
 def main() -> None:
     launches: list[tuple[str, JITFunction, dict[str, Any], dict[str, Any]]] = []
     case = ""
@@ -133,6 +139,7 @@ def main() -> None:
             compiled = triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options)
             row = {"kernel": kernel.__name__, "case": case, "chip": chip}
             row |= {"shared": compiled.metadata.shared, **options}
+            row["stores"] = store_widths(compiled.asm["ptx"])
             print(json.dumps(row | resources(compiled.asm["cubin"])), flush=True)
 
 

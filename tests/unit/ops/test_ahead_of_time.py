@@ -39,6 +39,14 @@ def test_shared_memory_fits(compiled):
     assert [row for row in compiled if row["shared"] > SHARED_MEMORY[row["chip"]]] == []
 
 
+def test_tokens_are_written_16_bytes_at_a_time(compiled):
+    """Half of that is half of the bandwidth. The gradient of a gate is one number per row."""
+    tokens = [row for row in compiled if "gather" in row["kernel"] or "scatter" in row["kernel"]]
+    assert len({row["kernel"] for row in tokens}) >= 6
+    assert [row for row in tokens if row["stores"][0] < 128 or row["stores"][1] < 128] == []
+    assert [row for row in tokens if sum(width < 128 for width in row["stores"]) > 1] == []
+
+
 def test_every_kernel_is_among_them(compiled):
     written = {
         line.split("(")[0].removeprefix("def ")
