@@ -19,7 +19,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = (
-    ("-m", "pytest", "-m", "gpu", "tests"),
+    ("-m", "pytest", "-m", "gpu", "tests/unit/ops", "tests/gpu"),
     ("-m", "benchmarks.router"),
     ("-m", "benchmarks.tokens"),
     ("-m", "benchmarks.train_step", "--rounds", "10", "--only", "224,512"),

@@ -35,6 +35,7 @@ from routedvit.ops import (
     prepend_prefix,
     scatter_add_tokens,
 )
+from routedvit.ops.backend import traced_for_export
 
 __all__ = ["RoutedAttention"]
 
@@ -265,7 +266,7 @@ class RoutedAttention(nn.Module):
     @torch.jit.ignore
     def _decides_together(self, x: Tensor) -> bool:
         """Both routers by one operator; graphs for other runtimes take them one by one."""
-        if torch.jit.is_tracing() or torch.compiler.is_exporting() or isinstance(x, torch.fx.Proxy):
+        if traced_for_export() or isinstance(x, torch.fx.Proxy):
             return False
         routers = (self.q_router, self.kv_router)
         return all(isinstance(r, Router) and not r.takes_all() for r in routers)

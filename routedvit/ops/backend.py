@@ -17,7 +17,7 @@ import os
 import torch
 from torch import Tensor
 
-__all__ = ["BACKENDS", "backend", "set_backend", "uses_triton"]
+__all__ = ["BACKENDS", "backend", "set_backend", "traced_for_export", "uses_triton"]
 
 BACKENDS = ("auto", "torch", "triton")
 VARIABLE = "ROUTEDVIT_BACKEND"
@@ -60,6 +60,16 @@ def backend() -> str:
     return _resolved
 
 
+@torch.compiler.assume_constant_result
+def traced_for_export() -> bool:
+    """Whether a graph is made for another runtime, by torch.export or torch.jit.trace.
+
+    Dynamo calls it instead of tracing it: that of torch 2.11 takes `is_exporting()` for True in all
+    that it compiles, and no compiled model would ever see a kernel.
+    """
+    return torch.jit.is_tracing() or torch.compiler.is_exporting()
+
+
 def uses_triton(x: Tensor) -> bool:
     """Whether kernels compute what depends on x.
 
@@ -69,7 +79,7 @@ def uses_triton(x: Tensor) -> bool:
     Raises:
         ValueError: 'triton' was asked for, by name, and x lies where it cannot run.
     """
-    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+    if traced_for_export():
         return False
     if backend() == "torch" or x.is_meta or x.dtype == torch.float64:
         return False

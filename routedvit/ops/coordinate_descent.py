@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from routedvit.ops.backend import uses_triton
+from routedvit.ops.backend import traced_for_export, uses_triton
 
 __all__ = ["coordinate_descent", "coordinate_descent_reference"]
 
@@ -53,7 +53,7 @@ def coordinate_descent(
         return coordinate_descent_reference(
             logits, k, eps, eps_init, eps_decay, num_iterations, mask
         )
-    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+    if traced_for_export():
         return coordinate_descent_reference(
             logits, k, eps, eps_init, eps_decay, num_iterations, mask
         )

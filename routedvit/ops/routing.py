@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from routedvit.ops.backend import uses_triton
+from routedvit.ops.backend import traced_for_export, uses_triton
 from routedvit.ops.soft_topk import capped_softmax
 from routedvit.ops.sorted_routing import route_rows
 
@@ -60,7 +60,7 @@ def route(
     """
     if torch.jit.is_scripting():
         return route_reference(logits, k, fetch_ratio, eps)
-    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+    if traced_for_export():
         return route_reference(logits, k, fetch_ratio, eps)
     gates, indices, _ = torch.ops.routedvit.route(logits.unsqueeze(-2), [k], fetch_ratio, eps)
     return indices, gates
@@ -87,7 +87,7 @@ def select(scores: Tensor, k: int) -> Tensor:
     """`select_reference` as an operator that activation checkpointing can name."""
     if torch.jit.is_scripting():
         return select_reference(scores, k)
-    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+    if traced_for_export():
         return select_reference(scores, k)
     return torch.ops.routedvit.select(scores.detach(), k)
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from routedvit.ops.backend import uses_triton
+from routedvit.ops.backend import traced_for_export, uses_triton
 from routedvit.ops.token_operators import flat_index
 
 __all__ = ["gather_all", "gather_tokens", "prepend_prefix", "scatter_add_tokens"]
@@ -24,7 +24,7 @@ def _as_operator(x: Tensor) -> bool:
     """Whether to call the operators of `token_operators.py`: for the kernels, or when compiling."""
     if uses_triton(x):
         return True
-    return torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting() and x.is_cpu
+    return torch.compiler.is_dynamo_compiling() and not traced_for_export() and x.is_cpu
 
 
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:

@@ -6,7 +6,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from routedvit.ops.backend import VARIABLE, backend, set_backend, uses_triton
+from routedvit.ops.backend import (
+    VARIABLE,
+    backend,
+    set_backend,
+    traced_for_export,
+    uses_triton,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -69,3 +75,18 @@ def test_triton_on_a_tensor_that_is_elsewhere_is_an_error(monkeypatch):
 def test_unknown_backend_is_named():
     with pytest.raises(ValueError, match=r"backend='cuda' .* choose one of auto, torch, triton"):
         set_backend("cuda")
+
+
+class OneIfExported(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if traced_for_export() else x
+
+
+def test_an_export_is_told_from_a_compiled_function():
+    """Dynamo of torch 2.11 takes torch.compiler.is_exporting() for True in both."""
+    model, zero = OneIfExported(), torch.zeros(1)
+    assert model(zero).item() == 0
+    assert torch.compile(model, fullgraph=True, backend="eager")(zero).item() == 0
+    for strict in (True, False):
+        assert torch.export.export(model, (zero,), strict=strict).module()(zero).item() == 1
+    assert torch.jit.trace(model, zero)(zero).item() == 1

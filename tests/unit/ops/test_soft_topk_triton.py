@@ -14,7 +14,9 @@ LONG = 2 * MAX_BLOCK + 17
 @pytest.mark.parametrize("n", [1, 7, 196, LONG])
 def test_every_row_has_a_mask_and_a_fractional_k_of_its_own(n, spread, device):
     logits, mask = draw(3, n) * spread, (draw(3, n, seed=1) > -0.5).to(device)
-    k = torch.tensor([0.25, 1.0, 0.7]) * torch.tensor([n, 1, n])
+    # no whole number: whether the last gate is 1 or just below is rounding there at a large spread,
+    # and the gradient of k jumps with it
+    k = torch.tensor([0.23, 1.3, 0.7]) * torch.tensor([n, 1, n])
     assert_as_exact_as_the_reference(
         lambda s, k: soft_topk(s, k, eps=0.7, mask=mask), logits, k, device=device
     )

@@ -1,0 +1,59 @@
+"""A compiled model calls the kernels, in Triton's interpreter here, and has the eager gradients.
+
+Whichever torch compiles: where it lost them, everything would still be right and slow.
+"""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+
+import routedvit  # noqa: F401  registers the models
+from routedvit.ops import set_backend
+
+OPERATORS = ("gather_tokens", "route", "scatter_add_tokens")
+
+
+@pytest.fixture
+def interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if torch.cuda.is_available():
+        pytest.skip("tests/gpu has it")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    torch._dynamo.reset()
+    yield
+    set_backend(None)
+    torch._dynamo.reset()
+
+
+def gradients(model: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> list[Tensor]:
+    model.zero_grad()
+    forward(x).square().mean().backward()
+    return [p.grad.clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("policy", ["none", "block"])
+def test_the_graphs_hold_the_operators_forward_and_backward(policy, interpreter):
+    torch.manual_seed(0)
+    model = timm.create_model("colt5_vit_test", img_size=28, patch_size=4).train()
+    model.set_grad_checkpointing(policy=policy)
+    x = torch.randn(2, 3, 28, 28)
+    set_backend("torch")
+    expected = gradients(model, model, x)
+    set_backend("triton")
+    called: list[set[str]] = [set(), set()]
+
+    def compiler(which: int) -> Callable[..., torch.fx.GraphModule]:
+        def compile_nothing(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+            called[which] |= {str(node.target) for node in graph.graph.nodes}
+            return graph
+
+        return compile_nothing
+
+    backend = aot_autograd(fw_compiler=compiler(0), bw_compiler=compiler(1))
+    found = gradients(model, torch.compile(model, fullgraph=True, backend=backend), x)
+    assert {f"routedvit.{name}.default" for name in OPERATORS} <= called[0]
+    assert {f"routedvit.{name}_backward.default" for name in OPERATORS} <= called[1]
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
