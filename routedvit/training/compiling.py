@@ -19,8 +19,11 @@ from collections.abc import Iterable
 import torch
 import torch._dynamo
 from torch import nn
+from torch.torch_version import TorchVersion as Version
 
 from routedvit.training.config.run import ConfigError
+
+RIGHT_UNDER_ZERO3 = Version("2.15")
 
 
 def compile_blocks(model: nn.Module, device: torch.device, shapes: int = 1) -> None:
@@ -50,7 +53,19 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 
 def leaf_modules(model: nn.Module) -> dict[str, list[str]]:
-    """DeepSpeed's zero_optimization.leaf_module for whole blocks."""
+    """DeepSpeed's zero_optimization.leaf_module for whole blocks.
+
+    Raises:
+        ConfigError: a torch whose compiler is not known to be right under ZeRO-3.
+    """
+    # DeepSpeed's linear of ZeRO-3 adds its bias in place inside an autograd function: compiled by
+    # torch 2.11, all three of its gradients are wrong, without a word
+    if Version(torch.__version__) < RIGHT_UNDER_ZERO3:
+        raise ConfigError(
+            f"train.compile = true under ZeRO-3 needs torch {RIGHT_UNDER_ZERO3}, this is"
+            f" {torch.__version__}: gradients were wrong with 2.11, the versions between are not"
+            " tested; set train.compile = false, or deepspeed.zero_optimization.stage = 2"
+        )
     kinds = {type(block) for block in blocks_of(model)}
     return {"classes": sorted(f"{kind.__module__}.{kind.__qualname__}" for kind in kinds)}
 

@@ -86,6 +86,15 @@ def test_no_compiler_is_a_mistake_in_words(monkeypatch):
         compile_blocks(toy.model(), CPU)
 
 
+@pytest.mark.parametrize("version", ["2.11.0+cu130", "2.14.1"])
+def test_a_torch_that_compiles_zero_3_wrongly_is_refused(version, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.15.0")
+    compiling.leaf_modules(toy.model())
+    monkeypatch.setattr(torch, "__version__", version)
+    with pytest.raises(ConfigError, match=r"train.compile = true under ZeRO-3 needs torch 2.15"):
+        compiling.leaf_modules(toy.model())
+
+
 def test_a_model_without_blocks_is_named():
     with pytest.raises(ConfigError, match="ResNet has no blocks"):
         compile_blocks(timm.create_model("test_resnet"), CPU)
