@@ -14,7 +14,11 @@ from routedvit.training.assembly_watch import (
 from routedvit.training.checkpoints.checkpoint import Checkpoints
 from routedvit.training.checkpoints.retention import Retention
 from routedvit.training.checkpoints.run_state import RunState
-from routedvit.training.compiling import compile_blocks, leaf_modules
+from routedvit.training.compiling import (
+    check_right_under_zero3,
+    compile_blocks,
+    leaf_modules,
+)
 from routedvit.training.config.native import resolve_native_config, split_batch, zero_stage
 from routedvit.training.config.run import ConfigError, RunConfig
 from routedvit.training.distributed.signals import StopSignals
@@ -88,6 +92,7 @@ def wrap_objective(
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
     )
     if config.train.compile and zero_stage(native) == 3:
+        check_right_under_zero3()
         native["zero_optimization"].setdefault("leaf_module", leaf_modules(model))
     arguments = config.optim.arguments(config.train.batch_size)
     optimizer = build_optimizer(model, **arguments, zero_stage=zero_stage(native))

@@ -52,20 +52,23 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     return list(blocks)
 
 
-def leaf_modules(model: nn.Module) -> dict[str, list[str]]:
-    """DeepSpeed's zero_optimization.leaf_module for whole blocks.
+def check_right_under_zero3() -> None:
+    """DeepSpeed's linear of ZeRO-3 adds its bias in place inside an autograd function: compiled by
+    torch 2.11, all three of its gradients are wrong, without a word.
 
     Raises:
-        ConfigError: a torch whose compiler is not known to be right under ZeRO-3.
+        ConfigError: a torch whose compiler is not known to be right there.
     """
-    # DeepSpeed's linear of ZeRO-3 adds its bias in place inside an autograd function: compiled by
-    # torch 2.11, all three of its gradients are wrong, without a word
     if Version(torch.__version__) < RIGHT_UNDER_ZERO3:
         raise ConfigError(
             f"train.compile = true under ZeRO-3 needs torch {RIGHT_UNDER_ZERO3}, this is"
             f" {torch.__version__}: gradients were wrong with 2.11, the versions between are not"
             " tested; set train.compile = false, or deepspeed.zero_optimization.stage = 2"
         )
+
+
+def leaf_modules(model: nn.Module) -> dict[str, list[str]]:
+    """DeepSpeed's zero_optimization.leaf_module for whole blocks."""
     kinds = {type(block) for block in blocks_of(model)}
     return {"classes": sorted(f"{kind.__module__}.{kind.__qualname__}" for kind in kinds)}
 

@@ -89,10 +89,10 @@ def test_no_compiler_is_a_mistake_in_words(monkeypatch):
 @pytest.mark.parametrize("version", ["2.11.0+cu130", "2.14.1"])
 def test_a_torch_that_compiles_zero_3_wrongly_is_refused(version, monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.15.0")
-    compiling.leaf_modules(toy.model())
+    compiling.check_right_under_zero3()
     monkeypatch.setattr(torch, "__version__", version)
     with pytest.raises(ConfigError, match=r"train.compile = true under ZeRO-3 needs torch 2.15"):
-        compiling.leaf_modules(toy.model())
+        compiling.check_right_under_zero3()
 
 
 def test_a_model_without_blocks_is_named():
