@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,13 +13,17 @@ import torch
 import torch._dynamo.utils
 from torch import nn
 
-from routedvit.training import compiling
+import train
+from routedvit.training import assembly, compiling
 from routedvit.training import engine as engines
 from routedvit.training.compiling import compile_blocks, leaf_modules
+from routedvit.training.config.file import load_config
 from routedvit.training.config.native import resolve_native_config
 from routedvit.training.config.run import ConfigError
+from routedvit.training.distributed.world import World
 from tests.integration import toy
 
+ROOT = Path(__file__).resolve().parents[3]
 CPU = torch.device("cpu")
 
 
@@ -93,6 +98,20 @@ def test_a_torch_that_compiles_zero_3_wrongly_is_refused(version, monkeypatch):
     monkeypatch.setattr(torch, "__version__", version)
     with pytest.raises(ConfigError, match=r"train.compile = true under ZeRO-3 needs torch 2.15"):
         compiling.check_right_under_zero3()
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_run_is_refused_before_its_engine_is_built(stage, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.14.1")
+    monkeypatch.setattr(assembly, "Engine", lambda *arguments: "built")
+    given = [f"deepspeed.zero_optimization.stage={stage}", "train.compile=true"]
+    config = load_config(train.RunConfig, str(ROOT / "configs" / "quickstart.json"), given)
+    world = World(0, 0, 1, CPU)
+    if stage == 2:
+        assert assembly.wrap_objective(config, toy.objective(), world)[0] == "built"
+    else:
+        with pytest.raises(ConfigError, match=r"train.compile = true under ZeRO-3"):
+            assembly.wrap_objective(config, toy.objective(), world)
 
 
 def test_a_model_without_blocks_is_named():
