@@ -257,9 +257,12 @@ class HeavyAttention(nn.Module):
         heads = self.num_heads // self.kv_routes
         weight = self.kv.weight.view(self.kv_routes, -1, dim)
         rows = context.transpose(0, 1).reshape(self.kv_routes, -1, dim)
-        kv = rows @ weight.transpose(1, 2)
-        if self.kv.bias is not None:
-            kv = kv + self.kv.bias.view(self.kv_routes, 1, -1)
+        if self.kv.bias is None:
+            kv = rows @ weight.transpose(1, 2)
+        else:
+            # one operator: autocast would add an fp32 bias to a bf16 product, in fp32
+            bias = self.kv.bias.view(self.kv_routes, 1, -1)
+            kv = torch.baddbmm(bias, rows, weight.transpose(1, 2))
         kv = kv.view(self.kv_routes, batch, num_keys, heads, 2, self.head_dim)
         k, v = kv.permute(4, 1, 0, 3, 2, 5).flatten(2, 3).unbind(0)
         return k, v

@@ -89,12 +89,12 @@ class _Keep(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gates: Tensor) -> Tensor:
-        ctx.save_for_backward(gates)
+        ctx.shape, ctx.dtype = gates.shape, gates.dtype
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        return grads[0], torch.zeros_like(ctx.saved_tensors[0])
+        return grads[0], grads[0].new_zeros(ctx.shape, dtype=ctx.dtype)
 
 
 @register_notrace_function
@@ -106,6 +106,13 @@ def keep_in_graph(x: Tensor, gates: Tensor) -> Tensor:
     if torch.jit.is_scripting():
         return x
     return _Keep.apply(x, gates)
+
+
+@register_notrace_function
+def no_logits(x: Tensor, weight: Tensor, num_prefix: int) -> Tensor:
+    """Zeros [B, R, N] in place of scores that decide nothing; weight [R, D] gets a gradient of 0."""
+    shape = (x.shape[0], weight.shape[0], x.shape[1] - num_prefix)
+    return keep_in_graph(torch.zeros(shape, device=x.device), weight)
 
 
 class Decision(nn.Module):
@@ -217,11 +224,19 @@ class Router(nn.Module):
 
         Returns:
             logits [B, R, N] in fp32, for `decide` or, of several routers at once,
-            `decide_together`.
+            `decide_together`. Zeros where all tokens are taken and nobody watches `decision`.
         """
-        # where all are taken, all gates are 1 and no gradient reaches x
-        x = x.detach() if self.takes_all() else x
+        if self.takes_all():  # all gates are 1, and no gradient reaches x
+            if not torch.jit.is_scripting():  # noqa: SIM102 -- TorchScript wants it alone
+                if not self._watched():
+                    return no_logits(x, self.weight, num_prefix)
+            x = x.detach()
         return router_logits(x, self.weight, self.scale, num_prefix, self.cosine)
+
+    @torch.jit.ignore
+    def _watched(self) -> bool:
+        """Whether anybody will look at the scores."""
+        return len(self.decision._forward_hooks) > 0
 
     def decide(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Select and weigh.

@@ -16,6 +16,7 @@ import os
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 __all__ = ["BACKENDS", "backend", "set_backend", "traced_for_export", "uses_triton"]
 
@@ -81,7 +82,13 @@ def uses_triton(x: Tensor) -> bool:
     """
     if traced_for_export():
         return False
-    if backend() == "torch" or x.is_meta or x.dtype == torch.float64:
+    if x.is_meta or x.dtype == torch.float64:
+        return False
+    # A rehearsal of training (`train.py --dry-run`), often for another machine than this one: it
+    # must neither resolve the choice nor be refused.
+    if isinstance(x, FakeTensor) and x.is_cpu:
+        return False
+    if backend() == "torch":
         return False
     if x.is_cuda or _interpreted():
         return True

@@ -70,6 +70,8 @@ def gather_norm_all(
 
 
 def _normalise(rows: Tensor, weight: Tensor, bias: Tensor | None, eps: float, rms: bool) -> Tensor:
+    if rms and rows.dtype != weight.dtype:  # fp32 weights in autocast
+        return F.rms_norm(rows.float(), weight.shape, weight.float(), eps).to(rows.dtype)
     if rms:
         return rms_norm(rows, weight, eps).to(rows.dtype)
     return F.layer_norm(rows, weight.shape, weight, bias, eps).to(rows.dtype)

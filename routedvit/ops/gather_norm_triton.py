@@ -75,13 +75,17 @@ def gather_norm_backward_kernel(
         present = flat < total_tokens
         inside = present[:, None] & (column < dim)[None, :]
         grad = tl.zeros((ROWS, BLOCK_D), tl.float32)
+        routed = tl.zeros((ROWS,), tl.int1)
         for r in range(num_routes):
             start = (tl.where(present, image, 0) * num_routes + r) * num_rows
             row = find_row(index_ptr + start, token, num_rows)
+            routed = routed | (row >= 0)
             source = grad_ptr + (start + row)[:, None] * dim + column[None, :]
             grad += tl.load(source, mask=inside & (row >= 0)[:, None], other=0.0).to(tl.float32)
         source = x_ptr + image[:, None] * stride_image + token[:, None] * stride_token
-        x = tl.load(source + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        # the others are not read: most of the traffic, and an inf in them is nobody's gradient
+        x = tl.load(source + column[None, :], mask=inside & routed[:, None], other=0.0)
+        x = x.to(tl.float32)
         normal, deviation = _normalise(x, column, dim, eps, RMS)
         grad_weight += tl.sum(grad * normal, axis=0)
         grad_bias += tl.sum(grad, axis=0)

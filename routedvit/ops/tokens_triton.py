@@ -88,16 +88,17 @@ def scatter_add_kernel(
     token = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     column = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = (token < num_tokens)[:, None] & (column < dim)[None, :]
+    place = (image * num_tokens + token)[:, None] * dim + column[None, :]
+    # under way while the search below waits for one load after the other
+    total = tl.load(base_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        total += tl.load(residual_ptr + place, mask=inside, other=0.0).to(tl.float32)
     row = find_row(index_ptr + image * num_rows, token, num_rows)
     routed = row >= 0
     gate = tl.load(gate_ptr + image * num_rows + row, mask=routed, other=0.0).to(tl.float32)
     source = rows_ptr + (image * num_rows + row)[:, None] * dim + column[None, :]
     heavy = tl.load(source, mask=inside & routed[:, None], other=0.0).to(tl.float32)
-    place = (image * num_tokens + token)[:, None] * dim + column[None, :]
-    total = tl.load(base_ptr + place, mask=inside, other=0.0).to(tl.float32)
     total += gate[:, None] * heavy
-    if HAS_RESIDUAL:
-        total += tl.load(residual_ptr + place, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + place, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 

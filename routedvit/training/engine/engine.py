@@ -126,7 +126,9 @@ class Engine:
             if index < self.accumulation - 1:
                 self._engine.step()  # counts the micro-batch
         assert totals is not None
-        mean = WorldMean(torch.cat([totals / self.accumulation, totals.new_tensor([float(stop)])]))
+        # filled, not copied: a copy from the host would wait for the whole backward pass
+        flag = totals.new_full((1,), float(stop))
+        mean = WorldMean(torch.cat([totals / self.accumulation, flag]))
         if before_step is not None:
             before_step()
         grad_norm, applied = self._finish_step()

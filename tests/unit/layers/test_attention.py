@@ -68,6 +68,14 @@ def test_heavy_attention_is_a_loop_over_heads_and_their_route(routes, kv_gate, n
     torch.testing.assert_close(layer(queries, context, gate), layer.proj(expected.flatten(2)))
 
 
+def test_all_routes_stay_in_the_type_of_autocast():
+    """An fp32 bias added to a bf16 product would make fp32 keys, and scores, of all of them."""
+    layer = heavy(kv_routes=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        k, v = layer._keys_values(torch.randn(2, 2, 3, DIM))
+    assert k.dtype == v.dtype == torch.bfloat16
+
+
 def test_rotary_positions_make_scores_depend_on_distance_only():
     layer = heavy()
     angle = torch.arange(9.0)[:, None] * torch.tensor([1.0, 0.3]).repeat_interleave(2)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from routedvit.layers import FixedRouter, Router, as_ratio, build_router
-from routedvit.layers.router import decide_together
+from routedvit.layers.router import decide_together, router_logits
 
 
 def tokens(batch: int = 3, num: int = 49, dim: int = 64) -> torch.Tensor:
@@ -138,3 +138,16 @@ def test_deciding_together_is_deciding_one_by_one(solver, fixed):
     for router, own, decision in zip(routers, logits, together, strict=True):
         for a, b in zip(decision, router.decide(own), strict=True):
             torch.testing.assert_close(a, b)
+
+
+def test_scores_that_decide_nothing_are_computed_only_for_those_who_watch():
+    router, x = Router(8, 1), torch.randn(2, 7, 8)
+    scores = router_logits(x, router.weight, router.scale, 2)
+    logits = router(x, 2)
+    assert logits.shape == scores.shape
+    assert not logits.any()
+    router.decide(logits)[1].sum().backward()
+    assert router.weight.grad is not None  # under ZeRO-3 none would be an earlier step's
+    assert not router.weight.grad.any()
+    router.decision.register_forward_hook(lambda *_: None)
+    assert torch.equal(router(x, 2), scores)

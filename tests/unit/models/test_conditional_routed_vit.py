@@ -109,6 +109,16 @@ def test_outputs_and_gradients_are_theirs(name: str) -> None:
     )
 
 
+def test_it_trains_in_autocast_where_theirs_cannot() -> None:
+    _, ours, images = pair()
+    expected = ours(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = ours(images)
+    got.float().square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in ours.parameters())
+    assert (got - expected).norm() < 0.1 * expected.norm()
+
+
 @pytest.mark.parametrize("name", ["defaults", "two kv routes", "one channel, odd widths"])
 def test_our_state_dict_is_theirs(name: str) -> None:
     theirs, ours, _ = pair(**GRID[name])

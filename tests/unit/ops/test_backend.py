@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from routedvit.ops.backend import (
     VARIABLE,
@@ -70,6 +71,20 @@ def test_triton_on_a_tensor_that_is_elsewhere_is_an_error(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert set_backend("auto") == "triton"
     assert not uses_triton(torch.zeros(1))
+
+
+def test_fake_tensors_of_a_rehearsal_neither_choose_nor_are_refused(monkeypatch):
+    monkeypatch.setattr("routedvit.ops.backend._resolved", None)
+    with FakeTensorMode():
+        fake = torch.zeros(1)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        for name in ("auto", "triton"):
+            monkeypatch.setenv(VARIABLE, name)
+            assert not uses_triton(fake)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr("routedvit.ops.backend._obstacle", lambda: None)
+    assert backend() == "triton"  # not what a rehearsal left behind
 
 
 def test_unknown_backend_is_named():

@@ -34,6 +34,22 @@ def test_weight_gradients_are_complete_when_programs_walk_over_many_tokens(devic
     )
 
 
+@pytest.mark.parametrize("rms", [False, True])
+def test_an_infinite_row_that_no_route_took_is_nobodys_gradient(rms, device):
+    index = choose(3, 7, 2, 1).to(device)
+    x = draw(2, 7, 48).to(device)
+    untouched = [i for i in range(7) if i not in index[0, 0]]
+    x[0, untouched] = torch.inf
+    x.requires_grad_()
+    weight = draw(48).to(device).requires_grad_()
+    gather_norm(x, index, weight, rms=rms).square().sum().backward()
+    assert x.grad is not None
+    assert weight.grad is not None
+    assert x.grad.isfinite().all()
+    assert weight.grad.isfinite().all()
+    assert not x.grad[0, untouched].any()
+
+
 def test_operators_are_registered_soundly(device):
     ops = torch.ops.routedvit
     x, index = draw(2, 7, 8).to(device).requires_grad_(), choose(3, 7, 2, 2).to(device)
