@@ -5,13 +5,15 @@
 Cases in one interleaved run: timm's dense block, the routed block, both compiled, a block of
 `colt5-attention` with the same numbers of heavy tokens, and the routed block's routing alone:
 scores, soft top-k, selection, gather and scatter, forward and backward, without any projection or
-attention. The last one over the routed block is the share of routing in a block's time.
+attention. The last one over the routed block is the share of routing in a block's time. On a GPU in
+bf16.
 """
 
 import argparse
 import warnings
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from colt5_attention import ConditionalRoutedImageAttention
@@ -20,12 +22,18 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from benchmarks.timing import interleave, report
+from benchmarks.train_step import DTYPES
 from routedvit.layers import RoutedBlock
 from routedvit.layers.router import decide_together
 from routedvit.ops import gather_all, prepend_prefix, scatter_add_tokens
 
 DIM, HEADS, PREFIX = 768, 12, 4
 SHAPES = {"cpu": [(16, 14), (4, 28)], "cuda": [(256, 14), (64, 32)]}  # images, side of the grid
+
+
+def descend_on_device(descent: Callable[..., Tensor], s: Tensor, *, k: float, **kwargs: Any) -> Any:
+    """k as a tensor: a number would be copied from the host, which no CUDA graph allows."""
+    return descent(s, k=torch.full_like(s[..., 0], k), **kwargs)
 
 
 class SeedBlock(nn.Module):
@@ -48,6 +56,9 @@ class SeedBlock(nn.Module):
         self.feed_forward = ConditionalRoutedFeedForward(
             DIM, num_heavy_tokens=side * side // 4, light_ff_mult=0.5, heavy_ff_mult=4
         )
+        for module in self.modules():
+            if hasattr(module, "coor_descent"):
+                module.coor_descent = partial(descend_on_device, module.coor_descent)
 
     def forward(self, x: Tensor) -> Tensor:
         image = x.unflatten(1, (self.side, self.side))
@@ -63,7 +74,7 @@ def routing_alone(block: RoutedBlock, x: Tensor) -> Tensor:
     q_index, q_gate = prepend_prefix(q_index.squeeze(1), q_gate.squeeze(1), PREFIX)
     kv_index, kv_gate = prepend_prefix(kv_index, kv_gate, PREFIX)
     x, (rows, keys) = gather_all(x, [q_index, kv_index])
-    context = keys * kv_gate.unsqueeze(-1)
+    context = keys * kv_gate.unsqueeze(-1).to(keys.dtype)
     x = scatter_add_tokens(x, q_index, rows, q_gate)
     index, gate, _ = block.mlp.router.decide(block.mlp.router(x, PREFIX))
     index, gate = prepend_prefix(index.squeeze(1), gate.squeeze(1), PREFIX)
@@ -74,21 +85,21 @@ def routing_alone(block: RoutedBlock, x: Tensor) -> Tensor:
 
 def cases(batch: int, side: int, device: str) -> dict[str, Callable[[], object]]:
     """Forward and backward of each case."""
-    tokens = torch.randn(batch, side * side + PREFIX, DIM, device=device)
+    dtype = DTYPES[device]
+    tokens = torch.randn(batch, side * side + PREFIX, DIM, device=device, dtype=dtype)
     grad = torch.randn_like(tokens)
     patches = tokens[:, PREFIX:].contiguous()
 
     def step(function: Callable[[Tensor], Tensor], x: Tensor = tokens) -> Callable[[], object]:
         def call() -> object:
-            with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-                out = function(x.detach().requires_grad_())
+            out = function(x.detach().requires_grad_())
             return out.backward(grad[:, -out.shape[1] :]) if out.ndim else out.backward()
 
         return call
 
-    dense = Block(DIM, HEADS, qkv_bias=True).to(device)
-    routed = RoutedBlock(DIM, HEADS, num_prefix=PREFIX).to(device)
-    seed = SeedBlock(side).to(device)
+    dense = Block(DIM, HEADS, qkv_bias=True).to(device, dtype)
+    routed = RoutedBlock(DIM, HEADS, num_prefix=PREFIX).to(device, dtype)
+    seed = SeedBlock(side).to(device, dtype)
     with_grid = partial(routed, grid=(side, side))
     return {
         "timm dense": step(dense),

@@ -41,7 +41,10 @@ def routing(batch: int, n: int, device: str, backward: bool) -> dict[str, Callab
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(batch, n, generator=generator).to(device)
     weight = torch.randn(batch, k, generator=generator).to(device)
-    target = torch.full((batch, 1), k * RATIO, device=device)
+    # As tensors: a number would be copied from the host at each call, which no CUDA graph allows,
+    # and of a single entry colt5-attention's Triton kernel reads past the end.
+    total = torch.full((batch,), k * RATIO, device=device)
+    target = total.unsqueeze(1)
 
     def ours_by_descent(s: Tensor) -> Tensor:
         gates = coordinate_descent(s, target, **SCHEDULE)
@@ -51,15 +54,12 @@ def routing(batch: int, n: int, device: str, backward: bool) -> dict[str, Callab
         "exact": lambda s: route(s, k, RATIO)[1],
         "coordinate descent": ours_by_descent,
         "colt5-attention": lambda s: (
-            coor_descent(s, n_iters=20, k=k * RATIO, **SCHEDULE).topk(k).values
+            coor_descent(s, n_iters=20, k=total, **SCHEDULE).topk(k).values
         ),
     }
     if device == "cuda":
         from colt5_attention.triton_coor_descent import triton_coor_descent
 
-        # a number would be copied from the host at each call, and of a single entry the kernel
-        # reads past the end
-        total = torch.full((batch,), k * RATIO, device=device)
         functions["colt5-attention Triton"] = lambda s: (
             triton_coor_descent(s, n_iters=20, k=total, checkpoint_segments=4, **SCHEDULE)
             .topk(k)

@@ -80,6 +80,7 @@ def _on_cpu(case: Callable[[], object]) -> Callable[[], float]:
 
 def _on_gpu(case: Callable[[], object]) -> Callable[[], float]:
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # which made the inputs
     with torch.cuda.stream(stream):
         for _ in range(3):  # compiles, and fills the caches of the operators
             case()

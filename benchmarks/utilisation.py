@@ -6,7 +6,7 @@
 `vit_large_patch16_224`, both compiled, and one large square matrix product of the same type: all
 three interleaved in one run. What is reported is operations per second; the ratio is that over the
 matrix product's. Operations are those of PyTorch's FlopCounterMode over forward and backward, the
-optimiser's time is in the step. On a GPU in bf16 autocast, else in fp32 on two blocks.
+optimiser's time is in the step. On a GPU in bf16, else in fp32 on two blocks.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import routedvit  # noqa: F401  (registers the models)
 from benchmarks.profiles import write_profiles
 from benchmarks.results import append_result
 from benchmarks.timing import interleave
-from benchmarks.train_step import ALL_HEAVY, Step, synchronised
+from benchmarks.train_step import ALL_HEAVY, DTYPES, Step, synchronised
 
 DENSE, ROUTED, PRODUCT = "vit_large_patch16_224", "colt5_vit_l", "matrix product"
 
@@ -34,18 +34,17 @@ class Scale:
     batch: int
     depth: int
     side: int  # of the matrices
-    dtype: torch.dtype
 
 
 SCALES = {
-    "cpu": Scale(batch=4, depth=2, side=2048, dtype=torch.float32),
-    "cuda": Scale(batch=128, depth=24, side=8192, dtype=torch.bfloat16),
+    "cpu": Scale(batch=4, depth=2, side=2048),
+    "cuda": Scale(batch=128, depth=24, side=8192),
 }
 
 
-def product(scale: Scale, device: str) -> Callable[[], object]:
+def product(side: int, device: str) -> Callable[[], object]:
     """One product of random matrices: zeros would be faster than data on a GPU."""
-    left, right = torch.randn(2, scale.side, scale.side, device=device, dtype=scale.dtype)
+    left, right = torch.randn(2, side, side, device=device, dtype=DTYPES[device])
     out = torch.empty_like(left)
     return lambda: torch.mm(left, right, out=out)
 
@@ -64,10 +63,10 @@ def main() -> None:
         work[name] = scale.batch * one.flops()
         model = timm.create_model(name, depth=scale.depth, **options)
         steps[name] = synchronised(Step(model, scale.batch, 224, compiled=True), device)
-    cases = {PRODUCT: synchronised(product(scale, device), device), **steps}
+    cases = {PRODUCT: synchronised(product(scale.side, device), device), **steps}
     seconds = interleave(cases, arguments.rounds, "cpu")  # a step talks to the host
 
-    case = f"224 px, batch {scale.batch}, {scale.depth} blocks, {scale.dtype},"
+    case = f"224 px, batch {scale.batch}, {scale.depth} blocks, {DTYPES[device]},"
     rates = {name: [work[name] / t / 1e12 for t in times] for name, times in seconds.items()}
     middle = {name: statistics.median(values) for name, values in rates.items()}
     for name, values in rates.items():

@@ -110,7 +110,7 @@ def keep_in_graph(x: Tensor, gates: Tensor) -> Tensor:
 
 @register_notrace_function
 def no_logits(x: Tensor, weight: Tensor, num_prefix: int) -> Tensor:
-    """Zeros [B, R, N] in place of scores that decide nothing; weight [R, D] gets a gradient of 0."""
+    """Zeros [B, R, N] in place of scores that decide nothing; the weight gets a gradient of 0."""
     shape = (x.shape[0], weight.shape[0], x.shape[1] - num_prefix)
     return keep_in_graph(torch.zeros(shape, device=x.device), weight)
 
