@@ -23,14 +23,10 @@ the size of the row is kept in between.
     grads          [rows, T]    da_t
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from routedvit.ops.coordinate_descent import temperatures
 
 __all__ = ["coordinate_descent", "coordinate_descent_backward"]
 
@@ -176,14 +172,14 @@ def _blocks(n: int) -> dict[str, int]:
     return {"BLOCK": block, "num_warps": min(max(block // 512, 1), 16)}
 
 
-@functools.lru_cache(maxsize=256)
-def _on_device(
+def _temperatures(
     eps: float, eps_init: float, eps_decay: float, num_iterations: int, device: torch.device
 ) -> Tensor:
-    """The temperatures, kept on the device: no copy from the host per step."""
-    schedule = temperatures(eps, eps_init, eps_decay, num_iterations)
-    with torch.inference_mode(False):
-        return torch.tensor(schedule, dtype=torch.float32, device=device)
+    """`routedvit.ops.coordinate_descent.temperatures`, computed on the device: a copy from the host
+    would wait for it, and a tensor kept from an earlier call is one that no CUDA graph expects.
+    """
+    steps = torch.arange(num_iterations + 1, device=device, dtype=torch.float64)
+    return (max(eps_init, eps) * eps_decay**steps).clamp_(min=eps).float()
 
 
 def coordinate_descent(
@@ -204,7 +200,7 @@ def coordinate_descent(
         with torch.cuda.device_of(logits):
             coordinate_descent_kernel[(k.numel(),)](
                 logits, logits if mask is None else mask.contiguous().view(torch.uint8), k,
-                _on_device(eps, eps_init, eps_decay, num_iterations, logits.device),
+                _temperatures(eps, eps_init, eps_decay, num_iterations, logits.device),
                 gates, sums, n, num_iterations,
                 HAS_MASK=mask is not None, **_blocks(n),
             )  # fmt: skip
@@ -232,7 +228,7 @@ def coordinate_descent_backward(
         with torch.cuda.device_of(logits):
             coordinate_descent_backward_kernel[(k.numel(),)](
                 logits, logits if mask is None else mask.contiguous().view(torch.uint8), k,
-                _on_device(eps, eps_init, eps_decay, num_iterations, logits.device),
+                _temperatures(eps, eps_init, eps_decay, num_iterations, logits.device),
                 gates, sums, grad.contiguous(), torch.empty_like(sums), out, grad_k,
                 n, num_iterations,
                 HAS_MASK=mask is not None, **_blocks(n),

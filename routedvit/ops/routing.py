@@ -173,10 +173,9 @@ def _route_gradient(
 
         return routing_triton.route_backward(indices, gates, grad, counts, eps)
     if len(counts) > 1:
-        n, device = gates.shape[-1], gates.device
-        first = torch.arange(0, n * len(counts), n, device=device)
-        repeats = torch.tensor(counts, device=device)
-        indices = indices + first.repeat_interleave(repeats, output_size=sum(counts))
+        n = gates.shape[-1]
+        of_route = indices.split(list(counts), -1)
+        indices = torch.cat([own + r * n for r, own in enumerate(of_route)], -1)
     free = gates.frac()  # a saturated 1 becomes 0
     weighted = free.flatten(-2).gather(-1, indices) * grad
     out = torch.zeros_like(free).flatten(-2).scatter_(-1, indices, weighted).view_as(free)

@@ -7,15 +7,17 @@ two thresholds are found is told in `threshold_triton.py`. Ties at the hard one 
 index; positions in the compact list come from one scan, which counts sure and tied entries in the
 two halves of an int64. The backward kernel reads the saved gates once. Left out: float64.
 
+How many each route selects (COUNTS) and what its gates sum to (TARGETS) are compiled in: they are
+few, and a table on the device would be a copy from the host, or, kept, a tensor that torch's CUDA
+graphs find in their pool and take for a leak.
+
     array     shape           what it holds
-    routes    [2, R] int32    per route: number selected, first column of its output
-    targets   [P] float32     sum of the gates of row r at r % P (P = R, or the number of rows)
+    targets   [rows] float32  sum of the gates of a row, where TARGETS does not say
     indices   [B, sum k]      int64, ascending within a route
     picked    [B, sum k]      gates at these indices
     gates     [B * R, n]      all gates
 """
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -33,9 +35,23 @@ TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 
 @triton.jit
+def _own_columns(row, COUNTS: tl.constexpr, ROUTES: tl.constexpr):
+    """How many entries a row selects, and where they go in the flat list of all rows."""
+    route = row % ROUTES
+    count = tl.zeros_like(row)
+    before = tl.zeros_like(row)
+    total = tl.zeros_like(row)
+    for r in tl.static_range(ROUTES):
+        count = tl.where(route == r, COUNTS[r], count)
+        before += tl.where(route > r, COUNTS[r], 0)
+        total += COUNTS[r]
+    return count, row // ROUTES * total + before
+
+
+@triton.jit
 def routing_kernel(
-    logits_ptr, mask_ptr, targets_ptr, routes_ptr, gates_ptr, picked_ptr, indices_ptr,
-    n, num_targets, num_routes, total, eps,
+    logits_ptr, mask_ptr, targets_ptr, gates_ptr, picked_ptr, indices_ptr, n, eps,
+    COUNTS: tl.constexpr, TARGETS: tl.constexpr, ROUTES: tl.constexpr,
     BLOCK: tl.constexpr, NUM_BLOCKS: tl.constexpr, HAS_MASK: tl.constexpr,
     SOFT: tl.constexpr, HARD: tl.constexpr,
 ):  # fmt: skip
@@ -55,13 +71,17 @@ def routing_kernel(
         num_valid += tl.sum(valid.to(tl.int32)).to(tl.int64)
 
     target = tl.full((), 1.0, tl.float32)
-    if SOFT:
-        target = tl.load(targets_ptr + row % num_targets)
+    if SOFT and ROUTES > 0:
+        for r in tl.static_range(ROUTES):
+            target = tl.where(row % ROUTES == r, TARGETS[r], target)
+    elif SOFT:
+        target = tl.load(targets_ptr + row)
     target = tl.minimum(target, num_valid.to(tl.float32))
     soft_rank = tl.maximum(tl.ceil(target), 1.0).to(tl.int64)
     hard_rank = soft_rank
+    out = tl.zeros_like(row)
     if HARD:
-        hard_rank = tl.load(routes_ptr + row % num_routes).to(tl.int64)
+        hard_rank, out = _own_columns(row, COUNTS, ROUTES)
     hard_low, needed, soft_low = search(
         held, logits_ptr, mask_ptr, n, hard_rank, soft_rank, smallest, largest, num_valid,
         BLOCK, NUM_BLOCKS, HAS_MASK, SOFT, HARD,
@@ -85,9 +105,6 @@ def routing_kernel(
 
     everything = target >= num_valid.to(tl.float32)
     top_tie = tl.where(needed > 0, hard_low, hard_low - 1)  # no key is tied where none is needed
-    out = tl.zeros_like(row)
-    if HARD:
-        out = row // num_routes * total + tl.load(routes_ptr + num_routes + row % num_routes)
     sure_before = tl.zeros_like(row)
     tied_before = tl.zeros_like(row)
     for block in range(NUM_BLOCKS):
@@ -130,13 +147,12 @@ def free_gates(gates_ptr, column, mask):
 
 @triton.jit
 def routing_backward_kernel(
-    indices_ptr, gates_ptr, grad_ptr, out_ptr, routes_ptr, n, num_routes, total, eps,
-    BLOCK: tl.constexpr, NUM_BLOCKS: tl.constexpr,
+    indices_ptr, gates_ptr, grad_ptr, out_ptr, n, eps,
+    COUNTS: tl.constexpr, ROUTES: tl.constexpr, BLOCK: tl.constexpr, NUM_BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """out = gate / eps * (g - sum g * gate / sum gate) over gates below 1; g is 0 off `indices`."""
     row = tl.program_id(0).to(tl.int64)
-    count = tl.load(routes_ptr + row % num_routes)
-    start = row // num_routes * total + tl.load(routes_ptr + num_routes + row % num_routes)
+    count, start = _own_columns(row, COUNTS, ROUTES)
     gates_ptr += row * n
     out_ptr += row * n
     indices_ptr += start
@@ -179,45 +195,33 @@ def blocks(n: int) -> dict[str, int]:
     }
 
 
-@functools.lru_cache(maxsize=256)
-def _routes(counts: tuple[int, ...], device: torch.device) -> Tensor:
-    """[2, R] counts and where they begin, kept on the device: no copy from the host per step."""
-    starts = [sum(counts[:i]) for i in range(len(counts))]
-    with torch.inference_mode(False):
-        return torch.tensor([list(counts), starts], dtype=torch.int32, device=device)
-
-
-@functools.lru_cache(maxsize=256)
-def _targets(counts: tuple[int, ...], fetch_ratio: float, n: int, device: torch.device) -> Tensor:
-    sums = [min(k * fetch_ratio, n) for k in counts]
-    with torch.inference_mode(False):
-        return torch.tensor(sums, dtype=torch.float32, device=device)
-
-
 def launch_routing(
     logits: Tensor,
     mask: Tensor | None,
-    targets: Tensor | None,
+    targets: Tensor | tuple[float, ...] | None,
     counts: tuple[int, ...],
     shape: Sequence[int],
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gates of all entries, then gates and indices of the selected ones, in `shape`."""
+    """Gates of all entries, then gates and indices of the selected ones, in `shape`.
+
+    `targets`, what the gates sum to, are one per route, or a tensor with one per row where nothing
+    is selected; None leaves the gates out.
+    """
     logits = logits.contiguous()
     n = logits.shape[-1]
     rows = logits.numel() // max(n, 1)
     soft, hard = targets is not None, sum(counts) > 0
+    per_row, per_route = (targets, ()) if isinstance(targets, Tensor) else (logits, targets)
     gates = torch.empty_like(logits, dtype=torch.float32) if soft else logits
     picked = logits.new_empty(shape, dtype=torch.float32)
     indices = logits.new_empty(shape, dtype=torch.int64)
     if rows > 0:
-        table = _routes(counts, logits.device) if hard else logits
         # Triton launches on the current device, which need not be the tensor's
         with torch.cuda.device_of(logits):
             routing_kernel[(rows,)](
-                logits, logits if mask is None else mask, logits if targets is None else targets,
-                table, gates, picked, indices,
-                n, 1 if targets is None else targets.numel(), max(len(counts), 1), sum(counts), eps,
+                logits, logits if mask is None else mask, per_row, gates, picked, indices, n, eps,
+                COUNTS=counts, TARGETS=per_route or (), ROUTES=len(counts),
                 HAS_MASK=mask is not None, SOFT=soft, HARD=hard, **blocks(n),
             )  # fmt: skip
     return gates, picked, indices
@@ -227,8 +231,8 @@ def route(
     logits: Tensor, counts: Sequence[int], fetch_ratio: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """logits [..., R, n], k of each of the R routes -> picked, indices [..., sum k], gates."""
-    ks = tuple(counts)
-    targets = _targets(ks, fetch_ratio, logits.shape[-1], logits.device)
+    ks, n = tuple(counts), logits.shape[-1]
+    targets = tuple(min(k * fetch_ratio, float(n)) for k in ks)
     shape = (*logits.shape[:-2], sum(ks))
     gates, picked, indices = launch_routing(logits, None, targets, ks, shape, eps)
     return picked, indices, gates
@@ -249,7 +253,7 @@ def route_backward(
         ks = tuple(counts)
         with torch.cuda.device_of(gates):
             routing_backward_kernel[(gates.numel() // n,)](
-                indices, gates, grad.contiguous(), out, _routes(ks, gates.device),
-                n, len(ks), sum(ks), eps, **blocks(n),
+                indices, gates, grad.contiguous(), out, n, eps,
+                COUNTS=ks, ROUTES=len(ks), **blocks(n),
             )  # fmt: skip
     return out
