@@ -1,4 +1,4 @@
-"""Gather and scatter of routed tokens, forward and backward, beside a copy of the same bytes.
+"""Scores, gather and scatter of routed tokens, each way, beside a copy of the same bytes.
 
     python -m benchmarks.tokens [--rounds 30]
 
@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from benchmarks.timing import interleave, report
-from routedvit.ops import gather_norm, gather_tokens, scatter_add_tokens
+from routedvit.ops import gather_norm, gather_tokens, router_logits, scatter_add_tokens
 from routedvit.ops.backend import backend, set_backend
 
 Operators = dict[str, dict[str, Callable[[], object]]]
@@ -49,7 +49,13 @@ def cases(batch: int, n: int, dim: int, device: str) -> Operators:
         out = gather_norm(x, index, weight, bias)
         return torch.autograd.grad(out, wanted, rows.detach()) if wanted else out
 
+    def scored(*wanted: torch.Tensor) -> object:
+        out = router_logits(x, weight.unsqueeze(0), dim**-0.5, 0)
+        return torch.autograd.grad(out, wanted, out.detach()) if wanted else out
+
     operators = {
+        "scores": (scored, all_rows),
+        "scores, backward too": (lambda: scored(x, weight), 3 * all_rows),
         "gather": (gathered, 2 * few),
         "gather, backward too": (lambda: gathered(x), 3 * few + all_rows),
         "scatter": (scattered, 3 * all_rows + few),

@@ -25,11 +25,12 @@ from timm.layers import register_notrace_function
 from torch import Tensor, nn
 from torch.jit import Final
 
-from routedvit.ops import coordinate_descent, route, route_all, select
+from routedvit.ops import coordinate_descent, route, route_all, router_logits, select
 
 __all__ = ["Router", "as_ratio", "decide_together", "keep_in_graph"]
 
 register_notrace_function(route)
+register_notrace_function(router_logits)
 register_notrace_function(select)
 
 
@@ -53,22 +54,6 @@ def as_ratio(capacity: float | str | Fraction, name: str = "capacity") -> Fracti
             f"{name}={capacity!r} must lie in (0, 1]: the share of tokens that go heavy"
         )
     return ratio
-
-
-@register_notrace_function
-def router_logits(
-    x: Tensor, weight: Tensor, scale: float, num_prefix: int, cosine: bool = False
-) -> Tensor:
-    """x [B, P + N, D] and weight [R, D] -> logits [B, R, N] of the patches, fp32 also in autocast.
-
-    The prefix is cut off the narrow logits: cutting it off x would copy all of x.
-    """
-    if cosine:
-        x, weight = F.normalize(x.float(), dim=-1), F.normalize(weight.float(), dim=-1)
-    if torch.jit.is_scripting() or x.is_meta:
-        return F.linear(x.float(), weight.float() * scale)[:, num_prefix:].transpose(1, 2)
-    with torch.autocast(x.device.type, enabled=False):
-        return F.linear(x.float(), weight.float() * scale)[:, num_prefix:].transpose(1, 2)
 
 
 @register_notrace_function
@@ -231,7 +216,10 @@ class Router(nn.Module):
                 if not self._watched():
                     return no_logits(x, self.weight, num_prefix)
             x = x.detach()
-        return router_logits(x, self.weight, self.scale, num_prefix, self.cosine)
+        if self.cosine:
+            x, vectors = F.normalize(x.float(), dim=-1), F.normalize(self.weight.float(), dim=-1)
+            return router_logits(x, vectors, self.scale, num_prefix)
+        return router_logits(x, self.weight, self.scale, num_prefix)
 
     @torch.jit.ignore
     def _watched(self) -> bool:

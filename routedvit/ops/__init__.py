@@ -8,6 +8,7 @@ from routedvit.ops.backend import set_backend
 from routedvit.ops.coordinate_descent import coordinate_descent
 from routedvit.ops.gather_norm import gather_norm, gather_norm_all
 from routedvit.ops.rms_norm import rms_norm
+from routedvit.ops.router_logits import router_logits
 from routedvit.ops.routing import SAVED_OPS, route, route_all, select
 from routedvit.ops.soft_topk import soft_topk
 from routedvit.ops.tokens import gather_all, gather_tokens, prepend_prefix, scatter_add_tokens
@@ -31,6 +32,7 @@ __all__ = [
     "rms_norm",
     "route",
     "route_all",
+    "router_logits",
     "scatter_add_tokens",
     "select",
     "set_backend",

@@ -23,7 +23,8 @@ __all__ = ["BACKENDS", "backend", "set_backend", "traced_for_export", "uses_trit
 BACKENDS = ("auto", "torch", "triton")
 VARIABLE = "ROUTEDVIT_BACKEND"
 KERNELS = tuple(
-    f"routedvit.ops.{name}_triton" for name in ("coordinate_descent", "gather_norm", "soft_topk")
+    f"routedvit.ops.{name}_triton"
+    for name in ("coordinate_descent", "gather_norm", "router_logits", "soft_topk")
 )
 # Triton itself supports no older NVIDIA architecture
 LOWEST_CAPABILITY = (8, 0)

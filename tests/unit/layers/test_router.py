@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from routedvit.layers import FixedRouter, Router, as_ratio, build_router
-from routedvit.layers.router import decide_together, router_logits
+from routedvit.layers.router import decide_together
+from routedvit.ops import router_logits
 
 
 def tokens(batch: int = 3, num: int = 49, dim: int = 64) -> torch.Tensor:

@@ -14,7 +14,7 @@ from torch._dynamo.backends.common import aot_autograd
 import routedvit  # noqa: F401  registers the models
 from routedvit.ops import set_backend
 
-OPERATORS = ("gather_tokens", "route", "scatter_add_tokens")
+OPERATORS = ("router_logits", "gather_tokens", "route", "scatter_add_tokens")
 
 
 @pytest.fixture

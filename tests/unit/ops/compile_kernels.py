@@ -25,13 +25,15 @@ from triton.runtime.jit import JITFunction
 from routedvit.ops import (
     coordinate_descent_triton,
     gather_norm_triton,
+    router_logits_triton,
     routing_triton,
     soft_topk_triton,
     tokens_triton,
 )
 
 MODULES = (
-    coordinate_descent_triton, gather_norm_triton, routing_triton, soft_topk_triton, tokens_triton,
+    coordinate_descent_triton, gather_norm_triton, router_logits_triton, routing_triton,
+    soft_topk_triton, tokens_triton,
 )  # fmt: skip
 CHIPS = (80, 90)
 ROW_LENGTHS = (196, 1024, 4096, 65536)  # one warp, few warps, the largest block, several blocks
@@ -73,6 +75,11 @@ def launch_everything() -> Iterator[str]:
         weight = torch.zeros(dim)
         rows = ops.gather_norm(x, index, weight, None if rms else weight, 1e-6, rms)
         ops.gather_norm_backward(x, index, weight, rows, 1e-6, rms)
+    for dim, routes in ((384, 1), (768, 2), (1280, 4), (8192, 1)):
+        yield f"D={dim} R={routes}"
+        x, weight = torch.zeros(2, 200, dim).bfloat16(), torch.zeros(routes, dim).bfloat16()
+        logits = ops.router_logits(x, weight, 0.5, 4)
+        ops.router_logits_backward(x, weight, logits, 0.5, 4)
 
 
 def launch_tokens(x: Tensor) -> None:
