@@ -33,6 +33,11 @@ class SourceConfig(_Section):
         "such as shards/train-{000000..000015}.tar, each also as an http(s), s3 or gs URL, or a "
         "list of these."
     )
+    manifest: str | None = Field(
+        default=None,
+        description="The manifest.json of these shards, a path or a URL, where it cannot lie "
+        "beside them; their index files are looked for beside it. Empty: beside the shards.",
+    )
 
 
 class TrainSource(SourceConfig):
@@ -148,15 +153,17 @@ class AugmentConfig(_Section):
 class RemoteConfig(_Section):
     """How shards that are URLs come here; credentials come from the environment alone."""
 
-    cache_dir: str = Field(
-        default="~/.cache/routedvit/shards",
-        description="Folder on this node's disk that fetched shards are kept in.",
+    cache_dir: str | None = Field(
+        default=None,
+        description="Folder on this node's disk that fetched shards are kept in; empty: the "
+        "variable ROUTEDVIT_CACHE, else routedvit/shards in SLURM_TMPDIR, else "
+        "~/.cache/routedvit/shards.",
     )
     cache_gb: float = Field(
         default=100.0, gt=0, description="Size of the cache; the shards longest unused make room."
     )
     prefetch: int = Field(
-        default=1, ge=0, description="Shards per stream that are fetched before they are needed."
+        default=2, ge=0, description="Shards per stream that are fetched before they are needed."
     )
     read_timeout: float = Field(
         default=30.0, gt=0, description="Seconds without a byte after which a read has failed."
@@ -168,8 +175,16 @@ class RemoteConfig(_Section):
     )
 
 
-# Keys that may change when a run is resumed: they alter how fast samples come, never which.
+# Keys that may change when a run is resumed: they alter how fast samples come, never which. Where
+# the shards are is one: a token is renewed, a set is copied. That they are the same ones is seen
+# from their names and SHA-256, see ShardSet.digest. A * stands for the number of a source.
 FREE_ON_RESUME = (
+    "train.shards",
+    "train.manifest",
+    "train.*.shards",
+    "train.*.manifest",
+    "val.shards",
+    "val.manifest",
     "num_workers",
     "prefetch_factor",
     "max_bad_samples",

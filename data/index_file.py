@@ -76,11 +76,16 @@ def pack(index: TarIndex) -> bytes:
 def unpack(content: bytes) -> TarIndex:
     """The index that `pack` made `content` of; only for content whose hash has been compared."""
     count = int.from_bytes(content[len(MAGIC) : _START], "little")
-    columns = np.frombuffer(content, "<i8", 4 * count, _START).reshape(4, count)
+    # a copy: a view would keep all of `content` alive, thrice what the columns need
+    columns = np.frombuffer(content, "<i8", 4 * count, _START).reshape(4, count).copy()
     words = json.loads(content[_START + columns.nbytes :])
+    offsets, sizes, labels, checks = columns
     return TarIndex(
         keys=np.array([key.encode() for key in words["keys"]], dtype=np.bytes_),
         faults={int(sample): reason for sample, reason in words["faults"].items()},
         ignored=words["ignored"],
-        **dict(zip(_COLUMNS, columns, strict=True)),
+        offsets=offsets,
+        sizes=sizes,
+        labels=labels,
+        checks=checks,
     )

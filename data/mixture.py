@@ -10,7 +10,6 @@ of every source. Nothing is remembered, so the cursor still is one integer.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Protocol
@@ -19,7 +18,8 @@ import numpy as np
 
 from data.config import DataConfig, TrainSource
 from data.errors import DataError
-from data.order import Place, SampleOrder, default_streams, uniform
+from data.order import PLACES, Place, SampleOrder, default_streams, uniform
+from data.recent import Recent
 from data.shards import ShardSet, agreed_label_names, pooled, resolve
 
 TURNS = 1024  # of a block; part of the order
@@ -51,7 +51,7 @@ def resolve_train(config: DataConfig) -> TrainSet:
     sources = config.train if isinstance(config.train, list) else [config.train]
     several = isinstance(config.train, list)
     parts = [
-        resolve(source.shards, _field(number, several), config.remote)
+        resolve(source.shards, _field(number, several), config.remote, source.manifest)
         for number, source in enumerate(sources)
     ]
     weights = [_weight(source, part) for source, part in zip(sources, parts, strict=True)]
@@ -64,6 +64,8 @@ def resolve_train(config: DataConfig) -> TrainSet:
         label_names=agreed_label_names(names, "data.train"),
         mean=mean,
         std=std,
+        manifests=[home for part in parts for home in part.manifests],
+        source_sizes=tuple(len(part.entries) for part in parts),
     )
     whole = sum(p.num_samples * s.repeat for p, s in zip(parts, sources, strict=True))
     return TrainSet(shards, parts, weights, config.samples_per_epoch or whole)
@@ -98,16 +100,10 @@ class DrawnOrder(SampleOrder):
     Shards are read all over, so this is for local disks.
     """
 
-    def _block(self, epoch: int, stream: int, block: int) -> np.ndarray:
-        name = (epoch, stream, block)
-        if name not in self._blocks:
-            draws = uniform((_DRAWS, self.seed, *name), 4096) * self.num_samples
-            # `_resolve` counts from where the stream's span begins
-            begin = self._epoch(epoch).span_begins[stream]
-            self._blocks[name] = draws.astype(np.int64) - begin
-            if len(self._blocks) > 2 * self.streams + 2:
-                self._blocks.popitem(last=False)
-        return self._blocks[name]
+    def _make_block(self, epoch: int, stream: int, block: int) -> np.ndarray:
+        draws = uniform((_DRAWS, self.seed, epoch, stream, block), PLACES) * self.num_samples
+        # `_resolve` counts from where the stream's span begins
+        return draws.astype(np.int64) - self._epoch(epoch).span_begins[stream]
 
 
 class Mixture:
@@ -128,7 +124,7 @@ class Mixture:
             )
         self._borders = [sum(shares[:number], Fraction()) for number in range(len(shares) + 1)]
         self._first_shard = np.cumsum([0, *(len(order.sizes) for order in orders)])
-        self._patterns: OrderedDict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = OrderedDict()
+        self._patterns: Recent[tuple[np.ndarray, np.ndarray]] = Recent(2 * self.streams + 2)
 
     def locate(self, positions: np.ndarray) -> Place:
         """The samples at `positions` (int64 [n]); `epoch` is that of the sample's own source."""
@@ -152,6 +148,7 @@ class Mixture:
 
     def _own(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The source of each position, and its own position in that source."""
+        self._patterns.begin_call()
         turn = positions // self.streams // self.repeats
         stream, block = positions % self.streams, turn // TURNS
         source, own = np.empty_like(positions), np.empty_like(positions)
@@ -165,19 +162,17 @@ class Mixture:
 
     def _pattern(self, stream: int, block: int) -> tuple[np.ndarray, np.ndarray]:
         """For each turn of a block: the source, and how many turns that source had before."""
-        name = (stream, block)
-        if name not in self._patterns:
-            before, after = self._turns_before(block), self._turns_before(block + 1)
-            sources = np.repeat(np.arange(len(before)), after - before)
-            turns = np.empty(TURNS, dtype=np.int64)
-            order = np.argsort(uniform((_MIXTURE, self.seed, *name), TURNS), kind="stable")
-            sources = sources[order]
-            for number in range(len(before)):
-                turns[sources == number] = np.arange(before[number], after[number])
-            self._patterns[name] = sources, turns
-            if len(self._patterns) > 2 * self.streams + 2:
-                self._patterns.popitem(last=False)
-        return self._patterns[name]
+        return self._patterns.get((stream, block), lambda: self._make_pattern(stream, block))
+
+    def _make_pattern(self, stream: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+        before, after = self._turns_before(block), self._turns_before(block + 1)
+        sources = np.repeat(np.arange(len(before)), after - before)
+        turns = np.empty(TURNS, dtype=np.int64)
+        order = np.argsort(uniform((_MIXTURE, self.seed, stream, block), TURNS), kind="stable")
+        sources = sources[order]
+        for number in range(len(before)):
+            turns[sources == number] = np.arange(before[number], after[number])
+        return sources, turns
 
     def _turns_before(self, block: int) -> np.ndarray:
         """The turns that each source has had in a stream before `block`; they sum to all turns."""

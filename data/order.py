@@ -20,7 +20,8 @@ that follow each other, and so in the same batch if that is large enough. An epo
 positions.
 
 Cost: nothing is precomputed. A block of 4096 places is ordered from its 4096 + 2 * buffer
-neighbours when the first of them is asked for, about a millisecond; memory is a block per stream.
+neighbours when the first of them is asked for, about a millisecond; memory is two blocks of 32 KiB
+per stream, more where the last calls asked for more: what is fetched ahead lies in other blocks.
 
 `python -m data.order` prints which samples a step of a run saw; see `data.order_cli`.
 """
@@ -35,6 +36,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data.errors import DataError
+from data.recent import Recent
 
 PLACES = 4096  # of a block; part of the order, as the random numbers are drawn per block
 DEFAULT_MAX_STREAMS = 64
@@ -97,7 +99,7 @@ class SampleOrder:
                 f"set data.streams to at most {self.num_samples}"
             )
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
-        self._blocks: OrderedDict[tuple[int, int, int], np.ndarray] = OrderedDict()
+        self._blocks: Recent[np.ndarray] = Recent(2 * self.streams + 2)
 
     def locate(self, positions: np.ndarray) -> Place:
         """The samples at `positions` (int64 [n], any order)."""
@@ -134,6 +136,7 @@ class SampleOrder:
         return (positions + self.streams - 1 - streams) // self.streams
 
     def _resolve(self, epoch: np.ndarray, stream: np.ndarray, turn: np.ndarray) -> Place:
+        self._blocks.begin_call()
         shard, sample = np.empty_like(turn), np.empty_like(turn)
         groups = np.stack([epoch, stream, turn // PLACES])
         wanted, group_of = np.unique(groups, axis=1, return_inverse=True)
@@ -166,19 +169,18 @@ class SampleOrder:
     def _block(self, epoch: int, stream: int, block: int) -> np.ndarray:
         """Places [block * PLACES, ...) of a stream -> index in its span."""
         name = (epoch, stream, block)
-        if name not in self._blocks:
-            begins = self._epoch(epoch).span_begins
-            length = int(begins[stream + 1] - begins[stream])
-            begin, end = block * PLACES, min((block + 1) * PLACES, length)
-            # A sample moves fewer than `buffer` places, so only these can land in the block, and
-            # all of them that land before it are exactly the ones sorted before `begin - low`.
-            low, high = max(0, begin - self.buffer), min(length, end + self.buffer)
-            keys = np.arange(low, high) + self._jitter(epoch, stream, low, high) * self.buffer
-            order = np.argsort(keys, kind="stable")
-            self._blocks[name] = low + order[begin - low : end - low]
-            if len(self._blocks) > 2 * self.streams + 2:
-                self._blocks.popitem(last=False)
-        return self._blocks[name]
+        return self._blocks.get(name, lambda: self._make_block(*name))
+
+    def _make_block(self, epoch: int, stream: int, block: int) -> np.ndarray:
+        begins = self._epoch(epoch).span_begins
+        length = int(begins[stream + 1] - begins[stream])
+        begin, end = block * PLACES, min((block + 1) * PLACES, length)
+        # A sample moves fewer than `buffer` places, so only these can land in the block, and all of
+        # them that land before it are exactly the ones sorted before `begin - low`.
+        low, high = max(0, begin - self.buffer), min(length, end + self.buffer)
+        keys = np.arange(low, high) + self._jitter(epoch, stream, low, high) * self.buffer
+        order = np.argsort(keys, kind="stable")
+        return low + order[begin - low : end - low]
 
     def _jitter(self, epoch: int, stream: int, low: int, high: int) -> np.ndarray:
         first, last = low // PLACES, (high - 1) // PLACES

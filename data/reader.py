@@ -25,15 +25,15 @@ from data.config import RemoteConfig
 from data.decode import MAX_IMAGE_BYTES
 from data.errors import BadSample, BadShard, Unreachable
 from data.index_file import SUFFIX, unpack
-from data.manifest import IndexEntry, ShardEntry, sha256_of_open
-from data.remote import is_url, sibling
+from data.manifest import IndexEntry, sha256_of_open
+from data.remote import is_url, shown, sibling
 from data.shards import ShardSet
 from data.tar_index import BLOCK, NO_LABEL, TarIndex, index_of
 
 log = logging.getLogger(__name__)
 MAX_OPEN_SHARDS = 256  # per process: streams read many in turn; 1024 descriptors are usual
-MAX_OPEN_REMOTE = 16  # an open shard takes disk even after the cache dropped it
-MAX_INDICES = 4096  # per process: a shard of a thousand samples has an index of some 50 kB
+MAX_OPEN_REMOTE = 64  # fewer: an open shard takes disk even after the cache dropped it
+MAX_INDICES = 512  # per process, and twice: a shard of a thousand samples has one of some 50 kB
 
 
 class Sample(NamedTuple):
@@ -89,8 +89,8 @@ class ShardReader:
             )
         if len(found) != size + BLOCK:
             raise Unreachable(
-                f"{self.shards.names[shard]}: it shrank while it was read; leave shards alone "
-                "during a run"
+                f"{shown(self.shards.names[shard])}: it shrank while it was read; leave shards "
+                "alone during a run"
             )
         checks = None if self.verify == "off" else index.checks
         if checks is not None and zlib.crc32(found) != checks[sample]:
@@ -103,7 +103,7 @@ class ShardReader:
             if shard in known:
                 known.move_to_end(shard)
                 return known[shard]
-        kept = self._kept_index(self.shards.names[shard], self.shards.entries[shard])
+        kept = self._kept_index(shard)
         if kept is None:
             return self._index(shard)
         return _remember(self._listings, shard, kept)
@@ -131,7 +131,7 @@ class ShardReader:
                 raise
             log.warning("%s; the copy on this node is dropped and fetched again", error)
             self._open.pop(shard).close()
-            self.cache.drop(name, entry)
+            self.cache.drop(entry)
             return self._examine(shard)
 
     def _examine(self, shard: int) -> TarIndex:
@@ -142,11 +142,13 @@ class ShardReader:
             size = os.fstat(descriptor).st_size
             if self.verify != "off" and size != entry.bytes:
                 raise BadShard(
-                    f"{name}: offset {min(size, entry.bytes)}: {size} bytes long and the manifest "
-                    f"says {entry.bytes}; replace the shard by a good copy or write it again"
+                    f"{shown(name)}: offset {min(size, entry.bytes)}: {size} bytes long and the "
+                    f"manifest says {entry.bytes}; replace the shard by a good copy or write it "
+                    "again"
                 )
-            kept = self._kept_index(name, entry)
-            index = kept or index_of(descriptor, name, entry.samples)  # tells where a tar is cut
+            kept = self._kept_index(shard)
+            # the walk tells where a tar is cut
+            index = kept or index_of(descriptor, shown(name), entry.samples)
             # Without an index there is no CRC of each image: a swapped shard of equal size would
             # give its images under the labels of another.
             hashed = self.verify == "sha256" or (self.verify == "size" and kept is None)
@@ -154,26 +156,30 @@ class ShardReader:
                 digest = sha256_of_open(descriptor)
                 if digest != entry.sha256:
                     raise BadShard(
-                        f"{name}: offset 0: its SHA-256 is {digest[:12]}... and the manifest says "
-                        f"{entry.sha256[:12]}...; replace the shard by a good copy or write it "
-                        "again"
+                        f"{shown(name)}: offset 0: its SHA-256 is {digest[:12]}... and the "
+                        f"manifest says {entry.sha256[:12]}...; replace the shard by a good copy "
+                        "or write it again"
                     )
                 self._verified[shard] = 1
             return index
 
-    def _kept_index(self, name: str, entry: ShardEntry) -> TarIndex | None:
-        """The index from the file beside the shard; None where that is missing or damaged."""
+    def _kept_index(self, shard: int) -> TarIndex | None:
+        """The index from the file beside the manifest; None where that is missing or damaged."""
+        entry = self.shards.entries[shard]
         if entry.index is None:
             return None
-        beside = sibling(name, f"{entry.name}{SUFFIX}") if is_url(name) else name + SUFFIX
+        manifests = self.shards.manifests or self.shards.names
+        beside = sibling(manifests[shard], f"{entry.name}{SUFFIX}")
         try:
             content = self._read_index(beside, entry.index)
-            reason = f"{beside} is not the file that the manifest knows"
+            reason = f"{shown(beside)} is not the file that the manifest knows"
             if hashlib.sha256(content).hexdigest() == entry.index.sha256:
                 index = unpack(content)
                 if len(index) == entry.samples:
                     return index
-                reason = f"{beside} has {len(index)} samples, the manifest says {entry.samples}"
+                reason = (
+                    f"{shown(beside)} has {len(index)} samples, the manifest says {entry.samples}"
+                )
         except (BadShard, OSError) as error:
             reason = str(error)
         if not self._told:
@@ -187,7 +193,7 @@ class ShardReader:
             content = file.read()
         if not is_url(beside) or hashlib.sha256(content).hexdigest() == entry.sha256:
             return content
-        self.cache.drop(beside, entry)
+        self.cache.drop(entry)
         with self.cache.open(beside, entry) as file:
             return file.read()
 
@@ -217,10 +223,11 @@ def _failures_named(name: str) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise BadShard(
-            f"{name} is in the manifest but not there; bring it back or write the shards again"
+            f"{shown(name)} is in the manifest but not there; bring it back or write the shards "
+            "again"
         ) from None
     except OSError as error:
         raise Unreachable(
-            f"{name}: it cannot be read ({error.strerror}); mend the disk or its mount, then start "
-            "the same command again"
+            f"{shown(name)}: it cannot be read ({error.strerror}); mend the disk or its mount, "
+            "then start the same command again"
         ) from error

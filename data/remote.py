@@ -1,32 +1,33 @@
 """Bytes from http(s), s3 and gs: bounded waits, retries, and never a shell.
 
-fsspec brings the clients; what is added here is what training needs of them. A read that brings
-nothing for `read_timeout` seconds is over. A failed transfer goes on at the byte it had reached,
-after a pause that grows and is jittered (a thousand ranks must not knock at once). It is given up
-when the next 8 MiB, or the rest, take more than `give_up_after` seconds, failures or none: so a
-server that drips is noticed, and a long transfer that comes along well may fail late. Answers that
-no wait mends (404, 403) end it at once. Of all failures only "there is no such thing" holds for
-every rank alike; the rest are Unreachable.
+fsspec brings the clients (`data.clients`); what is added here is what training needs of them. A
+read that brings nothing for `read_timeout` seconds is over. A failed transfer goes on at the byte
+it had reached, after a pause that grows and is jittered (a thousand ranks must not knock at once).
+It is given up when the next 8 MiB, or the rest, take more than `give_up_after` seconds, failures or
+none: so a server that drips is noticed, and a long transfer that comes along well may fail late.
+Answers that no wait mends (404, 403) end it at once. Of all failures only "there is no such thing"
+and "it has another size" hold for every rank alike; the rest are Unreachable.
 
 Credentials and endpoints come from where the clients look for them: AWS_*,
-GOOGLE_APPLICATION_CREDENTIALS, FSSPEC_*. A config is saved and shown, so it holds no secrets.
+GOOGLE_APPLICATION_CREDENTIALS, FSSPEC_*, ~/.netrc. A config is saved and shown, so it had better
+hold no secrets; where a URL carries a token all the same, messages leave it out.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import random
 import re
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 import aiohttp
-import fsspec
 from fsspec.exceptions import FSTimeoutError
 
+from data.clients import client
 from data.config import RemoteConfig
 from data.errors import BadShard, DataError, Unreachable
 
@@ -38,9 +39,16 @@ STEP = 8 * CHUNK  # what counts as progress; also one request to s3 and gs, slow
 MAX_PAUSE = 30.0  # seconds between two attempts, at most
 _MISSING = frozenset({404, 410})
 _REFUSED = frozenset({400, 401, 403, 405, 416, 451})
-_EXTRA = {"s3": "s3fs", "gs": "gcsfs"}
+_CONTENT_RANGE = re.compile(r"bytes .*/(\d+)")  # of a 206, and of a 416 that knows the size
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|pipe:")
-_filesystems: dict[tuple[int, str, float], Any] = {}
+
+
+class WrongSize(OSError):
+    """The server says that the whole file has `size` bytes, and other ones are expected."""
+
+    def __init__(self, size: int, expected: int) -> None:
+        super().__init__(f"{size} bytes, the manifest says {expected}")
+        self.size = size
 
 
 class Progress:
@@ -61,9 +69,9 @@ class Progress:
             self.mark, self.since = position, time.monotonic()
         elif self.ends_within(0):
             raise Unreachable(
-                f"{self.url}: given up at byte {position}, since the last {STEP >> 20} MiB took "
-                f"more than {self.limit:g} s; mend the server or raise data.remote.give_up_after, "
-                "then start the same command again"
+                f"{shown(self.url)}: given up at byte {position}, since the last {STEP >> 20} MiB "
+                f"took more than {self.limit:g} s; mend the server or raise "
+                "data.remote.give_up_after, then start the same command again"
             )
 
     def rest(self) -> float:
@@ -84,9 +92,17 @@ def check_url(url: str, field: str) -> None:
     """DataError unless the URL is one that we fetch; '::' would chain other file systems on."""
     if urlsplit(url).scheme not in SCHEMES or "::" in url:
         raise DataError(
-            f"{field}: {url!r} is neither a path nor a URL we read ({', '.join(SCHEMES)}); "
+            f"{field}: {shown(url)!r} is neither a path nor a URL we read ({', '.join(SCHEMES)}); "
             "copy the shards to a disk or a store that speaks one of them"
         )
+
+
+def shown(name: str) -> str:
+    """A path or URL as messages show it: without a query, user or password, which may be secret."""
+    if not is_url(name) or "::" in name:
+        return name
+    parts = urlsplit(name)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query=""))
 
 
 def file_name(name: str) -> str:
@@ -94,11 +110,19 @@ def file_name(name: str) -> str:
     return (urlsplit(name).path if is_url(name) else name).rpartition("/")[2]
 
 
-def sibling(url: str, name: str) -> str:
-    """The URL of `name` in the same folder, with the same query (a token, for instance)."""
-    parts = urlsplit(url)
+def sibling(place: str, name: str) -> str:
+    """The path or URL of `name` in the same folder, with the same query (a token, for instance)."""
+    if not is_url(place):
+        return str(Path(place).with_name(name))
+    parts = urlsplit(place)
     folder = parts.path.rpartition("/")[0]
     return urlunsplit(parts._replace(path=f"{folder}/{name}"))
+
+
+def as_folder(url: str) -> str:
+    """The URL with a slash after its path, before its query."""
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(path=parts.path.rstrip("/") + "/"))
 
 
 def read_bytes(url: str, remote: RemoteConfig, limit: int) -> bytes:
@@ -110,7 +134,7 @@ def read_bytes(url: str, remote: RemoteConfig, limit: int) -> bytes:
         for chunk in stream(url, 0, remote, progress):
             content.extend(chunk)
             if len(content) > limit:
-                raise DataError(f"{url}: longer than {limit} bytes, so no file of ours")
+                raise DataError(f"{shown(url)}: longer than {limit} bytes, so no file of ours")
 
     persist(attempt, url, remote)
     return bytes(content)
@@ -121,7 +145,7 @@ def find(pattern: str, remote: RemoteConfig) -> list[str]:
     found: list[str] = []
 
     def attempt(progress: Progress) -> None:
-        filesystem = _filesystem(urlsplit(pattern).scheme, remote)
+        filesystem = client(urlsplit(pattern).scheme, remote)
         names = filesystem.glob(pattern, timeout=progress.rest())
         found[:] = sorted(map(filesystem.unstrip_protocol, names))
 
@@ -143,29 +167,36 @@ def persist(attempt: Callable[[Progress], None], url: str, remote: RemoteConfig)
             raise
         except Exception as error:  # each client library has exceptions of its own
             if permanent := _permanent(error):
-                raise permanent(f"{url}: {_said(error)}; correct the URL or the rights") from error
+                raise permanent(
+                    f"{shown(url)}: {_said(error)}; correct the URL or the rights"
+                ) from error
             failures += 1
             pause = min(MAX_PAUSE, 0.5 * 2**failures) * jitter.uniform(0.5, 1)
             if progress.ends_within(pause):
                 raise Unreachable(
-                    f"{url}: given up after {failures} attempts ({_said(error)}); mend the server "
-                    "or raise data.remote.give_up_after, then start the same command again"
+                    f"{shown(url)}: given up after {failures} attempts ({_said(error)}); mend the "
+                    "server or raise data.remote.give_up_after, then start the same command again"
                 ) from error
-            log.info("%s: %s; attempt %d follows", url, _said(error), failures + 1)
+            log.info("%s: %s; attempt %d follows", shown(url), _said(error), failures + 1)
         time.sleep(pause)
 
 
-def stream(url: str, start: int, remote: RemoteConfig, progress: Progress) -> Iterator[bytes]:
-    """The bytes of `url` from `start` on, in chunks; raises whatever the client raises, and
-    Unreachable when they come too slowly.
+def stream(
+    url: str, start: int, remote: RemoteConfig, progress: Progress, expected: int | None = None
+) -> Iterator[bytes]:
+    """The bytes of `url` from `start` on, in chunks.
+
+    Raises whatever the client raises, Unreachable when they come too slowly, and WrongSize when the
+    server says that there are not `expected` bytes in all.
     """
     if urlsplit(url).scheme in ("s3", "gs"):
-        yield from _blocks(url, start, remote, progress)
+        yield from _blocks(url, start, remote, progress, expected)
         return
-    filesystem = _filesystem(urlsplit(url).scheme, remote)
-    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
-    # block_size 0 streams one answer; a size spares the extra request that would ask for it
-    with filesystem.open(url, "rb", block_size=0, size=1, headers=headers) as file:
+    filesystem = client(urlsplit(url).scheme, remote)
+    # headers of a request replace those that the environment configured
+    headers = filesystem.kwargs.get("headers", {}) | {"Accept-Encoding": "identity"}
+    headers |= {"Range": f"bytes={start}-"} if start else {}
+    with _opened(filesystem, url, headers, start, expected) as file:
         skip = start if file.r.status != 206 else 0  # a server without ranges sends all again
         position = start - skip
         while chunk := file.read(CHUNK):
@@ -176,40 +207,47 @@ def stream(url: str, start: int, remote: RemoteConfig, progress: Progress) -> It
                 yield chunk
 
 
-def _blocks(url: str, start: int, remote: RemoteConfig, progress: Progress) -> Iterator[bytes]:
+def _opened(
+    filesystem: Any, url: str, headers: dict[str, str], start: int, expected: int | None
+) -> Any:
+    """The answer, open to be read; WrongSize where it tells one that is not `expected`."""
+    try:
+        # block_size 0 streams one answer; a size spares the extra request that would ask for it
+        file = filesystem.open(url, "rb", block_size=0, size=1, headers=headers)
+    except aiohttp.ClientResponseError as error:
+        if error.status != 416 or not start or expected is None:
+            raise
+        # nothing lies at `start` or beyond: some servers say only that
+        total = _total(error.headers)
+        raise WrongSize(start if total is None else total, expected) from error
+    total = _total(file.r.headers)
+    if expected is not None and total is not None and total != expected:
+        file.close()
+        raise WrongSize(total, expected)
+    return file
+
+
+def _total(headers: Any) -> int | None:
+    """The size of the whole file, where an answer about a part of it tells."""
+    found = _CONTENT_RANGE.fullmatch((headers or {}).get("Content-Range", ""))
+    return int(found[1]) if found else None
+
+
+def _blocks(
+    url: str, start: int, remote: RemoteConfig, progress: Progress, expected: int | None
+) -> Iterator[bytes]:
     """As `stream`, from clients that keep an answer until it is whole: nobody would see it drip,
     so each request has a deadline.
     """
-    filesystem = _filesystem(urlsplit(url).scheme, remote)
+    filesystem = client(urlsplit(url).scheme, remote)
     size = filesystem.info(url, timeout=progress.rest())["size"]
+    if expected is not None and size != expected:
+        raise WrongSize(size, expected)
     for begin in range(start, size, STEP):
         end = min(begin + STEP, size)
         block = filesystem.cat_file(url, start=begin, end=end, timeout=progress.rest())
         progress.reached(end)
         yield block
-
-
-def _filesystem(scheme: str, remote: RemoteConfig) -> Any:
-    """The client of this process: connections and event loops do not survive a fork."""
-    name = (os.getpid(), scheme, remote.read_timeout)
-    if name not in _filesystems:
-        wait = remote.read_timeout
-        options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
-        patience = aiohttp.ClientTimeout(total=None, sock_connect=wait, sock_read=wait)
-        if scheme == "s3":
-            once = {"connect_timeout": wait, "read_timeout": wait, "retries": {"max_attempts": 1}}
-            options["config_kwargs"] = once
-        elif scheme == "gs":
-            options["requests_timeout"] = patience  # gcsfs hands it to aiohttp with each request
-        else:
-            options["client_kwargs"] = {"timeout": patience}
-        try:
-            _filesystems[name] = fsspec.filesystem(scheme, **options)
-        except ImportError:
-            raise DataError(
-                f"{scheme}:// needs the package {_EXTRA[scheme]}; pip install {_EXTRA[scheme]}"
-            ) from None
-    return _filesystems[name]
 
 
 def _permanent(error: Exception) -> type[DataError] | None:

@@ -2,7 +2,8 @@
 
 A pattern is a manifest.json, a folder that holds one, a glob or a brace pattern, as paths or as
 URLs, or a list of these. Nothing in it ever reaches a shell. Each folder needs its manifest, and
-each shard must be in it; several folders make one set whose statistics are pooled.
+each shard must be in it; several folders make one set whose statistics are pooled. Where nobody may
+write into the folder, `manifest` names one that lies elsewhere.
 """
 
 from __future__ import annotations
@@ -14,16 +15,17 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 
 from data.config import RemoteConfig
 from data.errors import DataError
 from data.manifest import MANIFEST_NAME, Manifest, ShardEntry, parse_manifest, read_manifest
-from data.remote import check_url, file_name, find, is_url, read_bytes, sibling
+from data.remote import as_folder, check_url, file_name, find, is_url, read_bytes, shown, sibling
 
 MAX_SHARDS = 1_000_000  # `{0..999999999}` is a typing error, not a dataset
 MAX_MANIFEST_BYTES = 1 << 28
@@ -40,6 +42,8 @@ class ShardSet:
     label_names: list[str] | None
     mean: list[float]
     std: list[float]
+    manifests: list[str] = field(default_factory=list)  # of each shard; empty: beside it
+    source_sizes: tuple[int, ...] = ()  # shards per source, in a mixture of them
 
     @property
     def sizes(self) -> list[int]:
@@ -52,10 +56,14 @@ class ShardSet:
         return any(is_url(name) for name in self.names)
 
     def digest(self) -> str:
-        """'4,000 samples in 16 shards, sha256 0123456789ab', of the entries in their order."""
+        """'4,000 samples in 16 shards, sha256 0123456789ab', of the entries in their order.
+
+        Of a mixture '10 + 6 shards': where a source ends is part of the order of samples.
+        """
         lines = "".join(f"{entry.name} {entry.sha256}\n" for entry in self.entries)
         digest = hashlib.sha256(lines.encode()).hexdigest()[:12]
-        return f"{self.num_samples:,} samples in {len(self.entries)} shards, sha256 {digest}"
+        count = " + ".join(map(str, self.source_sizes or [len(self.entries)]))
+        return f"{self.num_samples:,} samples in {count} shards, sha256 {digest}"
 
     @cached_property
     def num_samples(self) -> int:
@@ -67,18 +75,27 @@ def resolve(
     shards: str | list[str],
     field: str = "data.train.shards",
     remote: RemoteConfig = RemoteConfig(),  # noqa: B008, never written to
+    manifest: str | None = None,
 ) -> ShardSet:
-    """The shards that a config names. DataError, naming `field`, when they cannot be used."""
+    """The shards that a config names. DataError, naming `field`, when they cannot be used.
+
+    `manifest` is where theirs lies, if not beside them.
+    """
     patterns = [shards] if isinstance(shards, str) else shards
-    names = [name for pattern in patterns for name in match(pattern, field, remote)]
+    names = [name for pattern in patterns for name in match(pattern, field, remote, manifest)]
     if not names:
         raise DataError(f"{field} is empty; name at least one manifest, glob or brace pattern")
     if len(names) > MAX_SHARDS:
         raise DataError(f"{field} names more than {MAX_SHARDS} shards; give fewer, larger shards")
     if len(set(names)) != len(names):
         twice = next(name for name, count in Counter(names).items() if count > 1)
-        raise DataError(f"{field} names {twice} twice; name each shard once")
-    homes = [_manifest_of(name) for name in names]
+        raise DataError(f"{field} names {shown(twice)} twice; name each shard once")
+    homes = [manifest or sibling(name, MANIFEST_NAME) for name in names]
+    if manifest and len(set(map(file_name, names))) != len(names):
+        raise DataError(
+            f"{field} names two shards that {shown(manifest)} cannot tell apart, which knows them "
+            "by their file names; name each shard once"
+        )
     manifests = {home: _load_manifest(home, remote) for home in dict.fromkeys(homes)}
     known = {
         home: {entry.name: entry for entry in manifest.shards}
@@ -88,8 +105,8 @@ def resolve(
     for name, home in zip(names, homes, strict=True):
         if file_name(name) not in known[home]:
             raise DataError(
-                f"{field}: {file_name(name)} is not in {home}; leave it out, or make the manifest "
-                "again with `python -m data.check --write-manifest`"
+                f"{field}: {file_name(name)} is not in {shown(home)}; leave it out, or make the "
+                "manifest again with `python -m data.check --write-manifest`"
             )
         entries.append(known[home][file_name(name)])
     mean, std = pooled(
@@ -104,6 +121,7 @@ def resolve(
         ),
         mean=mean,
         std=std,
+        manifests=homes,
     )
 
 
@@ -111,12 +129,20 @@ def match(
     pattern: str,
     field: str = "shards",
     remote: RemoteConfig = RemoteConfig(),  # noqa: B008, never written to
+    manifest: str | None = None,
 ) -> list[str]:
     """The shards that one pattern names, in order, as paths or URLs. DataError without any."""
+    if manifest and file_name(pattern) == MANIFEST_NAME:
+        raise DataError(
+            f"{field} is a manifest, and {field.rpartition('.')[0]}.manifest names one too; "
+            "name the folder of the shards"
+        )
     if is_url(pattern):
         check_url(pattern, field)
-        return _match_url(pattern, field, remote)
+        return _match_url(pattern, field, remote, manifest)
     path = Path(pattern)
+    if manifest and path.is_dir():
+        return [str(path / entry.name) for entry in _load_manifest(manifest, remote).shards]
     if path.is_dir():
         path = path / MANIFEST_NAME
     if path.name == MANIFEST_NAME:
@@ -135,32 +161,29 @@ def match(
     return found
 
 
-def _match_url(pattern: str, field: str, remote: RemoteConfig) -> list[str]:
+def _match_url(pattern: str, field: str, remote: RemoteConfig, manifest: str | None) -> list[str]:
     """As `match`; a URL that does not end in .tar is a manifest or the folder of one.
 
     Nothing is asked about each shard: the manifest knows them, and the reader meets them.
     """
     if file_name(pattern) == MANIFEST_NAME or not file_name(pattern).endswith(".tar"):
         is_manifest = file_name(pattern) == MANIFEST_NAME
-        home = pattern if is_manifest else sibling(pattern.rstrip("/") + "/", MANIFEST_NAME)
-        return [sibling(home, entry.name) for entry in _load_manifest(home, remote).shards]
+        home = pattern if is_manifest else sibling(as_folder(pattern), MANIFEST_NAME)
+        entries = _load_manifest(manifest or home, remote).shards
+        return [sibling(home, entry.name) for entry in entries]
     found: list[str] = []
     for url in expand_braces(pattern, field):
-        hits = find(url, remote) if _GLOB.search(url) else [url]
+        hits = find(url, remote) if _GLOB.search(urlsplit(url).path) else [url]
         if not hits:
-            raise DataError(f"{field}: no shard matches {url!r}; correct the pattern")
+            raise DataError(f"{field}: no shard matches {shown(url)!r}; correct the pattern")
         found += hits
     return found
 
 
-def _manifest_of(name: str) -> str:
-    """Where the manifest is that vouches for a shard."""
-    return sibling(name, MANIFEST_NAME) if is_url(name) else str(Path(name).parent / MANIFEST_NAME)
-
-
 def _load_manifest(name: str, remote: RemoteConfig) -> Manifest:
     if is_url(name):
-        return parse_manifest(read_bytes(name, remote, MAX_MANIFEST_BYTES), name)
+        check_url(name, "manifest")
+        return parse_manifest(read_bytes(name, remote, MAX_MANIFEST_BYTES), shown(name))
     return read_manifest(Path(name))
 
 
@@ -201,8 +224,8 @@ def agreed_label_names(
     for home, names in named[1:]:
         if names != named[0][1]:
             raise DataError(
-                f"{field}: {home} and {named[0][0]} number their classes differently; write "
-                "them again from one list of classes"
+                f"{field}: {shown(home)} and {shown(named[0][0])} number their classes "
+                "differently; write them again from one list of classes"
             )
     return named[0][1] if named else None
 

@@ -132,7 +132,8 @@ def claim(folder: RunFolder, config: dict[str, Any], *, free: tuple[str, ...] = 
 
     Args:
         config: the resolved run config.
-        free: dotted keys beyond `FREE_ON_RESUME` that may differ from the earlier run's.
+        free: dotted keys beyond `FREE_ON_RESUME` that may differ from the earlier run's; a * in one
+            stands for any one name.
 
     Raises:
         ConfigError: the folder holds checkpoints of a run whose config differs in any other key.
@@ -217,7 +218,9 @@ def versions() -> dict[str, str]:
 
 
 def differences(before: Any, after: Any, key: str = "") -> Iterator[str]:
-    """Dotted keys at which two JSON trees differ."""
+    """Dotted keys at which two JSON trees differ; lists of as many sections by their numbers."""
+    if _are_sections(before) and _are_sections(after) and len(before) == len(after):
+        before, after = dict(enumerate(before)), dict(enumerate(after))
     if isinstance(before, dict) and isinstance(after, dict):
         for name in sorted(before.keys() | after.keys()):
             inner = f"{key}.{name}" if key else name
@@ -226,8 +229,18 @@ def differences(before: Any, after: Any, key: str = "") -> Iterator[str]:
         yield key
 
 
+def _are_sections(tree: Any) -> bool:
+    return isinstance(tree, list) and bool(tree) and all(isinstance(part, dict) for part in tree)
+
+
 def _is_free(key: str, free: tuple[str, ...]) -> bool:
-    return any(key == prefix or key.startswith(f"{prefix}.") for prefix in free)
+    """Whether the key, or a section that it is in, is among `free`; there a * is any one name."""
+    names = key.split(".")
+    for pattern in (entry.split(".") for entry in free):
+        pairs = zip(pattern, names, strict=False)
+        if len(names) >= len(pattern) and all(given in ("*", name) for given, name in pairs):
+            return True
+    return False
 
 
 def _describe(keys: list[str], before: dict[str, Any], after: dict[str, Any]) -> str:
@@ -240,5 +253,8 @@ def _describe(keys: list[str], before: dict[str, Any], after: dict[str, Any]) ->
 def value_at(tree: Any, key: str) -> str:
     """What stands at a dotted key of a JSON tree, as JSON; 'null' if nothing does."""
     for part in key.split("."):
-        tree = tree.get(part) if isinstance(tree, dict) else None
+        if isinstance(tree, list) and part.isdigit():
+            tree = dict(enumerate(tree)).get(int(part))
+        else:
+            tree = tree.get(part) if isinstance(tree, dict) else None
     return json.dumps(tree)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import getpass
 import json
 import os
 import re
@@ -127,6 +128,31 @@ def test_every_line_of_the_environment_file_is_a_setting() -> None:
     """DeepSpeed's parser fails on a blank line and on a comment."""
     for line in (LAUNCH / "deepspeed_env").read_text().splitlines():
         assert re.fullmatch(r"[A-Z0-9_]+=\S+", line), line
+
+
+def test_shards_are_cached_on_the_disk_of_the_machine(environment: dict[str, str]) -> None:
+    """By default they would fill a home that all machines share, or the layer of a container."""
+    assert environment["ROUTEDVIT_CACHE"].startswith("/cache/")
+    lines = (LAUNCH / "deepspeed_env").read_text().splitlines()
+    assert "ROUTEDVIT_CACHE=/tmp/routedvit-$USER/shards" in lines
+
+
+@pytest.mark.parametrize(
+    ("given", "folder"),
+    [
+        ({}, f"/tmp/routedvit-{getpass.getuser()}/shards"),
+        ({"SLURM_TMPDIR": "/job"}, "/job/shards"),
+        ({"SLURM_TMPDIR": "/job", "ROUTEDVIT_CACHE": "/disk"}, "/disk"),
+    ],
+)
+def test_slurm_caches_shards_where_the_job_may(given: dict[str, str], folder: str) -> None:
+    script = (LAUNCH / "slurm.sbatch").read_text()
+    [line] = [line for line in script.splitlines() if "ROUTEDVIT_CACHE=" in line]
+    told = subprocess.run(
+        ["bash", "-euc", f'{line}; echo "$ROUTEDVIT_CACHE"'],
+        env={"PATH": "/usr/bin:/bin", **given}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert told.stdout.strip() == folder
 
 
 def test_nothing_imports_launch() -> None:

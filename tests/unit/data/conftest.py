@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from data import check
 from data.config import DataConfig, RemoteConfig
 from tests.unit.data.making import Members, pair, vouch, write_tar
 from tests.unit.data.serving import FaultyServer
@@ -28,6 +29,18 @@ def make_set(tmp_path: Path) -> Callable[..., Path]:
             counts[f"{shard:03d}.tar"] = size
             write_tar(folder / f"{shard:03d}.tar", members)
         vouch(folder, counts)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def indexed(make_set: Callable[..., Path]) -> Callable[..., Path]:
+    """indexed([5, 3]) -> such a set whose manifest names index files."""
+
+    def make(sizes: list[int], name: str = "train") -> Path:
+        folder = make_set(sizes, name)
+        assert check.main(["--write-manifest", str(folder / "*.tar")]) == 0
         return folder
 
     return make

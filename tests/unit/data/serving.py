@@ -10,6 +10,7 @@ import threading
 import time
 from collections import defaultdict
 from pathlib import Path
+from urllib.parse import urlsplit
 
 
 class FaultyServer(http.server.ThreadingHTTPServer):
@@ -23,6 +24,9 @@ class FaultyServer(http.server.ThreadingHTTPServer):
         self.faults: dict[str, list[str]] = defaultdict(list)
         self.requests: list[tuple[str, str | None]] = []  # (file name, Range header)
         self.ranges = True
+        self.tells_size = True  # in answers about a part of a file
+        self.credentials: str | None = None  # the Authorization that is asked for
+        self.query: str | None = None  # what must stand behind every URL, a token for instance
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
     @property
@@ -35,10 +39,16 @@ class FaultyServer(http.server.ThreadingHTTPServer):
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     server: FaultyServer
+    range = ""  # what Content-Range says
 
     def do_GET(self) -> None:
-        path = self.server.root / self.path.lstrip("/").partition("?")[0]
+        asked_for = urlsplit(self.path)  # whole URLs come to a proxy
+        path = self.server.root / asked_for.path.lstrip("/")
         self.server.requests.append((path.name, self.headers["Range"]))
+        if self.server.credentials not in (None, self.headers["Authorization"]):
+            return self.send_error(401)
+        if self.server.query not in (None, asked_for.query):
+            return self.send_error(403)
         faults = self.server.faults[path.name]
         fault = faults.pop(0) if faults else "none"
         if path.is_dir():
@@ -47,10 +57,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if fault.isdecimal() or not path.is_file():
             return self.send_error(int(fault) if fault.isdecimal() else 404)
         content, status = path.read_bytes(), 200
+        size = len(content)
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers["Range"] or "")
         if asked and self.server.ranges:
-            end = int(asked[2]) + 1 if asked[2] else None
-            content, status = content[int(asked[1]) : end], 206
+            begin, end = int(asked[1]), int(asked[2]) + 1 if asked[2] else size
+            content, status = content[begin:end], 206
+            self.range = f"{begin}-{end - 1}/{size}"
+            if begin >= size:
+                content, status, self.range = b"", 416, f"*/{size}"
         return self.answer(status, content, fault)
 
     def do_HEAD(self) -> None:
@@ -67,6 +81,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         claimed = {"short": half, "long": len(content) + 100}.get(fault, len(content))
         self.send_response(status)
         self.send_header("Content-Length", str(claimed))
+        if self.range and self.server.tells_size:
+            self.send_header("Content-Range", f"bytes {self.range}")
         self.send_header("Content-Type", "text/html")
         self.end_headers()
         if fault.startswith("drip"):  # so many bytes, each after a little wait

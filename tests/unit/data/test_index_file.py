@@ -21,18 +21,6 @@ from tests.unit.data.serving import FaultyServer
 from tests.unit.data.test_loaders import train_loader
 
 
-@pytest.fixture
-def indexed(make_set):
-    """indexed([5, 3]) -> such a set whose manifest names index files."""
-
-    def make(sizes, name="train"):
-        folder = make_set(sizes, name)
-        assert check.main(["--write-manifest", str(folder / "*.tar")]) == 0
-        return folder
-
-    return make
-
-
 def epoch(config, **more):
     loader = train_loader(config, batch=4, **more)
     batches = itertools.islice(loader.batches(0), loader.samples_per_epoch // 4)
@@ -63,6 +51,17 @@ def test_a_large_image_is_hashed_in_parts(tmp_path, monkeypatch):
     at_once = content_for(tmp_path / "0.tar")
     monkeypatch.setattr("data.index_file.CHUNK", 7)
     assert content_for(tmp_path / "0.tar") == at_once
+
+
+def test_an_index_keeps_nothing_of_the_file_it_came_from(tmp_path):
+    """Else its keys stay in memory as text, beside the ones that are used, in each process."""
+    write_tar(tmp_path / "0.tar", [*pair("a", 0, 2), *pair("b", 1, 1)])
+    index = unpack(content_for(tmp_path / "0.tar"))
+    for name in ("keys", "offsets", "sizes", "labels", "checks"):
+        owner = getattr(index, name)
+        while owner.base is not None:
+            owner = owner.base
+            assert not isinstance(owner, bytes)
 
 
 def test_nothing_is_walked_where_an_index_file_is(indexed, make_config, monkeypatch):

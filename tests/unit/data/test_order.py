@@ -70,6 +70,24 @@ def test_a_stream_is_one_contiguous_span_shuffled_in_a_window():
         assert 1 < np.abs(place.sample - np.arange(size)).max() < buffer
 
 
+def test_what_is_fetched_ahead_makes_no_block_twice_and_old_blocks_go(monkeypatch):
+    streams, ahead, made = 8, 5, []
+
+    def counted(entropy, count):
+        made.append(tuple(entropy))
+        return uniform(entropy, count)
+
+    monkeypatch.setattr("data.order.uniform", counted)
+    order = SampleOrder([40 * PLACES] * 8, seed=0, shuffle_buffer=0, streams=streams)
+    for batch in range(200):
+        for shard in range(1 + ahead):
+            first = (batch // 20 + shard) * PLACES * streams + batch * streams
+            order.locate(np.arange(first, first + streams))
+    windows = [entropy for entropy in made if entropy[0] == 2]
+    assert len(windows) == len(set(windows)) == streams * (10 + ahead)
+    assert len(order._blocks) <= streams * 2 * (1 + ahead)
+
+
 def test_no_buffer_means_file_order_within_a_stream():
     order = SampleOrder([4, 4], seed=0, shuffle_buffer=0, streams=1)
     assert order.locate(np.arange(8)).sample.tolist() == [0, 1, 2, 3, 0, 1, 2, 3]

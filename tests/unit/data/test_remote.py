@@ -17,10 +17,11 @@ from pathlib import Path
 import pytest
 
 from data.cache import ShardCache
+from data.clients import client
 from data.errors import BadShard, DataError, Unreachable
 from data.manifest import MANIFEST_NAME
 from data.reader import ShardReader
-from data.remote import _filesystem
+from data.remote import shown
 from data.shards import resolve
 from tests.unit.data.test_loaders import train_loader
 
@@ -102,9 +103,9 @@ def test_bytes_that_come_again_are_no_progress(make_set, server, remote, monkeyp
 @pytest.mark.parametrize("scheme", ["http", "s3", "gs"])
 def test_every_client_is_told_how_long_a_read_may_take(monkeypatch, remote, scheme):
     told = []
-    monkeypatch.setattr("data.remote._filesystems", {})
+    monkeypatch.setattr("data.clients._clients", {})
     monkeypatch.setattr("fsspec.filesystem", lambda name, **options: told.append(str(options)))
-    _filesystem(scheme, remote)
+    client(scheme, remote)
     assert re.search(r"(sock_read=|'read_timeout': )0\.5", told[0])
 
 
@@ -278,12 +279,12 @@ def test_a_cache_that_fails_is_no_fault_of_the_shard(make_set, server, remote, m
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("data.cache._write", full)
+    monkeypatch.setattr("data.transfer.write", full)
     with pytest.raises(Unreachable, match=r"cache_dir: .* fails \(No space left .*; make room"):
         fetched(server, remote)
     assert [name for name, _ in server.requests].count("000.tar") == 1
     monkeypatch.setattr("data.cache.os.replace", lambda *_: os.stat("/nowhere"))
-    monkeypatch.setattr("data.cache._write", lambda file, chunk: file.write(chunk))
+    monkeypatch.setattr("data.transfer.write", lambda file, chunk: file.write(chunk))
     with pytest.raises(Unreachable, match=r"cache_dir: .* fails"):
         fetched(server, remote)
 
@@ -298,6 +299,37 @@ def test_urls_are_written_like_paths(make_set, server, remote, pattern):
         f"{server.url}/train/00{number}.tar" for number in range(3)
     ]
     assert found.sizes == [4, 2, 3]
+
+
+@pytest.mark.parametrize("folder", ["train", "train/"])
+def test_a_folder_with_a_token_keeps_it_for_all_of_its_files(
+    indexed, make_config, server, remote, folder
+):
+    """And what is said about them shows it to nobody."""
+    indexed([4, 2, 3])
+    server.query = "sig=abc&se=1"
+    url = f"{server.url}/{folder}?{server.query}"
+    reader = ShardReader(resolve(url, remote=remote), remote=remote)
+    assert [reader.read(shard, 0).key for shard in range(3)] == [
+        f"train/{number:04d}" for number in (0, 4, 6)
+    ]
+    assert {name for name, _ in server.requests} >= {"000.tar", "000.tar.index", MANIFEST_NAME}
+    with pytest.raises(DataError, match=r"manifest\.json: the server answers 403") as caught:
+        resolve(url.replace("sig=a", "sig=secret"), remote=remote)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("https://h/a/0.tar?sig=secret", "https://h/a/0.tar"),
+        ("https://user:secret@h:8/a/0.tar", "https://h:8/a/0.tar"),
+        ("s3://b/0.tar", "s3://b/0.tar"),
+        ("/data/0.tar?x", "/data/0.tar?x"),
+    ],
+)
+def test_messages_show_no_secret_of_a_url(name, words):
+    assert shown(name) == words
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
+from data.config import DataConfig
 from data.errors import DataError
 from data.manifest import read_manifest
+from data.mixture import resolve_train
+from data.reader import ShardReader
 from data.shards import expand_braces, resolve
 
 
@@ -108,3 +112,61 @@ def test_a_cut_manifest_is_refused(make_set):
     path.write_text(path.read_text()[:100])
     with pytest.raises(DataError, match=r"manifest\.json: the file: Invalid JSON"):
         read_manifest(path)
+
+
+@pytest.fixture
+def apart(indexed, tmp_path):
+    """(folder of shards alone, manifest of them elsewhere with index files beside it)."""
+    folder, home = indexed([4, 2, 3]), tmp_path / "vouched"
+    home.mkdir()
+    for path in [*folder.glob("*.index"), folder / "manifest.json"]:
+        shutil.move(path, home)
+    return folder, home / "manifest.json"
+
+
+@pytest.mark.parametrize("far", ["nothing", "shards", "manifest", "both"])
+@pytest.mark.parametrize("pattern", ["", "/*.tar", "/{000..002}.tar"])
+def test_a_manifest_may_lie_elsewhere(apart, server, remote, monkeypatch, far, pattern):
+    """Where nobody may write into the bucket; the index files are beside it."""
+    folder, manifest = apart
+    monkeypatch.setattr("data.reader.index_of", None)  # no shard is walked
+    shards = f"{server.url}/train" if far in ("shards", "both") else str(folder)
+    home = f"{server.url}/vouched/manifest.json" if far in ("manifest", "both") else str(manifest)
+    with pytest.raises(DataError, match=r"manifest\.json"):
+        resolve(shards + pattern, remote=remote)
+    found = resolve(shards + pattern, remote=remote, manifest=home)
+    assert found.sizes == [4, 2, 3]
+    reader = ShardReader(found, remote=remote)
+    assert reader.read(1, 1).key == "train/0005"
+
+
+def test_each_source_may_have_its_manifest_elsewhere(apart, make_set):
+    folder, manifest = apart
+    other = make_set([2], "other")
+    sources = [{"shards": str(folder), "manifest": str(manifest)}, {"shards": str(other)}]
+    train = resolve_train(DataConfig.model_validate({"train": sources}))
+    assert train.shards.manifests == [str(manifest)] * 3 + [str(other / "manifest.json")]
+    assert ShardReader(train.shards).read(3, 0).key == "other/0000"
+
+
+def test_a_manifest_elsewhere_that_cannot_be_meant_is_refused(apart, make_set):
+    folder, manifest = apart
+    twin = make_set([4], "twin")
+    with pytest.raises(DataError, match=r"data\.train\.manifest names one too"):
+        resolve(str(twin / "manifest.json"), manifest=str(manifest))
+    with pytest.raises(DataError, match=r"cannot tell apart"):
+        resolve([str(folder / "000.tar"), str(twin / "000.tar")], manifest=str(manifest))
+
+
+def test_where_a_source_ends_is_part_of_what_a_resumed_run_compares(make_set):
+    """It is part of the order of samples, and the same shards may be named in other lists."""
+    folder = make_set([4, 2, 3])
+    names = [str(folder / f"00{number}.tar") for number in range(3)]
+
+    def fingerprint(*sources):
+        train = {"train": [{"shards": list(shards)} for shards in sources]}
+        return resolve_train(DataConfig.model_validate(train)).shards.digest()
+
+    assert fingerprint(names[:1], names[1:]) != fingerprint(names[:2], names[2:])
+    assert "9 samples in 1 + 2 shards" in fingerprint(names[:1], names[1:])
+    assert fingerprint(names) == resolve(names).digest()

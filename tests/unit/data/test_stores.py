@@ -14,14 +14,14 @@ import pytest
 import s3fs
 
 from data.cache import ShardCache
-from data.errors import DataError, Unreachable
+from data.errors import BadShard, DataError, Unreachable
 from data.shards import resolve
 
 
 @pytest.fixture(autouse=True)
 def fresh_clients(monkeypatch):
     """Clients keep the endpoint that the environment named when they were made."""
-    monkeypatch.setattr("data.remote._filesystems", {})
+    monkeypatch.setattr("data.clients._clients", {})
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "testing")
 
@@ -95,3 +95,14 @@ def test_a_store_that_drips_is_given_up_in_time(make_set, server, remote, monkey
     with pytest.raises(Unreachable, match=r"000\.tar: given up .*took too long.*give_up_after"):
         ShardCache(hasty).open("s3://train/000.tar", shards.entries[0])
     assert time.monotonic() - began < 2
+
+
+def test_a_truncated_object_is_a_damaged_shard(make_set, server, remote, monkeypatch):
+    shards = resolve(str(make_set([6])))
+    path = Path(shards.names[0])
+    path.write_bytes(path.read_bytes()[:3000])
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+    began = time.monotonic()
+    with pytest.raises(BadShard, match=r"s3://train/000\.tar: .*3000 bytes, the manifest says"):
+        ShardCache(remote).open("s3://train/000.tar", shards.entries[0])
+    assert time.monotonic() - began < 4

@@ -2,9 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from data.config import FREE_ON_RESUME
 from routedvit.training.config.run import ConfigError
 from routedvit.training.run_folder import RunFolder, check_same_data, claim, move_aside, open_folder
 
@@ -64,6 +66,36 @@ def test_other_shards_are_refused_where_a_run_goes_on(folder: RunFolder) -> None
         check_same_data(folder, nine, eight)
     with pytest.raises(ConfigError, match=r"data\.val: .* on 3 samples, and now .* 2 .*--resume"):
         check_same_data(folder, nine, ("9 samples", "2 samples"))
+
+
+def with_data(**data: object) -> dict[str, Any]:
+    return CONFIG | {"data": data}
+
+
+FREE = tuple(f"data.{key}" for key in FREE_ON_RESUME)
+
+
+def test_the_same_shards_may_lie_elsewhere_when_a_run_goes_on(folder: RunFolder) -> None:
+    """A renewed token, a copy, another mount: `check_same_data` knows whether they are the same."""
+    claim(folder, with_data(train={"shards": "https://h/x?sig=old"}, val={"shards": "s3://b/v"}))
+    (folder.checkpoints / "step_00000001").mkdir(parents=True)
+    claim(folder, with_data(train={"shards": ["/disk/x"]}, val={"shards": "/disk/v"}), free=FREE)
+    with pytest.raises(ConfigError, match=r"data\.val was .*, is null"):
+        claim(folder, with_data(train={"shards": ["/disk/x"]}), free=FREE)
+    oftener = with_data(train={"shards": "/disk", "repeat": 2}, val={"shards": "/disk/v"})
+    with pytest.raises(ConfigError, match=r"data\.train\.repeat was null, is 2"):
+        claim(folder, oftener, free=FREE)
+
+
+def test_the_same_shards_of_a_mixture_may_lie_elsewhere_too(folder: RunFolder) -> None:
+    claim(folder, with_data(train=[{"shards": "a", "weight": 1}, {"shards": "b", "weight": 2}]))
+    (folder.checkpoints / "step_00000001").mkdir(parents=True)
+    moved = [{"shards": "c", "weight": 1}, {"shards": ["d"], "weight": 2}]
+    claim(folder, with_data(train=moved), free=FREE)
+    with pytest.raises(ConfigError, match=r"data\.train\.1\.weight was 2, is 3"):
+        claim(folder, with_data(train=[moved[0], moved[1] | {"weight": 3}]), free=FREE)
+    with pytest.raises(ConfigError, match=r"data\.train was .*, is .*"):
+        claim(folder, with_data(train=moved[:1]), free=FREE)
 
 
 def test_starting_over_moves_the_old_run_aside(folder: RunFolder) -> None:

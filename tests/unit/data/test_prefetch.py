@@ -1,0 +1,82 @@
+"""Shards come side by side, each once, and none that is here is asked for again."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from data.cache import ShardCache
+from data.locks import locked
+from data.prefetch import Prefetcher
+from data.shards import resolve
+
+
+@pytest.fixture
+def shards(make_set, server, remote):
+    make_set([2] * 6)
+    return resolve(f"{server.url}/train", remote=remote)
+
+
+def pairs(shards):
+    return list(zip(shards.names, shards.entries, strict=True))
+
+
+def settled(prefetcher):
+    deadline = time.monotonic() + 5
+    while prefetcher._asked:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_what_another_process_fetches_holds_up_nothing(shards, remote, server):
+    """All loader processes of a rank ask in the same order."""
+    cache = ShardCache(remote)
+    cache.folder.mkdir()
+    prefetcher = Prefetcher(cache)
+    first = cache.path(shards.entries[0])
+    with locked(first.with_suffix(".lock")):
+        prefetcher.want(pairs(shards))
+        settled(prefetcher)
+        here = [cache.touch(entry) for entry in shards.entries]
+        assert here == [False] + [True] * 5
+    prefetcher.want(pairs(shards))
+    settled(prefetcher)
+    assert cache.touch(shards.entries[0])
+    names = [name for name, _ in server.requests if name.endswith(".tar")]
+    assert sorted(names) == sorted(set(names))
+
+
+def test_several_come_at_a_time(shards, remote, server):
+    for number in range(4):
+        server.faults[f"{number:03d}.tar"] = ["slow"]  # 0.8 s each
+    prefetcher = Prefetcher(ShardCache(remote.model_copy(update={"read_timeout": 5.0})))
+    began = time.monotonic()
+    prefetcher.want(pairs(shards)[:4])
+    settled(prefetcher)
+    assert time.monotonic() - began < 2
+
+
+def test_what_is_here_is_not_queued_again(shards, remote):
+    cache = ShardCache(remote)
+    for name, entry in pairs(shards):
+        cache.open(name, entry).close()
+    prefetcher = Prefetcher(cache)
+    prefetcher.want(pairs(shards))
+    assert not prefetcher._asked
+
+
+def test_a_prefetch_does_not_wait_for_room(shards, remote, server):
+    """Whoever needs a shard now may; the thread has others to bring."""
+    size = shards.entries[0].bytes
+    cache = ShardCache(remote.model_copy(update={"cache_gb": 1.5 * size / 1e9}))
+    cache.folder.mkdir()
+    reserved = cache.room.claimed(cache.folder / f"x.{size}.part", size)
+    prefetcher = Prefetcher(cache)
+    prefetcher.want(pairs(shards))
+    settled(prefetcher)
+    with reserved:
+        assert not any(cache.touch(entry) for entry in shards.entries)
+    assert not list(cache.folder.glob("*.lock"))
+    assert threading.active_count() > 1
