@@ -8,112 +8,46 @@ image, looks for keys that come twice, and prints a report for people. Exit code
 1: something is wrong, and every finding is a line; 2: there was nothing to check.
 
 --write-manifest makes the manifest of shards that were written elsewhere, and their index files.
-It vouches for the files as they are now, so it refuses shards whose structure is damaged.
+It vouches for the files as they are now, so it refuses shards whose structure is damaged. Samples
+that lack a label or an image of a type that is read are left out and named in skipped.jsonl; more
+than --max-skipped of them stop the command. Labels are looked for in .cls members; others are found
+with --label-key json:KEY, or done without (--unlabelled), and then are in the index files alone.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
+import re
 import sys
 from collections import Counter
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
-from data.arguments import whole
-from data.decode import MAX_IMAGE_BYTES, MAX_PIXELS, decode, open_image
-from data.errors import BadSample, DataError
-from data.index_file import SUFFIX, content_for, entry_for
+from data.arguments import share, whole
+from data.errors import DataError
+from data.examination import ShardReport, Task, draft_of, examine, index_beside, key_hashes
 from data.manifest import (
     MANIFEST_NAME,
-    MAX_CLASSES,
     Manifest,
     ShardEntry,
+    publish,
     read_manifest,
     sha256_of,
-    write_atomically,
 )
 from data.manifest import write_manifest as save_manifest
 from data.pool import each
 from data.remote import is_url
 from data.report import describe
 from data.shards import match
-from data.statistics import ShardStatistics, combine
-from data.tar_index import TarIndex, read_index
+from data.skipped import DEFAULT_SHARE, Skipped, skipped_in
+from data.statistics import combine
+from data.tar_index import CLS, JSON, UNLABELLED, read_index
 
 MAX_LINES = 50  # findings printed; the count is of all
-
-
-@dataclass
-class ShardReport:
-    """What was found in one shard. `note` is None when its structure is damaged."""
-
-    path: Path
-    note: dict[str, Any] | None = None
-    keys: list[str] = field(default_factory=list)
-    damage: list[str] = field(default_factory=list)  # of the shard
-    bad: list[str] = field(default_factory=list)  # samples
-    ignored: int = 0
-
-
-def examine(path: Path, full_decode: bool = True) -> ShardReport:
-    """Read a shard from end to end. Never raises for what is in it."""
-    report = ShardReport(path)
-    try:
-        _examine(report, full_decode)
-    except FileNotFoundError:
-        report.damage.append(f"{path}: missing")
-    except DataError as error:
-        report.damage.append(str(error).partition("; replace the shard")[0])
-    except OSError as error:
-        report.damage.append(f"{path}: cannot be read ({error.strerror})")
-    return report
-
-
-def _examine(report: ShardReport, full_decode: bool) -> None:
-    path = report.path
-    index = read_index(path)
-    report.keys = [index.key(sample) for sample in range(len(index))]
-    report.ignored = index.ignored
-    statistics = ShardStatistics()
-    with open(path, "rb") as file:
-        for sample in range(len(index)):
-            try:
-                _examine_sample(file, index, sample, statistics, full_decode)
-            except BadSample as error:
-                report.bad.append(f"{path}: {report.keys[sample]}: {error}")
-    if len(index):
-        entry = ShardEntry(
-            name=path.name,
-            samples=len(index),
-            bytes=path.stat().st_size,
-            sha256=sha256_of(path),
-            index=entry_for(content_for(path)),
-        )
-        report.note = statistics.note(entry)
-    else:
-        report.damage.append(f"{path}: no sample in it")
-
-
-def _examine_sample(
-    file: Any, index: TarIndex, sample: int, statistics: ShardStatistics, full_decode: bool
-) -> None:
-    if sample in index.faults:
-        raise BadSample(index.faults[sample])
-    label, size = int(index.labels[sample]), int(index.sizes[sample])
-    if label >= MAX_CLASSES:
-        raise BadSample(f"label {label}; classes are numbered from 0 to {MAX_CLASSES - 1}")
-    if size > MAX_IMAGE_BYTES:
-        raise BadSample(f"an image of {size} encoded bytes; {MAX_IMAGE_BYTES} are allowed")
-    file.seek(int(index.offsets[sample]))
-    payload = file.read(size)
-    image = open_image(payload, MAX_PIXELS)
-    if full_decode:
-        decode(payload, 3, MAX_PIXELS)
-    statistics.add(image, label)
+LABELS = "labels"  # in a recipe: where they are, if not in .cls members
 
 
 def against_manifest(reports: list[ShardReport], manifest: Manifest) -> list[str]:
@@ -144,7 +78,7 @@ def _about_index(path: Path, found: dict[str, Any], entry: ShardEntry) -> list[s
     """What is wrong with the index file of a shard whose walk would make `found`."""
     if entry.index is None:
         return []
-    file = path.with_name(path.name + SUFFIX)
+    file = index_beside(path)
     if not file.is_file():
         return [f"{file}: missing; reading the shard takes longer without"]
     if sha256_of(file) != entry.index.sha256:
@@ -173,23 +107,39 @@ def about_classes(folder: Path, reports: list[ShardReport], manifest: Manifest) 
 
 def repeated_keys(reports: list[ShardReport]) -> list[str]:
     """Keys that more than one shard holds."""
-    counts = Counter(key for report in reports for key in report.keys)
+    hashes = np.concatenate([np.zeros(0, np.uint64), *(report.keys for report in reports)])
+    hashes.sort()
+    repeated = hashes[1:][hashes[1:] == hashes[:-1]]
+    if not len(repeated):
+        return []
+    counts: Counter[str] = Counter()
+    for report in reports:
+        if np.isin(report.keys, repeated).any():  # the keys themselves were left in the shard
+            index = read_index(report.path, labels=report.labels)
+            rows = np.flatnonzero(np.isin(key_hashes(index), repeated)).tolist()
+            counts.update(index.key(row) for row in rows)
     return [f"key {key} is in {count} shards" for key, count in counts.items() if count > 1]
 
 
 def check_folder(
-    folder: Path, reports: list[ShardReport], write: bool, label_names: list[str] | None
+    folder: Path,
+    reports: list[ShardReport],
+    write: bool,
+    label_names: list[str] | None,
+    max_skipped: float = DEFAULT_SHARE,
 ) -> list[str]:
     """Print what is in a folder, write its manifest if asked; returns what is wrong."""
+    earlier = _earlier(folder, _notes(reports) if write else [])
+    if write:
+        _leave_out(folder, reports, earlier, max_skipped)
     findings = [line for report in reports for line in report.damage]
     if write and findings:
         raise DataError(
             f"{findings[0]} ({len(findings)} damaged shards); a manifest would vouch for them: "
             "replace them or leave them out"
         )
-    notes = [report.note for report in reports if report.note is not None]
+    notes = _notes(reports)
     if any(note["class_counts"] for note in notes):
-        earlier = _earlier(folder, notes if write else [])
         names = label_names or (earlier.label_names if earlier else None)
         found = combine(notes, names)
         if label_names and len(found.class_counts) > len(label_names):
@@ -200,18 +150,47 @@ def check_folder(
         ignored = sum(report.ignored for report in reports)
         print(*describe(folder, found, names, notes, ignored), sep="\n")
         if write:
-            for report in reports:
-                index = report.path.with_name(report.path.name + SUFFIX)
-                write_atomically(index, content_for(report.path))
-            recipe = earlier.recipe if earlier else None
-            save_manifest(folder, found.model_copy(update={"recipe": recipe}))
-            print(f"  wrote     {folder / MANIFEST_NAME}")
+            _adopt(folder, reports, found, earlier)
+        if any(report.skipped for report in reports) and (told := skipped_in(folder)):
+            print(f"  skipped   {told}")
     elif write:
         raise DataError(f"{folder}: no usable sample; nothing to write a manifest about")
     manifest = read_manifest(folder / MANIFEST_NAME)
     findings += against_manifest(reports, manifest)
     findings += about_classes(folder, reports, manifest)
     return findings + [line for report in reports for line in report.bad]
+
+
+def _notes(reports: list[ShardReport]) -> list[dict[str, Any]]:
+    return [report.note for report in reports if report.note is not None]
+
+
+def _leave_out(
+    folder: Path, reports: list[ShardReport], earlier: Manifest | None, share: float
+) -> None:
+    """List the samples that a manifest will not know. DataError when they are too many."""
+    lines = [line for report in reports for line in report.skipped]
+    if not lines and earlier is not None:
+        return  # a list that is there tells of the images that shards were once written from
+    kept = sum(len(report.keys) for report in reports)
+    skipped = Skipped(folder, kept + len(lines), share)
+    skipped.add(lines)
+    skipped.save()
+
+
+def _adopt(
+    folder: Path, reports: list[ShardReport], found: Manifest, earlier: Manifest | None
+) -> None:
+    """Give the index files their names, then write the manifest that vouches for them."""
+    for report in reports:
+        publish(draft_of(report.path), index_beside(report.path))
+    recipe = dict(earlier.recipe or {}) if earlier else {}
+    recipe.pop(LABELS, None)
+    labels = {report.labels for report in reports} - {CLS}
+    if labels:
+        recipe[LABELS] = labels.pop()
+    save_manifest(folder, found.model_copy(update={"recipe": recipe or None}))
+    print(f"  wrote     {folder / MANIFEST_NAME}")
 
 
 def _earlier(folder: Path, notes: list[dict[str, Any]]) -> Manifest | None:
@@ -234,6 +213,22 @@ def local(pattern: str) -> list[Path]:
     return [Path(name) for name in match(pattern)]
 
 
+def _labels_of(folder: Path) -> str:
+    """Where the labels were when the shards of a folder were adopted; in .cls members otherwise."""
+    try:
+        recipe = read_manifest(folder / MANIFEST_NAME).recipe
+    except DataError:
+        return CLS
+    return (recipe or {}).get(LABELS, CLS)
+
+
+def label_key(text: str) -> str:
+    """An argument such as json:label."""
+    if not re.fullmatch(rf"{JSON}.+", text):
+        raise argparse.ArgumentTypeError(f"{text} is not of the form json:KEY, such as json:label")
+    return text
+
+
 def names_in(path: Path) -> list[str]:
     """The class names in a file, one per line."""
     try:
@@ -248,19 +243,20 @@ def run(arguments: argparse.Namespace) -> int:
     """Check what the arguments name; returns the exit code."""
     paths = [path for pattern in arguments.shards for path in local(pattern)]
     names = names_in(arguments.label_names) if arguments.label_names else None
-    examination = functools.partial(examine, full_decode=not arguments.headers_only)
-    reports = list(
-        tqdm(
-            each(examination, paths, arguments.jobs),
-            total=len(paths),
-            unit="shard",
-            disable=None,
-        )
-    )
-    findings = repeated_keys(reports)
-    for folder in dict.fromkeys(path.parent for path in paths):
-        inside = [report for report in reports if report.path.parent == folder]
-        findings += check_folder(folder, inside, arguments.write_manifest, names)
+    folders = dict.fromkeys(path.parent for path in paths)
+    labels = {folder: arguments.labels or _labels_of(folder) for folder in folders}
+    write = arguments.write_manifest
+    tasks = [Task(path, labels[path.parent], not arguments.headers_only, write) for path in paths]
+    try:
+        performed = each(examine, tasks, arguments.jobs)
+        reports = list(tqdm(performed, total=len(tasks), unit="shard", disable=None))
+        findings = repeated_keys(reports)
+        for folder in folders:
+            inside = [report for report in reports if report.path.parent == folder]
+            findings += check_folder(folder, inside, write, names, arguments.max_skipped)
+    finally:
+        for path in paths if write else []:
+            draft_of(path).unlink(missing_ok=True)
     for line in findings[:MAX_LINES]:
         print(f"  WRONG     {line}")
     if len(findings) > MAX_LINES:
@@ -283,6 +279,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--write-manifest", action="store_true", help="make the manifest, from the shards as found"
     )
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
+        "--label-key", dest="labels", type=label_key, help="json:KEY: where labels are, if not .cls"
+    )
+    where.add_argument(
+        "--unlabelled", dest="labels", action="store_const", const=UNLABELLED,
+        help="images without labels, for the objective mae: all are of class 0",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-skipped",
+        type=share,
+        default=DEFAULT_SHARE,
+        help="share of a folder's samples that may lack an image or a label (0.01)",
+    )
     parser.add_argument("--label-names", type=Path, help="file with one class name per line")
     parser.add_argument(
         "--headers-only", action="store_true", help="decode only 256 images a shard"
@@ -292,6 +302,9 @@ def main(arguments: list[str] | None = None) -> int:
         return run(parser.parse_args(arguments))
     except DataError as error:
         print(f"data.check: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a full disk, a folder that is not ours
+        print(f"data.check: {error}; mend it and start the same command again", file=sys.stderr)
         return 2
 
 

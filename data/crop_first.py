@@ -87,9 +87,8 @@ class CropFirst:
         """uint8 [C, *size], a random crop of the image resized."""
         size = self.crop.size
         # timm asks a Pillow image for its size alone, and the header knows it
-        top, left, height, width = self.crop.get_params(
-            image.header, self.crop.scale, self.crop.ratio
-        )
+        drawn = self.crop.get_params(image.header, self.crop.scale, self.crop.ratio)
+        top, left, height, width = _with_a_pixel(drawn, image.size[::-1])
         mode = self.crop.interpolation
         if isinstance(mode, tuple | list):
             mode = random.choice(mode)
@@ -107,6 +106,18 @@ class CropFirst:
                 _channels_first(pixels)[None], size, mode=_TORCH_MODE[mode], antialias=True
             )[0]
         return _channels_first(np.asarray(as_pillow(pixels).resize(size[::-1], _PILLOW_MODE[mode])))
+
+
+def _with_a_pixel(
+    crop: tuple[int, int, int, int], size: tuple[int, int]
+) -> tuple[int, int, int, int]:
+    """(top, left, height, width) that holds a pixel at least, inside an image of `size` (h, w).
+
+    timm rounds what it draws, in images of up to three pixels also to nothing.
+    """
+    top, left, height, width = crop
+    height, width = max(1, height), max(1, width)
+    return min(top, size[0] - height), min(left, size[1] - width), height, width
 
 
 def _channels_first(pixels: np.ndarray) -> torch.Tensor:

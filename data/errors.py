@@ -1,4 +1,8 @@
-"""The ways in which data can fail: a whole run, one shard, or one sample."""
+"""The ways in which data can fail: a whole run, one shard, or one sample.
+
+What a run ends with is exit code 2, which schedulers take for final, unless the error says another
+(`exit_code`): with 1 they may start it again, for what may have passed by then.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +21,14 @@ class Unreachable(DataError):
     Always stops the run. Another rank may well read it, so a quarantine would leave ranks with
     other samples than their share of the order, and a resume with others again.
     """
+
+    exit_code = 1
+
+
+class LoaderFailed(DataError):
+    """A loader process died or hangs: its memory, disk or machine may be well at the next start."""
+
+    exit_code = 1
 
 
 class BadSample(Exception):

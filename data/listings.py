@@ -21,7 +21,7 @@ from timm.data import ImageDataset, create_dataset
 
 from data.errors import BadSample, DataError
 from data.manifest import MAX_CLASSES
-from data.sources import FileReference, Reference, Split, divide, safe_key, unique_key
+from data.sources import FileReference, Keys, Reference, Split, divide
 
 
 def list_splits(
@@ -58,9 +58,9 @@ def list_splits(
         names = _numbered(
             numbers, f"{path}, {label_column!r}", "leave these rows out, or give --labels-are-names"
         )
-    keys: set[str] = set()
+    keys, folder = Keys(), str(path.parent)
     references: list[Reference] = [
-        FileReference(unique_key(safe_key(_stem(image)), keys), path.parent / image, label)
+        FileReference(keys.of(_stem(image)), folder, image, label)
         for image, label in zip(images, numbers, strict=True)
     ]
     return divide(Split(references, names), held_out)

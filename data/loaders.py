@@ -26,6 +26,7 @@ from data.reader import ShardReader
 from data.shards import ShardSet, resolve
 from data.transforms import eval_transform, train_transform
 from data.workers import batches_of
+from data.working_set import warn_of_small_cache
 
 
 def build_train_loader(
@@ -52,14 +53,13 @@ def build_train_loader(
     """
     train = resolve_train(config)
     shards, order = train.shards, order_of(train, config, seed)
-    readers = world_size * max(1, config.num_workers)
-    if len(shards.names) < readers:
+    if config.replacement and shards.remote:
         raise DataError(
-            f"{len(shards.names)} training shards for {readers} readers ({world_size} ranks x "
-            f"{max(1, config.num_workers)} workers); write more, smaller shards (`python -m "
-            "data.write --shard-size`) or lower data.num_workers"
+            "data.replacement draws each sample among all shards, and some of data.train are URLs: "
+            "nearly every sample would fetch a shard; copy them to a disk, or set it to false"
         )
     check_world(order.streams, global_batch_size, world_size, pairs)
+    warn_of_small_cache(config, train, streams=order.streams, rank=rank, world_size=world_size)
     if global_batch_size % (micro_batch_size * world_size):
         raise DataError(
             f"a global batch of {global_batch_size} is no multiple of micro-batch "
@@ -116,7 +116,7 @@ def build_eval_loader(
     if split == "val":
         if config.val is None:
             raise DataError("data.val is not set; name shards to evaluate on in data.val.shards")
-        shards = resolve(config.val.shards, "data.val.shards", config.remote)
+        shards = resolve(config.val.shards, "data.val.shards", config.remote, config.val.manifest)
         _check_same_classes(train, shards)
     mean, std = normalization(config, train, mean, std, channels=input_size[0])
     dataset = EvalBatches(

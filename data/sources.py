@@ -8,9 +8,12 @@ is in memory before its shard is. Lists and dataset objects are in `data.listing
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import math
+import os
 import struct
+import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -25,6 +28,7 @@ from data.errors import DataError
 
 # What a folder is searched for; the content decides what a file is.
 SUFFIXES = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp"))
+MAX_KEY_BYTES = 1000  # UTF-8; data.tar_index reads names of up to four times as much
 
 
 class Reference(Protocol):
@@ -60,16 +64,21 @@ class ArrayReference:
         return buffer.getvalue()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FileReference:
-    """An image file whose bytes are copied unchanged."""
+    """An image file whose bytes are copied unchanged.
+
+    There may be fourteen million: two strings each, and one for the folder of all.
+    """
 
     key: str
-    path: Path
+    root: str
+    name: str  # relative to `root`, or absolute
     label: int
 
     def read(self) -> bytes:
-        return self.path.read_bytes()
+        with open(os.path.join(self.root, self.name), "rb") as file:
+            return file.read()
 
 
 def mnist_splits() -> dict[str, Split]:
@@ -153,7 +162,7 @@ def _image_folder(root: Path, label_names: list[str] | None) -> Split:
     if unknown := set(found) - set(label_names):
         raise DataError(f"{root} has classes that train lacks: {', '.join(sorted(unknown)[:5])}")
     references: list[Reference] = []
-    keys: set[str] = set()
+    keys, folder = Keys(), str(root)
     ignored: Counter[str] = Counter()
     if beside := _number_of(root.iterdir()):
         ignored["beside the class folders"] = beside
@@ -164,8 +173,9 @@ def _image_folder(root: Path, label_names: list[str] | None) -> Split:
             if path.suffix.lower() not in SUFFIXES:
                 ignored[_kind(path)] += 1
                 continue
-            key = safe_key(str(path.relative_to(root).with_suffix("")))
-            references.append(FileReference(unique_key(key, keys), path, label))
+            relative = path.relative_to(root)
+            key = keys.of(str(relative.with_suffix("")))
+            references.append(FileReference(key, folder, str(relative), label))
     if not references:
         there = f" (there: {listed(ignored)})" if ignored else ""
         raise DataError(
@@ -181,19 +191,41 @@ def listed(ignored: Counter[str]) -> str:
 
 
 def safe_key(name: str) -> str:
-    """`name` with everything that is not a letter, digit, '_', '-' or '/' replaced by '_'."""
-    return "".join(c if c.isascii() and (c.isalnum() or c in "_-/") else "_" for c in name)
+    """`name` with everything that is no letter or digit, '_', '-' or '/' replaced by '_'.
 
-
-def unique_key(key: str, taken: set[str]) -> str:
-    """`key`, with as many '_' as it takes to differ from those `taken`, and adds it there.
-
-    a.jpg beside a.png is one reason, names that differ in unsafe characters only another.
+    Letters and digits of any script stay: of a folder of Chinese names nothing else would be left.
     """
-    while key in taken:
-        key += "_"
-    taken.add(key)
-    return key
+    name = unicodedata.normalize("NFC", name)  # macOS takes letters and their accents apart
+    return "".join(c if c.isalnum() or c in "_-/" else "_" for c in name)
+
+
+class Keys:
+    """Keys for the samples of a split, each unlike all others; linear in their number.
+
+    a.jpg beside a.png is one reason to tell them apart, names that differ in unsafe characters
+    only another.
+    """
+
+    def __init__(self) -> None:
+        self._taken: set[str] = set()
+        self._met: dict[str, int] = {}  # key -> how many came that wanted it, where it was taken
+
+    def of(self, name: str) -> str:
+        """The safe key of `name`, with a number behind it where that is taken."""
+        wanted = key = _shortened(safe_key(name), name)
+        while key in self._taken:
+            self._met[wanted] = self._met.get(wanted, 1) + 1
+            key = f"{wanted}_{self._met[wanted]}"
+        self._taken.add(key)
+        return key
+
+
+def _shortened(key: str, name: str) -> str:
+    """`key`, with a hash of `name` for what is above MAX_KEY_BYTES."""
+    if len(key.encode()) <= MAX_KEY_BYTES:
+        return key
+    digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    return f"{key.encode()[:MAX_KEY_BYTES].decode(errors='ignore')}_{digest}"
 
 
 def idx_splits(root: Path) -> dict[str, Split]:

@@ -1,31 +1,31 @@
-"""Where every sample of a shard lies, read from the tar headers and nothing taken on trust.
-
-Python's tarfile ends quietly at a cut between members, at a flipped header bit and at a zeroed
-block, so a damaged shard is a shorter shard and nobody notices. Here every header's checksum, every
-member's extent and the end-of-archive blocks are checked; any fault is a DataError that names shard
-and offset. Members are then read by position: no name from a tar ever becomes a path.
+"""Which samples a shard holds and where they lie, from the members that `data.tar_members` finds.
 
 Grouping is WebDataset's: the key is the name up to the first dot of its last component, the rest is
-the extension; members of a sample are neighbours. A sample is one image plus one `.cls` (the label
-as text). Cost: one pread of 1 KiB per member.
+the extension; members of a sample are neighbours. Neighbours without a known extension there, such
+as img.1.jpg and img.1.cls, are grouped by what stands before the last dot instead.
+
+A sample is one image plus one `.cls` (the label as text). Shards made elsewhere may keep labels in
+a JSON member, or have none; `labels` says so. What lacks an image that we read, or a label, is left
+out and named; what has neither (a README, what macOS leaves) is ignored.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple, NoReturn
 
 import numpy as np
 
-from data.errors import BadShard
+from data.tar_members import BLOCK as BLOCK  # for those who read by this index
+from data.tar_members import Member, Tar
 
-BLOCK = 512
-ZERO_BLOCK = bytes(BLOCK)
 IMAGE_EXTENSIONS = frozenset({"png", "jpg", "jpeg", "webp"})
+# Images all the same: who counts samples wants to hear of them.
+UNREAD_EXTENSIONS = frozenset({"gif", "bmp", "tif", "tiff", "heic", "heif", "avif", "jp2", "jxl"})
 # Formats that run code or inflate without bound when other tools open them. Never read here; the
 # sample that carries one is set aside, because nobody puts these beside an image by accident.
 FORBIDDEN_EXTENSIONS = frozenset(
@@ -33,17 +33,8 @@ FORBIDDEN_EXTENSIONS = frozenset(
 )
 NO_LABEL = -1
 MAX_LABEL_BYTES = 20
-MAX_NAME_BYTES = 4096  # of a long-name or pax record; a larger one is an attack on memory
-
-
-class Member(NamedTuple):
-    """One regular file in the tar: payload at `offset`, its first 512 bytes in `head`."""
-
-    name: str
-    header: int
-    offset: int
-    size: int
-    head: bytes
+MAX_JSON_BYTES = 1 << 20
+CLS, UNLABELLED, JSON = "cls", "none", "json:"  # where labels are; behind JSON comes the key
 
 
 @dataclass(frozen=True)
@@ -57,6 +48,7 @@ class TarIndex:
     faults: dict[int, str] = field(default_factory=dict)  # sample -> why it cannot be used
     checks: np.ndarray | None = None  # int64: CRC-32 of each sample, see data.index_file
     ignored: int = 0  # members that are neither image nor label
+    left_out: dict[str, str] = field(default_factory=dict)  # key -> why it is no sample here
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -66,128 +58,13 @@ class TarIndex:
         return bytes(self.keys[sample]).decode()
 
 
-class _Tar:
-    """A tar file open for strict reading."""
-
-    def __init__(self, name: str, descriptor: int) -> None:
-        self.name = name
-        self.descriptor = descriptor
-        self.size = os.fstat(descriptor).st_size
-
-    def fault(self, offset: int, what: str) -> NoReturn:
-        raise BadShard(
-            f"{self.name}: offset {offset}: {what}; replace the shard by a good copy or write it "
-            f"again (`python -m data.check '{self.name}'` reports on it)"
-        )
-
-    def members(self) -> Iterator[Member]:
-        """Every regular file in order; faults at the first thing that is not as it should be."""
-        if self.size % BLOCK:
-            self.fault(self.size, f"the file is no multiple of {BLOCK} bytes long: it is cut")
-        position = 0
-        long_name: str | None = None
-        while True:
-            block = os.pread(self.descriptor, 2 * BLOCK, position)
-            header, head = block[:BLOCK], block[BLOCK:]
-            if len(header) < BLOCK:
-                self.fault(position, "the end-of-archive blocks are missing: the file is cut")
-            if header == ZERO_BLOCK:
-                self._check_end(position)
-                return
-            self._check_sum(header, position)
-            size, kind = self._number(header[124:136], position), header[156:157]
-            offset = position + BLOCK
-            following = offset + -(-size // BLOCK) * BLOCK
-            if following > self.size:
-                self.fault(
-                    position, f"a member claims {size} bytes and the file has {self.size - offset}"
-                )
-            if kind in (b"x", b"L"):
-                long_name = self._long_name(kind, offset, size, position)
-            elif kind in (b"0", b"\0"):
-                name = _plain_name(long_name or self._short_name(header, position))
-                if name is None:
-                    self.fault(position, f"the member name {long_name or header[:100]!r} is unsafe")
-                yield Member(name, position, offset, size, head[:size])
-                long_name = None
-            elif kind == b"5":
-                long_name = None
-            elif kind != b"g":
-                self.fault(position, f"a member of type {kind!r} (link, device, sparse) is refused")
-            position = following
-
-    def _check_sum(self, header: bytes, position: int) -> None:
-        computed = sum(header) - sum(header[148:156]) + 8 * ord(" ")
-        if self._number(header[148:156], position) != computed:
-            self.fault(position, "the header's checksum does not match: damaged, or no plain tar")
-
-    def _number(self, digits: bytes, position: int) -> int:
-        if digits[:1] == b"\x80":  # GNU's binary form, for sizes past 8 GiB
-            return int.from_bytes(digits[1:], "big")
-        text = digits.strip(b"\0 ")
-        if not text.isdigit() or b"8" in text or b"9" in text:
-            self.fault(position, f"{digits!r} in a header is no octal number: damaged, or no tar")
-        return int(text, 8)
-
-    def _check_end(self, position: int) -> None:
-        if position + 2 * BLOCK > self.size:
-            self.fault(position, "one of the two end-of-archive blocks is missing: the file is cut")
-        while chunk := os.pread(self.descriptor, 1 << 20, position):
-            if chunk.count(0) != len(chunk):
-                self.fault(
-                    position, "zeroed blocks with data behind them: part of the file is lost"
-                )
-            position += len(chunk)
-
-    def _short_name(self, header: bytes, position: int) -> str:
-        name = header[:100].split(b"\0")[0]
-        prefix = header[345:500].split(b"\0")[0] if header[257:263] == b"ustar\0" else b""
-        try:
-            return (prefix + b"/" + name if prefix else name).decode()
-        except UnicodeDecodeError:
-            self.fault(position, f"the member name {name!r} is not UTF-8")
-
-    def _long_name(self, kind: bytes, offset: int, size: int, position: int) -> str | None:
-        """The name in a GNU long-name member or a pax header; None where pax gives no path."""
-        if size > MAX_NAME_BYTES:
-            self.fault(position, f"a name record of {size} bytes is refused")
-        payload = os.pread(self.descriptor, size, offset)
-        try:
-            if kind == b"L":
-                return payload.split(b"\0")[0].decode()
-            records = _pax_records(payload)
-        except ValueError:
-            self.fault(position, "a name record cannot be read")
-        if records.keys() & {"size", "linkpath"} or any("sparse" in name for name in records):
-            self.fault(position, "a pax header that changes size or target is refused")
-        return records.get("path")
-
-
-def _pax_records(payload: bytes) -> dict[str, str]:
-    """The `length key=value` records of a pax header. ValueError when malformed."""
-    records = {}
-    while payload:
-        length = int(payload[: payload.index(b" ")])
-        record, payload = payload[:length], payload[length:]
-        if not record.endswith(b"\n"):
-            raise ValueError(record)
-        name, value = record.split(b" ", 1)[1][:-1].decode().split("=", 1)
-        records[name] = value
-    return records
-
-
-def _plain_name(name: str) -> str | None:
-    """The name without a leading './'; None when it could lead out of a folder or hide in a log."""
-    name = name.removeprefix("./")
-    if not name or name.startswith("/") or "\\" in name or not name.isprintable():
-        return None
-    return None if any(part in ("", ".", "..") for part in name.split("/")) else name
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """(key, extension) of a member name by WebDataset's rule; the extension in lower case."""
+def split_name(name: str, last: bool = False) -> tuple[str, str]:
+    """(key, extension) of a member name, cut at the first dot of its last component as WebDataset
+    does, or at the `last`; the extension in lower case."""
     folder, slash, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
+    if last and extension:
+        stem, _, extension = base.rpartition(".")
     return folder + slash + stem, extension.lower()
 
 
@@ -199,83 +76,145 @@ class _Draft:
     header: int
     image: Member | None = None
     label: int | None = None
-    fault: str | None = None
+    fault: str | None = None  # why it is a sample, and cannot be used
+    missing: str | None = None  # why it is none
 
 
 class _Builder:
-    """Groups members into samples; refuses what does not pair up."""
+    """Groups members into samples; refuses what comes twice."""
 
-    def __init__(self, tar: _Tar) -> None:
+    def __init__(self, tar: Tar, labels: str) -> None:
         self.tar = tar
+        self.labels = labels
         self.samples: list[_Draft] = []
-        self.seen: set[str] = set()
+        self.left_out: dict[str, str] = {}
         self.ignored = 0
+        self._seen: set[str] = set()
+        self._neighbours: list[Member] = []  # that have the name up to the first dot in common
 
     def add(self, member: Member) -> None:
-        key, extension = split_name(member.name)
-        if not self.samples or self.samples[-1].key != key:
-            self.close()
-            if key in self.seen:
-                self.tar.fault(member.header, f"key {key!r} comes a second time or is interleaved")
-            self.seen.add(key)
-            self.samples.append(_Draft(key, member.header))
-        sample = self.samples[-1]
-        if extension in IMAGE_EXTENSIONS:
-            if sample.image is not None:
-                self.tar.fault(member.header, f"key {key!r} has two images")
-            sample.image = member
-        elif extension == "cls":
-            if sample.label is not None:
-                self.tar.fault(member.header, f"key {key!r} has two labels")
-            sample.label = _label(member)
-            if sample.label == NO_LABEL:
-                sample.fault = f"the label {member.head[:MAX_LABEL_BYTES]!r} is no class number"
-        elif extension.rpartition(".")[2] in FORBIDDEN_EXTENSIONS:
-            sample.fault = f"a member of the forbidden type .{extension}"
-        else:
+        if member.name.rpartition("/")[2].startswith("._"):  # what macOS keeps beside a file
             self.ignored += 1
+            return
+        if self._neighbours:
+            key, _ = split_name(self._neighbours[0].name)
+            if split_name(member.name)[0] != key:
+                self.close()
+        self._neighbours.append(member)
 
     def close(self) -> None:
-        """Check that the sample met last is whole."""
-        if not self.samples:
-            return
-        sample = self.samples[-1]
-        if sample.fault is None and (sample.image is None or sample.label is None):
-            missing = "image" if sample.image is None else "label (.cls)"
-            self.tar.fault(sample.header, f"key {sample.key!r} has no {missing}")
+        """Make samples of the neighbours met last."""
+        members, self._neighbours = self._neighbours, []
+        last = not any(_known(split_name(member.name)[1]) for member in members)
+        for key, group in groupby(members, lambda member: split_name(member.name, last)[0]):
+            self._sample(key, [(split_name(member.name, last)[1], member) for member in group])
+
+    def _sample(self, key: str, members: list[tuple[str, Member]]) -> None:
+        if key in self._seen:
+            header = members[0][1].header
+            self.tar.fault(header, f"key {key!r} comes a second time or is interleaved")
+        sample = _Draft(key, members[0][1].header)
+        kinds = [extension for extension, _ in members]
+        others = sum(not self._take(sample, extension, member) for extension, member in members)
+        if sample.fault is None and sample.image is None:
+            unread = next((kind for kind in kinds if kind in UNREAD_EXTENSIONS), None)
+            if sample.label is None and unread is None:
+                self.ignored += len(members)
+                return
+            sample.missing = "a label and no image"
+            if unread is not None:
+                sample.missing = f"an image of type .{unread}; JPEG, PNG and WebP are read"
+        elif sample.fault is None and sample.label is None and sample.missing is None:
+            sample.missing = "no label (.cls); `data.check` has --label-key and --unlabelled"
+        self._seen.add(key)
+        if sample.missing is None:
+            self.samples.append(sample)
+            self.ignored += others
+        else:
+            self.left_out[key] = sample.missing
+
+    def _take(self, sample: _Draft, extension: str, member: Member) -> bool:
+        """Add a member to a sample; whether it says anything about it."""
+        if extension in IMAGE_EXTENSIONS:
+            if sample.image is not None:
+                self.tar.fault(member.header, f"key {sample.key!r} has two images")
+            sample.image = member
+            if self.labels == UNLABELLED:
+                sample.label = 0
+        elif extension == "cls" and self.labels == CLS:
+            if sample.label is not None:
+                self.tar.fault(member.header, f"key {sample.key!r} has two labels")
+            sample.label = _number(member.head, member.size)
+            if sample.label == NO_LABEL:
+                sample.fault = f"the label {member.head[:MAX_LABEL_BYTES]!r} is no class number"
+        elif extension == "json" and self.labels.startswith(JSON):
+            sample.label, sample.missing = self._in_json(member)
+        elif _forbidden(extension):
+            sample.fault = f"a member of the forbidden type .{extension}"
+        else:
+            return False
+        return True
+
+    def _in_json(self, member: Member) -> tuple[int | None, str | None]:
+        """The label in a JSON member, or why there is none."""
+        name = self.labels.removeprefix(JSON)
+        if member.size > MAX_JSON_BYTES:
+            return None, f"a JSON member of {member.size} bytes; {MAX_JSON_BYTES} are read"
+        try:
+            words = json.loads(os.pread(self.tar.descriptor, member.size, member.offset))
+        except (ValueError, RecursionError):
+            return None, "its JSON member cannot be read"
+        if not isinstance(words, dict) or name not in words:
+            return None, f"its JSON member has no {name!r}"
+        text = json.dumps(words[name]).strip('"').encode()
+        label = _number(text, len(text))
+        if label == NO_LABEL:
+            return None, f"{name!r} is {text[:MAX_LABEL_BYTES]!r} and no class number"
+        return label, None
 
 
-def _label(member: Member) -> int:
-    text = member.head.strip()
-    if member.size > MAX_LABEL_BYTES or not re.fullmatch(rb"[0-9]{1,9}", text):
+def _known(extension: str) -> bool:
+    return extension in IMAGE_EXTENSIONS or extension == "cls" or _forbidden(extension)
+
+
+def _forbidden(extension: str) -> bool:
+    return extension.rpartition(".")[2] in FORBIDDEN_EXTENSIONS
+
+
+def _number(text: bytes, size: int) -> int:
+    text = text.strip()
+    if size > MAX_LABEL_BYTES or not re.fullmatch(rb"[0-9]{1,9}", text):
         return NO_LABEL
     return int(text)
 
 
-def read_index(path: Path, expected_samples: int | None = None) -> TarIndex:
+def read_index(path: Path, expected_samples: int | None = None, labels: str = CLS) -> TarIndex:
     """Index the shard at `path`; see `index_of`."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        return index_of(descriptor, str(path), expected_samples)
+        return index_of(descriptor, str(path), expected_samples, labels)
     finally:
         os.close(descriptor)
 
 
-def index_of(descriptor: int, name: str, expected_samples: int | None = None) -> TarIndex:
-    """Index an open shard, which errors call `name`.
+def index_of(
+    descriptor: int, name: str, expected_samples: int | None = None, labels: str = CLS
+) -> TarIndex:
+    """Index an open shard, which errors call `name`; `labels` are in CLS, JSON or UNLABELLED.
 
-    Raises BadShard, naming shard and offset, for anything that is not a whole plain tar of
-    image + label pairs, or that does not hold `expected_samples` of them.
+    Raises BadShard, naming shard and offset, for anything that is not a whole plain tar, holds a
+    sample twice, or does not hold `expected_samples` of them.
     """
-    tar = _Tar(name, descriptor)
-    builder = _Builder(tar)
+    tar = Tar(name, descriptor)
+    builder = _Builder(tar, labels)
     for member in tar.members():
         builder.add(member)
     builder.close()
     samples = builder.samples
     if expected_samples is not None and len(samples) != expected_samples:
+        out = f" ({len(builder.left_out)} lack an image or a label)" if builder.left_out else ""
         tar.fault(
-            tar.size, f"{len(samples)} samples found and the manifest says {expected_samples}"
+            tar.size, f"{len(samples)} samples found{out} and the manifest says {expected_samples}"
         )
     return TarIndex(
         keys=np.array([sample.key.encode() for sample in samples], dtype=np.bytes_),
@@ -286,4 +225,5 @@ def index_of(descriptor: int, name: str, expected_samples: int | None = None) ->
         ),
         faults={number: s.fault for number, s in enumerate(samples) if s.fault is not None},
         ignored=builder.ignored,
+        left_out=builder.left_out,
     )

@@ -21,7 +21,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from data.config import DataConfig
-from data.errors import DataError
+from data.errors import DataError, LoaderFailed
 from data.ledger import Ledger
 
 PATIENCE = 540  # seconds to wait for a batch: below the 10 minutes after which collectives give up
@@ -81,7 +81,7 @@ def batches_of(
 
 
 def _next(batches: Iterator[Any]) -> Any:
-    """The next batch, None at the end. A worker that died or hangs is a DataError."""
+    """The next batch, None at the end. A worker that died or hangs is a LoaderFailed."""
     try:
         return next(batches, None)
     except RuntimeError as error:
@@ -89,7 +89,7 @@ def _next(batches: Iterator[Any]) -> Any:
 
 
 def _raise_in_words(error: RuntimeError) -> NoReturn:
-    """What torch says of its workers as a DataError with the mend; any other error as it is."""
+    """What torch says of its workers as LoaderFailed with the mend; any other error as it is."""
     first_line = str(error).partition("\n")[0]
     if "DataLoader timed out" in first_line:
         mend = "a loader process hangs: look at the disk that the shards are on"
@@ -100,7 +100,7 @@ def _raise_in_words(error: RuntimeError) -> NoReturn:
         )
     else:
         raise error
-    raise DataError(f"{first_line}; {mend}, then start again") from error
+    raise LoaderFailed(f"{first_line}; {mend}, then start again") from error
 
 
 def _explain_deaths() -> None:
@@ -113,7 +113,7 @@ def _explain_deaths() -> None:
 
 
 class _Explained:
-    """A signal handler whose RuntimeError comes as a DataError."""
+    """A signal handler whose RuntimeError comes as LoaderFailed."""
 
     def __init__(self, handler: Callable[[int, FrameType | None], Any]) -> None:
         self.handler = handler

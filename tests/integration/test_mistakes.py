@@ -70,7 +70,6 @@ MISTAKES = {
     'train.batch_size="many"': ["train.batch_size", '"many"', "valid integer"],
     "train.micro_batch_size=5": ["train.micro_batch_size = 5", "does not divide", "use 4"],
     "data.train.shards=nowhere/*.tar": ["nowhere/*.tar"],
-    "data.num_workers=99": ["16 training shards for 99 readers", "data.num_workers"],
     "model.name=colt5_vit_bb": ["'colt5_vit_bb'", "nearest", "colt5_vit_b"],
     "model.kwargs.img_sizes=28": ["model.kwargs", "img_sizes"],
     "deepspeed.train_batch_size=7": ["deepspeed.train_batch_size = 7", "train.batch_size"],

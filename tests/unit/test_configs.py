@@ -1,5 +1,6 @@
 """The configs that ship with the project load, name real models, and match the schema file."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import timm
 import torch
 
 import train
+from data.order import check_world, default_streams
 from routedvit.training.config.file import describe_keys, json_schema, load_config
 from routedvit.training.config.native import check_keys, split_batch
 
@@ -29,6 +31,23 @@ def test_recipe_loads_and_says_what_it_costs(path: Path) -> None:
     split_batch(config.train.batch_size, config.train.micro_batch_size, world_size=2)
     with torch.device("meta"):
         timm.create_model(config.model.name, **config.model.kwargs)
+
+
+SHARDS = {"imagenet1k": 1282, "imagenet21k": 14_200, "mnist": 16}  # as data.write makes them
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_starts_on_the_hardware_it_names(path: Path) -> None:
+    config = load_config(train.RunConfig, str(path), [])
+    named = re.match(r"(\d+) x ", config.about.hardware)
+    ranks = int(named[1]) if named else 2  # CPU cores
+    shards = SHARDS[config.data.train.shards.split("/")[1]]
+    pairs = bool(config.loss.mixup or config.loss.cutmix)
+    streams = config.data.streams or default_streams(shards)
+    split_batch(config.train.batch_size, config.train.micro_batch_size, ranks)
+    check_world(streams, config.train.batch_size, ranks, pairs)
+    if config.model.name in ("colt5_vit_l", "colt5_vit_h"):  # what 64 GPUs are asked for
+        check_world(streams, config.train.batch_size, 64, pairs)
 
 
 def test_schema_is_fresh() -> None:

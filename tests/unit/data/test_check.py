@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import pytest
 
-from data import check, reader
+from data import check, examination, reader
+from data.errors import DataError
+from data.index_file import content_for
 from data.manifest import read_manifest, write_manifest
 from data.shards import resolve
 from tests.unit.data.making import pair, png, write_tar
+from tests.unit.data.test_loaders import train_loader
 
 
 @pytest.fixture
@@ -133,8 +137,8 @@ def test_images_that_training_would_refuse_are_a_note(good, capsys, monkeypatch)
 
 
 def test_no_more_of_an_image_is_read_than_training_would_read(good, capsys, monkeypatch):
-    assert check.MAX_IMAGE_BYTES == reader.MAX_IMAGE_BYTES
-    monkeypatch.setattr(check, "MAX_IMAGE_BYTES", 20)
+    assert examination.MAX_IMAGE_BYTES == reader.MAX_IMAGE_BYTES
+    monkeypatch.setattr(examination, "MAX_IMAGE_BYTES", 20)
     assert check.main([str(good)]) == 1
     assert "encoded bytes; 20 are allowed" in capsys.readouterr().out
 
@@ -155,3 +159,96 @@ def test_names_that_do_not_serve_are_said_in_a_line(good, tmp_path, capsys, cont
     assert check.main([str(good), "--label-names", str(path)]) == 2
     said = capsys.readouterr().err
     assert (words in said, said.count("\n")) == (True, 1)
+
+
+def foreign(path, count=200):
+    """A tar as others write them: a sample without a label, one of another type, and junk."""
+    members = [member for n in range(count) for member in pair(f"img.{n}", n % 7, n % 3)]
+    junk = [("README.md", b"words"), ("x.png", png(0)), ("y.gif", b"GIF89a"), ("y.cls", b"1")]
+    write_tar(path, members + junk)
+
+
+def test_samples_that_lack_a_label_or_an_image_are_left_out_and_listed(tmp_path, capsys):
+    foreign(tmp_path / "a.tar")
+    for command in (["--write-manifest", str(tmp_path / "*.tar")], [str(tmp_path)]):
+        assert check.main(command) == 0
+        said = capsys.readouterr().out
+        assert "skipped   2 skipped, the first x: no label (.cls)" in said
+        assert "ignored   1 members" in said
+    assert read_manifest(tmp_path / "manifest.json").samples == 200
+    lines = [json.loads(line) for line in (tmp_path / "skipped.jsonl").open()]
+    assert [(line["key"], line["shard"]) for line in lines] == [("x", "a.tar"), ("y", "a.tar")]
+
+
+def test_more_left_out_than_is_allowed_stops_the_command_and_vouches_for_nothing(tmp_path, capsys):
+    foreign(tmp_path / "a.tar", count=20)
+    assert check.main(["--write-manifest", str(tmp_path / "*.tar")]) == 2
+    assert "more than the 0 of 22 that --max-skipped 0.01 allows" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"a.tar", "skipped.jsonl"}
+    command = ["--write-manifest", str(tmp_path / "*.tar"), "--max-skipped", "0.1"]
+    assert check.main(command) == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "labels"), [(["--label-key", "json:label"], [1, 2]), (["--unlabelled"], [0, 0])]
+)
+def test_shards_without_cls_members_are_adopted_and_trained_on(
+    tmp_path, make_config, capsys, option, labels
+):
+    members = []
+    for number in (1, 2):
+        text = json.dumps({"label": number, "caption": "a cat"}).encode()
+        members += [
+            (f"{number}.png", png(number)),
+            (f"{number}.json", text),
+            (f"{number}.txt", b""),
+        ]
+    write_tar(tmp_path / "a.tar", members)
+    pattern = str(tmp_path / "*.tar")
+    assert check.main(["--write-manifest", pattern]) == 2
+    assert "--label-key and --unlabelled" in capsys.readouterr().err
+    assert check.main(["--write-manifest", pattern, *option]) == 0
+    assert check.main([str(tmp_path)]) == 0  # it knows where the labels were
+    batch = next(train_loader(make_config(tmp_path), batch=2, micro=2).batches(0))
+    assert sorted(batch["target"].tolist()) == labels
+    (tmp_path / "a.tar.index").unlink()
+    with pytest.raises(DataError, match=r"0 samples found \(2 lack an image or a label\)"):
+        next(train_loader(make_config(tmp_path), batch=2, micro=2).batches(0))
+
+
+def test_a_set_is_adopted_by_reading_every_byte_once(tmp_path, monkeypatch):
+    members = []
+    for number in range(4):
+        image = png(number, (300, 300), "RGB")
+        members += [(f"{number}.png", image), (f"{number}.cls", b"1")]
+    write_tar(tmp_path / "a.tar", members)
+    read, original = [], os.pread
+
+    def counting(descriptor, size, offset):
+        found = original(descriptor, size, offset)
+        read.append(len(found))
+        return found
+
+    monkeypatch.setattr(os, "pread", counting)
+    assert check.main(["--write-manifest", str(tmp_path / "a.tar")]) == 0
+    size = (tmp_path / "a.tar").stat().st_size
+    assert size <= sum(read) < 1.1 * size  # headers and index come on top
+    monkeypatch.undo()
+    assert (tmp_path / "a.tar.index").read_bytes() == content_for(tmp_path / "a.tar")
+
+
+def test_what_was_drafted_for_a_set_that_is_refused_is_taken_away(good):
+    before = {path.name for path in good.iterdir()}
+    os.truncate(good / "001.tar", 2048)
+    assert check.main(["--write-manifest", str(good / "*.tar"), "--jobs", "2"]) == 2
+    assert {path.name for path in good.iterdir()} == before
+
+
+def test_a_folder_that_cannot_be_written_is_said_in_a_line(good, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(examination, "write_atomically", full)
+    assert check.main(["--write-manifest", str(good / "*.tar")]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "No space left on device; mend it and start the same command again" in said

@@ -84,6 +84,15 @@ def test_the_draws_are_those_of_timm(augment, channels):
     assert close > 0.99
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 2), (3, 1), (2, 2), (3, 3), (1, 400)])
+@pytest.mark.parametrize("interpolation", ["bicubic", "random", "lanczos"])
+def test_of_the_smallest_images_a_pixel_at_least_is_cropped(size, interpolation):
+    """timm's draw rounds the sides of a crop to 0 there, of one pixel in a quarter of the draws."""
+    fast, _ = both(photograph(size, "PNG"), size=(32, 32), interpolation=interpolation)
+    assert fast.shape == (24, 3, 32, 32)
+    assert fast.isfinite().all()
+
+
 @pytest.mark.parametrize("factor", [1, 2, 4, 8])
 def test_pillow_stands_in_for_turbo_with_the_same_pixels(monkeypatch, factor):
     pytest.importorskip("simplejpeg")

@@ -6,7 +6,7 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from data.encoding import Encoding
 from data.errors import BadSample
@@ -53,6 +53,33 @@ def test_the_photograph_of_a_phone_shrinks_like_any_jpeg():
     kind, payload = Encoding(resize=24).apply(phone_photograph())
     image = Image.open(io.BytesIO(payload))
     assert (kind, image.format, image.size) == ("jpg", "JPEG", (32, 24))
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("options", [{"resize": 24}, {"kind": "png"}, {"kind": "webp"}])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_what_is_encoded_anew_stands_as_its_tag_said(form, options, orientation):
+    """The tag itself is lost, so the pixels have to turn."""
+    pixels = np.zeros((48, 64, 3), np.uint8)
+    pixels[:24, :32] = 255  # the upper left is white
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format=form, exif=exif)
+    if options.get("kind") == form.lower():
+        assert Encoding(**options).apply(buffer.getvalue()).payload == buffer.getvalue()  # a copy
+        return
+    stored = Image.open(io.BytesIO(Encoding(**options).apply(buffer.getvalue()).payload))
+    seen = ImageOps.exif_transpose(Image.open(buffer)).resize(stored.size)
+    assert stored.getexif().get(ExifTags.Base.Orientation, 1) == 1
+    assert (stored.width > stored.height) == (orientation < 5)
+    assert np.abs(np.asarray(stored, float) - np.asarray(seen, float)).mean() < 6
+
+
+def test_a_tag_that_cannot_be_read_turns_nothing(monkeypatch):
+    monkeypatch.setattr(Image.Image, "getexif", None)
+    _, payload = Encoding(resize=24).apply(encoded("JPEG"))
+    assert Image.open(io.BytesIO(payload)).size == (32, 24)
 
 
 def test_the_photograph_of_a_phone_is_decoded_as_the_jpeg_in_it():

@@ -90,6 +90,29 @@ def test_a_bad_sample_is_ledgered_and_its_place_filled(tmp_path, make_config, ki
     assert keys[entry["position"]] == entry["replaced_by"] == keys[(entry["position"] + 1) % 12]
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_no_transform_takes_is_a_bad_sample_by_name(tmp_path, make_config, workers):
+    """A traceback would name no sample, and come again after every restart."""
+    folder = shards_with(tmp_path, [("bad.png", png(99, (3, 8))), ("bad.cls", b"0")])
+    config = make_config(folder, streams=1, num_workers=workers)
+    loader = train_loader(config, batch=4, ledger_dir=tmp_path / "ledger")
+    whole = loader.dataset.transform
+
+    def refusing(image):
+        if image.size == (3, 8):
+            raise ValueError("cannot reshape tensor of 0 elements\nand more")
+        return whole(image)
+
+    loader.dataset.transform = refusing
+    keys = [key for batch in itertools.islice(loader.batches(0), 3) for key in batch["key"]]
+    assert (len(keys), "bad" in keys) == (12, False)
+    (line,) = (tmp_path / "ledger" / "bad_samples.train.rank0.jsonl").read_text().splitlines()
+    assert json.loads(line)["key"] == "bad"
+    assert json.loads(line)["reason"] == (
+        "cannot be transformed (ValueError: cannot reshape tensor of 0 elements)"
+    )
+
+
 def test_the_replacement_is_the_same_on_every_world(tmp_path, make_config):
     folder = shards_with(tmp_path, BAD_SAMPLES["html"][0])
 

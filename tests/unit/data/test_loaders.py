@@ -89,6 +89,13 @@ def test_every_step_holds_the_same_samples_on_any_world(make_set, make_config, w
         assert set(keys.values()) == {1}
 
 
+def test_shards_may_be_fewer_than_the_processes_that_read_them(make_set, make_config):
+    folder = make_set([40, 41])
+    reference = rows(make_config(folder, streams=8), start=0, steps=6)
+    config = make_config(folder, streams=8, num_workers=2)
+    assert_equal(rows(config, start=0, steps=6, world_size=4, micro=2), reference)
+
+
 @pytest.mark.parametrize("step", [1, 5, 8])  # within an epoch, at and after its end
 @pytest.mark.parametrize(("world_size", "micro"), [(1, 16), (4, 2)])
 def test_resuming_at_a_step_equals_never_having_stopped(
@@ -131,6 +138,20 @@ def test_a_batch_keeps_the_contract(make_set, make_config):
     assert (loader.mean, loader.std) == ((0.5,), (0.3,))
 
 
+def test_loader_processes_write_batches_where_the_trainer_reads_them(
+    make_set, make_config, monkeypatch
+):
+    """What they make in other memory is copied on its way."""
+    config = make_config(make_set(SIZES), val={"shards": str(make_set([5], "val"))})
+    train, val = train_loader(config).dataset, eval_loader(config).dataset
+    alone = [train[0]["image"], val[1]["image"]]
+    monkeypatch.setattr("data.batches.get_worker_info", object)
+    shared = [train[0]["image"], val[1]["image"]]
+    assert not any(images.is_shared() for images in alone)
+    assert all(images.is_shared() for images in shared)
+    assert all(torch.equal(*pair) for pair in zip(alone, shared, strict=True))
+
+
 def test_grey_images_become_three_channels_for_a_colour_model(make_set, make_config):
     loader = train_loader(make_config(make_set(SIZES)), channels=3)
     images = next(loader.batches(0))["image"]
@@ -142,7 +163,6 @@ def test_grey_images_become_three_channels_for_a_colour_model(make_set, make_con
 @pytest.mark.parametrize(
     ("fields", "arguments", "words"),
     [
-        ({"num_workers": 4}, {"world_size": 4}, r"12 training shards for 16 readers \(4 ranks x 4"),
         ({}, {"world_size": 3, "batch": 24}, r"3 ranks do not divide 8 streams .* fit: 1, 2, 4, 8"),
         ({}, {"micro": 3}, r"global batch of 16 is no multiple of micro-batch 3 x 1 ranks"),
         ({}, {"channels": 2}, r"the model takes 2 channels"),
@@ -159,6 +179,13 @@ def test_what_does_not_fit_is_refused_with_the_numbers(
     with pytest.raises(DataError, match=words) as error:
         train_loader(make_config(make_set(SIZES), **fields), **arguments)
     assert "\n" not in str(error.value)
+
+
+def test_drawing_with_replacement_from_urls_is_refused(make_set, make_config, server, remote):
+    make_set(SIZES)
+    config = make_config(f"{server.url}/train", replacement=True, remote=remote.model_dump())
+    with pytest.raises(DataError, match=r"data\.replacement draws .* copy them to a disk"):
+        train_loader(config)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -6,9 +6,10 @@ import shutil
 
 import pytest
 
-from data import check, write
+from data import write
 from data.manifest import read_manifest, write_manifest
 from data.shards import resolve
+from data.tar_index import read_index
 from tests.unit.data.making import png
 
 
@@ -77,8 +78,8 @@ def test_val_is_not_written_beside_a_train_split_of_other_samples(run, source, t
 
 
 def keys_of(folder):
-    reports = [check.examine(folder / entry.name) for entry in resolve(str(folder)).entries]
-    return [key for report in reports for key in report.keys]
+    indices = [read_index(folder / entry.name) for entry in resolve(str(folder)).entries]
+    return [key for index in indices for key in index.keys.tolist()]
 
 
 def test_val_is_not_written_beside_a_train_split_of_unknown_origin(run, tmp_path):

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import gzip
 import struct
+import tracemalloc
 from collections import Counter
 
 import pytest
 
 from data import write
 from data.errors import DataError
-from data.sources import folder_splits, idx_splits
+from data.sources import Keys, folder_splits, idx_splits
+from data.tar_index import read_index
 from tests.unit.data.making import png
 
 
@@ -69,6 +71,48 @@ def test_jpegs_under_other_suffixes_are_found(tree):
     split = folder_splits(root, 0)["train"]
     assert len({reference.key for reference in split.references}) == 3
     assert split.ignored == Counter({".txt": 1})
+
+
+def test_names_of_any_script_are_kept_and_can_be_read_back(tree, tmp_path):
+    names = ["猫の写真", "Котёнок", "قطة", "größe"]
+    root = tree(*names, count=2)
+    for name in names:
+        (root / name / f"{name}.png").write_bytes(png(9))
+    out = tmp_path / "out"
+    command = ["--source", "folder", "--path", str(root), "--out", str(out)]
+    assert write.main(command) == 0
+    index = read_index(out / "train" / "000000.tar", 12)
+    wanted = {f"{name}/{file}" for name in names for file in ("0", "1", name)}
+    assert {index.key(sample) for sample in range(12)} == wanted
+
+
+def test_names_that_fall_together_are_numbered_and_stay_short():
+    keys = Keys()
+    found = [keys.of(f"x/{a}{b}") for a in "!?*+" for b in "!?*+"] + [keys.of("x/___2")]
+    assert found[:3] == ["x/__", "x/___2", "x/___3"]
+    assert len(set(found)) == len(found)
+    many = [keys.of(str(number % 10 * "!")) for number in range(100_000)]
+    assert len(set(many)) == len(many)
+    assert max(map(len, many)) < 20
+
+
+def test_keys_too_long_for_a_tar_end_in_a_hash():
+    keys = Keys()
+    one, other = (keys.of("猫" * 2000 + end) for end in ("甲", "乙"))
+    assert one != other
+    assert max(len(key.encode()) for key in (one, other)) < 1100
+    assert keys.of("x" * 1000) == "x" * 1000
+
+
+def test_a_sample_that_is_listed_takes_little_memory(tree):
+    root = tree(*(f"class {number:03}" for number in range(20)), count=50)
+    folder_splits(root, 0)
+    tracemalloc.start()
+    splits = folder_splits(root, 0)
+    size, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert sizes(splits) == {"train": 1000}
+    assert size / 1000 < 350  # bytes, and ImageNet-21k has 14 million; a Path alone takes as much
 
 
 IMAGES = struct.pack(">4B3I", 0, 0, 8, 3, 2, 4, 4) + bytes(32)

@@ -92,23 +92,118 @@ def test_a_missing_end_block_is_found(shard):
 @pytest.mark.parametrize(
     ("members", "words"),
     [
-        ([("a.png", b"x"), ("b.png", b"x"), ("b.cls", b"1")], r"key 'a' has no label"),
-        ([("a.cls", b"0"), ("b.png", b"x"), ("b.cls", b"1")], r"key 'a' has no image"),
-        ([("a.png", b"x"), ("a.cls", b"1"), ("b.png", b"x")], r"key 'b' has no label"),
         (pair("a", 0, 0) + pair("b", 1, 1) + pair("a", 2, 2), r"key 'a' comes a second time"),
         ([("a.png", b"x"), ("a.jpg", b"x"), ("a.cls", b"1")], r"key 'a' has two images"),
         ([("a.png", b"x"), ("a.cls", b"1"), ("a.cls", b"2")], r"key 'a' has two labels"),
-        ([("a.png", b"x"), ("b.png", b"x"), ("a.cls", b"1"), ("b.cls", b"1")], r"has no label"),
+        ([("a.png", b"x"), ("b.png", b"x"), ("a.cls", b"1"), ("b.cls", b"1")], r"interleaved"),
+        (pair("i.1", 0, 0) + pair("i.2", 1, 1) + pair("i.1", 2, 2), r"'i\.1' comes a second time"),
         ([("../../a.png", b"x")], r"unsafe"),
         ([("/etc/a.png", b"x")], r"unsafe"),
         ([("x/../../a.png", b"x")], r"unsafe"),
         ([("a\x1b[2J.png", b"x")], r"unsafe"),
     ],
 )
-def test_samples_that_do_not_pair_up_or_names_that_lead_out_are_refused(tmp_path, members, words):
+def test_samples_that_come_twice_or_names_that_lead_out_are_refused(tmp_path, members, words):
     write_tar(tmp_path / "x.tar", members)
     with pytest.raises(DataError, match=words):
         read_index(tmp_path / "x.tar")
+
+
+def keys_of(index):
+    return [index.key(sample) for sample in range(len(index))]
+
+
+@pytest.mark.parametrize(
+    ("members", "reason"),
+    [
+        ([("x.png", b"x")], "no label"),
+        ([("x.cls", b"0")], "a label and no image"),
+        ([("x.gif", b"x"), ("x.cls", b"0")], "an image of type .gif"),
+        ([("x.tif", b"x")], "an image of type .tif"),
+        ([("x.jpg", b"x"), ("x.json", b"{}"), ("x.txt", b"a cat")], "no label"),  # img2dataset
+    ],
+)
+@pytest.mark.parametrize("before", [True, False])
+def test_a_sample_that_lacks_an_image_or_a_label_is_left_out_alone(
+    tmp_path, members, reason, before
+):
+    good = pair("a", 0, 0) + pair("z", 1, 1)
+    write_tar(tmp_path / "x.tar", members + good if before else good + members)
+    index = read_index(tmp_path / "x.tar", 2)
+    assert keys_of(index) == ["a", "z"]
+    assert list(index.left_out) == ["x"]
+    assert reason in index.left_out["x"]
+    with pytest.raises(DataError, match=r"2 samples found \(1 lack an image or a label\) and"):
+        read_index(tmp_path / "x.tar", 3)
+
+
+@pytest.mark.parametrize(
+    "name", ["README", "LICENSE.txt", "__meta__.json", "._a.png", "d/._b.cls", "d/.DS_Store"]
+)
+def test_what_is_no_sample_at_all_is_ignored(tmp_path, name):
+    junk = [(name, b"words")]
+    write_tar(tmp_path / "x.tar", junk + pair("a", 0, 0) + junk + pair("b", 1, 1) + junk)
+    index = read_index(tmp_path / "x.tar", 2)
+    assert (keys_of(index), index.ignored, index.left_out) == (["a", "b"], 3, {})
+
+
+def test_names_with_dots_are_cut_at_the_last_where_nothing_is_known_behind_the_first(tmp_path):
+    names = ["b.v2", "img.1", "img.2", "at 1.23.45\u202fPM", "a\u200cb.1"]
+    extras = [("c.depth.png", b"x"), *pair("c", 9, 2), ("c.seg.png", b"x")]  # WebDataset's rule
+    write_tar(
+        tmp_path / "x.tar", [m for n, name in enumerate(names) for m in pair(name, n, 1)] + extras
+    )
+    index = read_index(tmp_path / "x.tar", 6)
+    assert keys_of(index) == [*names, "c"]
+    assert (index.labels.tolist(), index.ignored) == ([1] * 5 + [2], 2)
+
+
+@pytest.mark.parametrize("attribute", ["x" * 70_000, "\udcff\udcfe"])
+def test_attributes_of_a_file_are_no_part_of_its_name(tmp_path, attribute):
+    with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        for name, payload in pair("größe", 0, 1):
+            member = tarfile.TarInfo(name)
+            member.size = len(payload)
+            member.pax_headers = {"SCHILY.xattr.user.note": attribute}
+            tar.addfile(member, io.BytesIO(payload))
+    assert keys_of(read_index(tmp_path / "x.tar", 1)) == ["größe"]
+
+
+@pytest.mark.parametrize("style", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_a_name_too_long_is_refused(tmp_path, style):
+    with tarfile.open(tmp_path / "x.tar", "w", format=style) as tar:
+        tar.addfile(tarfile.TarInfo("x" * 5000 + ".png"))
+    with pytest.raises(DataError, match=r"a name (record )?of 500. bytes is refused"):
+        read_index(tmp_path / "x.tar")
+
+
+@pytest.mark.parametrize(
+    ("text", "label", "reason"),
+    [
+        (b'{"label": 2, "other": [1]}', 2, None),
+        (b'{"label": "1"}', 1, None),
+        (b'{"label": "cat"}', None, "'label' is b'cat' and no class number"),
+        (b'{"label": true}', None, "no class number"),
+        (b'{"caption": "cat"}', None, "has no 'label'"),
+        (b"[1]", None, "has no 'label'"),
+        (b"[" * 99_999, None, "cannot be read"),
+        (b'{"label": 2', None, "cannot be read"),
+    ],
+)
+def test_labels_may_be_in_a_json_member(tmp_path, text, label, reason):
+    members = [("a.png", png(0)), ("a.json", text), ("a.txt", b"a cat"), ("__meta__.json", b"{}")]
+    write_tar(tmp_path / "x.tar", members)
+    index = read_index(tmp_path / "x.tar", labels="json:label")
+    assert index.labels.tolist() == ([] if label is None else [label])
+    assert index.ignored == (1 if label is None else 2)
+    if reason is not None:
+        assert reason in index.left_out["a"]
+
+
+def test_images_without_labels_are_of_class_0_where_that_is_asked_for(tmp_path):
+    write_tar(tmp_path / "x.tar", [("a.png", png(0)), *pair("b", 1, 5), ("README", b"")])
+    index = read_index(tmp_path / "x.tar", 2, labels="none")
+    assert (index.labels.tolist(), index.ignored, index.left_out) == ([0, 0], 2, {})
 
 
 @pytest.mark.parametrize(

@@ -201,7 +201,8 @@ def test_idx_files_become_shards_with_the_same_pixels(tmp_path):
 
 def test_keys_hold_no_dots_and_nothing_unsafe():
     assert safe_key("dog.v2/img 1.jpg") == "dog_v2/img_1_jpg"
-    assert safe_key("größe") == "gr__e"
+    assert safe_key("größe") == safe_key("gro\u0308ße") == "größe"
+    assert safe_key("猫/01\u202f\u200f\udcff.jpg") == "猫/01____jpg"
 
 
 @pytest.mark.parametrize(
