@@ -217,6 +217,9 @@ def _fill_defaults(native: dict[str, Any], num_parameters: int) -> None:
     native.setdefault("timers", {}).setdefault("throughput", {}).setdefault("enabled", False)
     # Accumulating in bf16 loses small gradients, and would be DeepSpeed's default.
     native.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+    if native.get("bf16", {}).get("enabled"):
+        # Likewise the sums over ranks, whose rounding would grow with their number.
+        native.setdefault("communication_data_type", "fp32")
     native.setdefault("checkpoint", {}).setdefault("tag_validation", "Ignore")  # our tag is fixed
     native.setdefault("zero_allow_untested_optimizer", True)  # optim.py refuses wrong ones
     zero = native.get("zero_optimization")

@@ -100,7 +100,8 @@ class PrecisionConfig(Section):
     """Number formats of compute; router logits and gates are fp32 always."""
 
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Compute type; bf16 and fp16 keep fp32 master weights and add gradients up in fp32."""
+    """Compute type; bf16 and fp16 keep fp32 master weights and add gradients up in fp32, of bf16
+    over ranks too (deepspeed.communication_data_type, half the bytes with "bf16")."""
     autocast: bool = False
     """Keep fp32 weights and compute matrix products in bf16 under torch.autocast, in place of bf16
     weights with a fp32 copy: no rounding of the initial weights, norms in fp32, works with ZeRO 0;

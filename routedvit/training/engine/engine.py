@@ -3,6 +3,7 @@
 Reference: DeepSpeed 0.19.8, deepspeed/runtime/engine.py.
 """
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,7 @@ from routedvit.training.config.native import zero_stage
 from routedvit.training.config.run import ConfigError
 from routedvit.training.distributed.collective import WorldMean
 from routedvit.training.distributed.world import World
+from routedvit.training.engine.ahead import ahead
 from routedvit.training.engine.native_check import check_native
 from routedvit.training.engine.processes import bound_all_waits
 from routedvit.training.interfaces import Batch
@@ -114,11 +116,8 @@ class Engine:
         assert len(batches) == self.accumulation
         totals: torch.Tensor | None = None
         names: list[str] = []
-        for index, batch in enumerate(batches):
-            image = batch["image"].to(self.device, non_blocking=True)
-            target = batch["target"].to(self.device, non_blocking=True)
-            position = batch["position"].to(self.device, non_blocking=True)
-            loss, metrics = self._engine(image, target, position)
+        for index, batch in enumerate(ahead(batches, self.device)):
+            loss, metrics = self._engine(batch["image"], batch["target"], batch["position"])
             self._engine.backward(loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan))
             names = list(metrics)
             values = torch.stack([loss.detach().float(), *metrics.values()])
@@ -142,6 +141,13 @@ class Engine:
             own_loss=totals[0] / self.accumulation,
             loss_scale=self._engine.optimizer.cur_scale if self.scales_loss else None,
         )
+
+    def ahead(self, batches: Iterator[Batch], steps: int) -> Iterator[Batch]:
+        """The micro-batches of `steps` steps, the first of the next step on its way to the device
+        while one is computed. Several to a step are sent off within the step, to save memory.
+        """
+        batches = itertools.islice(batches, steps * self.accumulation)
+        return ahead(batches, self.device) if self.accumulation == 1 else batches
 
     def _finish_step(self) -> tuple[torch.Tensor | float, bool]:
         """Clip and step, or skip; returns the gradient norm and whether the step was applied."""

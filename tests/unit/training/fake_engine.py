@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +32,9 @@ class FakeEngine:
         self.loss_scale: float | None = None
         self.seen: list[list[int]] = []
         self.averaged = False
+
+    def ahead(self, batches: Iterator[Any], steps: int) -> Iterator[Any]:
+        return itertools.islice(batches, steps)
 
     def train_step(
         self, batches: list[dict[str, Any]], *, stop: bool = False, before_step: Any = None
