@@ -7,6 +7,7 @@ stay whole, and a Triton kernel can take their place behind the same signature.
     B images, N tokens, R routes of K routed tokens, D width
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -55,6 +56,28 @@ def gather_backward(index: Tensor, grad: Tensor, num_tokens: int) -> Tensor:
 @gather_backward.register_fake
 def _(index: Tensor, grad: Tensor, num_tokens: int) -> Tensor:
     return grad.new_empty((grad.shape[0], num_tokens, grad.shape[-1]))
+
+
+@torch.library.custom_op("routedvit::gather_all_backward", mutates_args=())
+def gather_all_backward(grad: Tensor, indices: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
+    """grad [B, N, D] plus, at each index [B, R, K], what came back for its rows [B, R, K, D]."""
+    total = grad.clone(memory_format=torch.contiguous_format)
+    for index, rows in zip(indices, grads, strict=True):
+        index, rows = index.contiguous(), rows.contiguous()
+        for r in range(index.shape[1]):  # one after the other: routes may share tokens
+            if uses_triton(grad):
+                from routedvit.ops import tokens_triton
+
+                tokens_triton.add_rows(total, index[:, r], rows[:, r])
+            else:
+                flat = flat_index(index[:, r], total.shape[1])
+                total.flatten(0, 1).index_add_(0, flat, rows[:, r].flatten(0, 1))
+    return total
+
+
+@gather_all_backward.register_fake
+def _(grad: Tensor, indices: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
+    return torch.empty_like(grad, memory_format=torch.contiguous_format)
 
 
 def _save_index(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:

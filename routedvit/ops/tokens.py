@@ -52,10 +52,13 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
 def gather_all(x: Tensor, indices: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """`gather_tokens` at each of `indices`, and x itself for whoever reads all of it next.
 
-    Read on through the x that comes back: in eager mode on a CPU the gradients of the rows are then
-    added to that of x where they belong, instead of to zeros of the size of x, one per index, that
-    are summed up afterwards.
+    Read on through the x that comes back: by the kernels, and in eager mode on a CPU, the gradients
+    of the rows are then added to that of x where they belong, instead of to zeros of the size of x,
+    one per index, that are summed up afterwards.
     """
+    if uses_triton(x):
+        x, *rows = _GatherAllByKernel.apply(x, *indices)
+        return x, rows
     if _as_operator(x) or not x.is_cpu or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return x, [gather_tokens(x, index) for index in indices]
     x, *rows = _GatherAll.apply(x, *indices)
@@ -81,6 +84,20 @@ class _GatherAll(torch.autograd.Function):
         for position, grad in zip(positions, grads[1:], strict=True):
             flat.index_add_(0, position, grad.reshape(-1, total.shape[-1]))
         return total, *(None for _ in positions)
+
+
+class _GatherAllByKernel(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *indices: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*indices)
+        return x.view_as(x), *(gather_tokens(x, index) for index in indices)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        indices = [i if i.ndim == 3 else i.unsqueeze(1) for i in ctx.saved_tensors]
+        rows = [g.unflatten(0, (-1, 1)) if g.ndim == 3 else g for g in grads[1:]]
+        total = torch.ops.routedvit.gather_all_backward(grads[0], indices, rows)
+        return total, *(None for _ in indices)
 
 
 def scatter_add_tokens(

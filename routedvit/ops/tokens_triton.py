@@ -4,7 +4,7 @@ Indices ascend within a route, as `route` and `select` return them. So a token f
 search whether it was routed, and as which row: log2 K steps in L1, no inverse index to build, no
 zero fill, no atomic add. A scatter is therefore written as a gather, one program per block of
 tokens of the *output*, and every output is written once, by one thread, in a fixed order of
-summation (fp32, rounded once).
+summation (fp32, rounded once). The one exception adds to what is there already, row by row.
 
     B images, N tokens, R routes, K routed tokens of each, D width
 
@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["gather", "gather_backward", "scatter_add", "scatter_add_backward"]
+__all__ = ["add_rows", "gather", "gather_backward", "scatter_add", "scatter_add_backward"]
 
 TILE = 4096  # elements of a program: 32 per thread at 4 warps, 8 loads of 16 bytes in bf16
 
@@ -75,6 +75,24 @@ def gather_backward_kernel(
         source = grad_ptr + (first + row)[:, None] * dim + column[None, :]
         total += tl.load(source, mask=inside & (row >= 0)[:, None], other=0.0).to(tl.float32)
     target = out_ptr + (image * num_tokens + token)[:, None] * dim + column[None, :]
+    tl.store(target, total.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def add_rows_kernel(
+    out_ptr, index_ptr, rows_ptr, num_tokens, num_rows, dim, stride_index, stride_rows,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """out[b, index[b, j]] += rows[b, j], in place; nothing else of out is touched."""
+    image = tl.program_id(0).to(tl.int64)
+    row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    column = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
+    token = tl.load(index_ptr + image * stride_index + row, mask=row < num_rows, other=0)
+    inside = (row < num_rows)[:, None] & (column < dim)[None, :]
+    source = rows_ptr + image * stride_rows + row[:, None] * dim + column[None, :]
+    target = out_ptr + (image * num_tokens + token)[:, None] * dim + column[None, :]
+    total = tl.load(target, mask=inside, other=0.0).to(tl.float32)
+    total += tl.load(source, mask=inside, other=0.0).to(tl.float32)
     tl.store(target, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -169,6 +187,18 @@ def gather_backward(index: Tensor, grad: Tensor, num_tokens: int) -> Tensor:
                 **tile,
             )  # fmt: skip
     return out
+
+
+def add_rows(out: Tensor, index: Tensor, rows: Tensor) -> None:
+    """Add rows [B, K, D] to out [B, N, D], contiguous, where index [B, K] says; a row each."""
+    batch, num_tokens, dim = out.shape
+    if rows.numel() > 0:
+        tile, num_rows = _tile(dim), index.shape[1]
+        with torch.cuda.device_of(out):
+            add_rows_kernel[_grid(num_rows, batch, dim, tile)](
+                out, index, rows, num_tokens, num_rows, dim, index.stride(0), rows.stride(0),
+                **tile,
+            )  # fmt: skip
 
 
 def scatter_add(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from routedvit.ops import gather_tokens, scatter_add_tokens
+from routedvit.ops import gather_all, gather_tokens, scatter_add_tokens
 from tests.unit.ops.comparing import assert_as_exact_as_the_reference, draw
 
 LOW = [torch.float32, torch.bfloat16, torch.float16]
@@ -36,6 +36,18 @@ def test_gather_of_overlapping_routes_sums_their_gradients(n, k, dim, dtype, dev
     assert_as_exact_as_the_reference(
         lambda x: gather_tokens(x, index), draw(2, n, dim).to(dtype), device=device
     )
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize(("n", "k", "dim"), [(1, 1, 8), (7, 7, 48), (50, 12, 384)])
+def test_gradients_of_all_that_was_gathered_are_added_where_they_belong(n, k, dim, dtype, device):
+    one, several = choose(k, n, 2).to(device), choose(n // 2, n, 2, 3).to(device)
+
+    def everything(x: Tensor) -> Tensor:
+        x, rows = gather_all(x, [one, several])
+        return torch.cat([x * 2, rows[0] * 3, *(rows[1] * 4).unbind(1)], 1)
+
+    assert_as_exact_as_the_reference(everything, draw(2, n, dim).to(dtype), device=device)
 
 
 @pytest.mark.parametrize("dtype", LOW)
@@ -85,6 +97,8 @@ def test_operators_are_registered_soundly(device):
     torch.library.opcheck(ops.gather_tokens.default, (x, index))
     grad = draw(2, 2, 3, 8).to(device)
     torch.library.opcheck(ops.gather_tokens_backward.default, (index, grad, 7))
+    arguments = (x.detach(), [index, index[:, :1]], [grad, grad[:, :1]])
+    torch.library.opcheck(ops.gather_all_backward.default, arguments)
     for residual in (None, x.detach().clone().requires_grad_()):
         arguments = (x, index[:, 0], rows, gate, residual)
         torch.library.opcheck(ops.scatter_add_tokens.default, arguments)
