@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import routedvit  # noqa: F401  registers the models
 from routedvit.ops import set_backend
+from routedvit.training.ahead import ahead
 
 pytestmark = [
     pytest.mark.gpu,
@@ -70,6 +71,45 @@ def test_two_steps_are_bitwise_equal():
     compiled = torch.compile(model, fullgraph=True)
     first, second = gradients(model, compiled, x), gradients(model, compiled, x)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_steps_of_many_keys_are_bitwise_equal_when_asked_for(monkeypatch):
+    """Flash attention has more than one block of keys above 128; the model above has fewer."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.manual_seed(0)
+    model = timm.create_model("colt5_vit_ti", img_size=448, depth=2).to("cuda", torch.bfloat16)
+    x = torch.randn(2, 3, 448, 448, device="cuda", dtype=torch.bfloat16)
+    set_backend("triton")
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = gradients(model, model, x), gradients(model, model, x)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_cuda_graphs_of_torch_compile_take_the_kernels():
+    model, x = build(torch.bfloat16)
+    set_backend("triton")
+    expected = gradients(model, torch.compile(model, fullgraph=True), x)
+    torch._dynamo.reset()
+    graphed = torch.compile(model, fullgraph=True, mode="reduce-overhead")
+    for _ in range(3):  # warm-up, capture, replay
+        torch.compiler.cudagraph_mark_step_begin()
+        found = gradients(model, graphed, x)
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=1e-4)
+
+
+def test_images_arrive_while_the_one_before_is_worked_on():
+    """Checks the values only: a copy that came too late would show in them."""
+    given = [{"image": torch.full((1 << 22,), float(i)).pin_memory()} for i in range(8)]
+    work = torch.randn(2048, 2048, device="cuda")
+    sums = []
+    for batch in ahead(given, torch.device("cuda")):
+        for _ in range(10):
+            torch.mm(work, work)
+        sums.append(batch["image"].double().mean())
+    assert [float(s) for s in sums] == list(range(8))
 
 
 def test_a_warm_step_neither_recompiles_nor_waits_for_the_device():

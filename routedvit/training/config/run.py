@@ -108,6 +108,10 @@ class PrecisionConfig(Section):
     more memory, twice the communication."""
     tf32: bool = True
     """Allow TF32 matrix products on GPUs in fp32 runs."""
+    deterministic: bool = False
+    """On GPUs give the same bits in every run, and so after a resume: attention, convolutions and
+    others then sum in a fixed order, more slowly; what has none is an error (the gradients of
+    resized images or position embeddings). A CPU gives the same bits in any case."""
 
     @model_validator(mode="after")
     def _autocast_to_bf16(self) -> "PrecisionConfig":

@@ -19,6 +19,7 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from safetensors import safe_open
 from torch import nn
 
+from routedvit.training.ahead import ahead
 from routedvit.training.checkpoints.shards import (
     load_shards,
     save_shards,
@@ -30,7 +31,6 @@ from routedvit.training.config.native import zero_stage
 from routedvit.training.config.run import ConfigError
 from routedvit.training.distributed.collective import WorldMean
 from routedvit.training.distributed.world import World
-from routedvit.training.engine.ahead import ahead
 from routedvit.training.engine.native_check import check_native
 from routedvit.training.engine.processes import bound_all_waits
 from routedvit.training.interfaces import Batch

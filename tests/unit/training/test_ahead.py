@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from routedvit.training.engine.ahead import ahead
+from routedvit.training.ahead import ahead
 
 FAKE_GPU = torch.device("meta")  # a device to copy to that is no CPU
 
