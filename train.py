@@ -35,12 +35,17 @@ from routedvit.training.checkpoints.run_state import RunState
 from routedvit.training.config import run as training
 from routedvit.training.config.file import describe_keys, json_schema, load_config
 from routedvit.training.config.native import split_batch
+from routedvit.training.determinism import be_deterministic
 from routedvit.training.distributed.agreement import check_same_run, check_shared_folder
-from routedvit.training.distributed.collective import must_agree, on_rank_zero
+from routedvit.training.distributed.collective import must_agree, on_rank_zero, together
 from routedvit.training.distributed.connection import lost_rank, record_collectives
+from routedvit.training.distributed.last_words import last_words
+from routedvit.training.distributed.parting import leave
+from routedvit.training.distributed.patience import Patience
 from routedvit.training.distributed.signals import REQUEUE_EXIT_CODE, StopSignals
-from routedvit.training.distributed.world import World
+from routedvit.training.distributed.world import World, rank_of
 from routedvit.training.dry_run import rehearse, resolve_machine
+from routedvit.training.engine.processes import seconds_to_wait
 from routedvit.training.interfaces import EvalLoaders
 from routedvit.training.model import create_model
 from routedvit.training.offline import evaluate_offline
@@ -49,6 +54,7 @@ from routedvit.training.run_folder import RunFolder, check_same_data, open_folde
 from routedvit.training.watch.console import Console
 from routedvit.training.watch.report import closing, opening
 
+MISTAKES = (training.ConfigError, DataError)  # which the user can mend
 # Code outside the package; all machines must have the same.
 SOURCES = (Path(__file__), Path(__file__).parent / "data")
 
@@ -104,9 +110,9 @@ def main() -> int:
     if args.write_schema:
         Path(args.write_schema).write_text(json_schema(RunConfig), encoding="utf-8")
         return 0
-    rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
-    mistakes = (training.ConfigError, DataError)
-    with Console(rank, user_errors=mistakes, explain=in_words) as console:
+    with Console(
+        rank_of(os.environ), user_errors=MISTAKES, explain=in_words, leave=leave
+    ) as console:
         config = load_config(RunConfig, args.config, args.set)
         if args.dry_run or args.find_batch:
             machine = resolve_machine(args.world_size, args.gpu_memory)
@@ -127,24 +133,48 @@ def run(config: RunConfig, args: argparse.Namespace, console: Console, signals: 
     """Everything between a valid config and the exit code, the same on every rank."""
     folder = RunFolder(Path(config.folder))
     record_collectives(folder.logs)
+    if config.precision.deterministic:
+        be_deterministic()
     with signals.at_once(console.print):
         world = engines.start(tf32=config.precision.tf32, tell=console.show)
+    patience = Patience(
+        world.rank,
+        limit=seconds_to_wait(),
+        stop_wanted=lambda: signals.wanted and not args.evaluate,
+        last_words=last_words(),
+        tell=console.show,
+    )
+    with patience:
+        return run_in(world, config, args, folder, console, signals, patience)
+
+
+def run_in(
+    world: World,
+    config: RunConfig,
+    args: argparse.Namespace,
+    folder: RunFolder,
+    console: Console,
+    signals: StopSignals,
+    patience: Patience,
+) -> int:
+    """As `run`, once the ranks have met. What one of them cannot build, all hear of."""
+    built = partial(together, mistakes=MISTAKES)
     record = config.model_dump(mode="json")
-    shards = resolve_train(config.data).shards
+    shards = built(lambda: resolve_train(config.data).shards)
     check_same_run(record, shards.digest(), SOURCES)
     # without labels there is no classifier
     num_classes = shards.num_classes * config.objective.classifies
     config.model.kwargs.setdefault("num_classes", num_classes)
-    model = create_model(config.model, num_classes=num_classes, seed=config.seed)
+    model = built(lambda: create_model(config.model, num_classes=num_classes, seed=config.seed))
     if args.evaluate:
-        held_out = build_eval_loaders(config, model, world, folder.evaluated / "logs")
+        logs = folder.evaluated / "logs"
+        held_out = built(lambda: build_eval_loaders(config, model, world, logs))
         return evaluate_offline(
             config, model, world, held_out, checkpoint=args.evaluate, folder=folder, console=console
         )
-    started = None
-    if config.model.warm_start and not args.resume and (args.fresh or not folder.has_checkpoint()):
-        started = begin_from(model, config.model.warm_start)
-    loader, eval_loaders, image_format = build_loaders(config, model, world, folder.logs)
+    started = built(lambda: begin_from(model, config.model.warm_start, folder, args))
+    parts = built(lambda: build_loaders(config, model, world, folder.logs))
+    loader, eval_loaders, image_format = parts
     read = loader.fingerprint, eval_loaders.val.fingerprint if eval_loaders else ""
     must_agree("shards", read, "copy the same sets with their manifests to every machine")
     engine, schedules = build_engine(config, model, world, loader)
@@ -177,22 +207,30 @@ def run(config: RunConfig, args: argparse.Namespace, console: Console, signals: 
         console=console, signals=signals,
     )  # fmt: skip
     console.print(opening(config, trainer))
-    result = trainer.fit()
+    result = trainer.fit(patience)
     if not result.finished:
         saved = " and saved" if result.step else ""
         console.print(f"stopped at step {result.step}{saved}; the same command goes on")
         return REQUEUE_EXIT_CODE
     made = {**config.model.created_from(), "data_config": image_format}
-    export_model(engine, folder.weights, **made)
-    if config.ema.decay is not None:
-        with engine.ema_weights():
-            export_model(engine, folder.ema_weights, **made)
+    with patience.busy():
+        export_model(engine, folder.weights, **made)
+        if config.ema.decay is not None:
+            with engine.ema_weights():
+                export_model(engine, folder.ema_weights, **made)
     console.print(closing(result, folder))
     return 0
 
 
-def begin_from(model: nn.Module, source: str) -> WarmStart:
-    """Load the weights that a run begins from; what is wrong with them is the user's to mend."""
+def begin_from(
+    model: nn.Module, source: str | None, folder: RunFolder, args: argparse.Namespace
+) -> WarmStart | None:
+    """Load the weights that a run begins from, if it does and does not go on from a checkpoint.
+
+    What is wrong with them is the user's to mend.
+    """
+    if not source or args.resume or (folder.has_checkpoint() and not args.fresh):
+        return None
     try:
         return warm_start(model, source)
     except ValueError as error:

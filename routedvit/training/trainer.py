@@ -16,6 +16,12 @@ import torch
 from routedvit.training.checkpoints.checkpoint import Checkpoints
 from routedvit.training.checkpoints.commit import SaveError
 from routedvit.training.checkpoints.run_state import RunState
+from routedvit.training.distributed.garbage import (
+    collect_at,
+    collected_at_will,
+    collected_by_step,
+)
+from routedvit.training.distributed.patience import Patience
 from routedvit.training.distributed.signals import StopSignals
 from routedvit.training.engine import Engine, StepResult
 from routedvit.training.evaluation import Evaluation, is_multiple
@@ -88,6 +94,7 @@ class Trainer:
         self.profiler = profiler
         self.began = 0.0
         self.signals = signals
+        self.patience = Patience()  # without bounds
         self.meter = Meter(settings.batch_size)
         self.step_log = StepLog(
             engine, schedules, writer=writer, progress=progress, meter=self.meter,
@@ -99,12 +106,17 @@ class Trainer:
             progress=progress, folder=self.folder / "evaluation",
         )  # fmt: skip
 
-    def fit(self) -> Summary:
+    @collected_by_step()
+    def fit(self, patience: Patience | None = None) -> Summary:
         """Train to the end or until any rank wants to stop (distributed/signals.py), and save.
 
         A step is saved before it is evaluated, and an evaluation that did not come to its end is
         made up for by the next start, also of a run that has no more steps to go.
+
+        Args:
+            patience: told of every step and of what may take longer; None: wait for ever.
         """
+        self.patience = patience or self.patience
         settings = self.settings
         first, total = self.state.step + 1, settings.total_steps
         self.began = time.perf_counter()
@@ -112,11 +124,13 @@ class Trainer:
         self.note("running")
         stop = self.stop_wanted()  # while the run was built or loaded
         stop = stop or self.evaluate_due()
-        batches = self.loader.batches(start=self.state.samples_seen)
+        batches = self.batches()
         while self.state.step < total and not stop:
             if self.profiler is not None:
                 self.profiler.advance(self.state.step + 1)
             result = self.train_step(batches)
+            self.patience.stepped(self.state.step)
+            collect_at(self.state.step)
             if self.guard.alarm:
                 batches = self.go_back()
                 continue
@@ -135,6 +149,11 @@ class Trainer:
             if stop:
                 self.save(must=True)
         return self.finish()
+
+    def batches(self) -> Iterator[Batch]:
+        """The micro-batches of the steps that are left, on their way to the device."""
+        left = self.settings.total_steps - self.state.step
+        return self.engine.ahead(self.loader.batches(start=self.state.samples_seen), left)
 
     def stop_wanted(self) -> bool:
         """Whether any rank wants to stop. Collective."""
@@ -168,7 +187,8 @@ class Trainer:
         if done >= self.guard.max_rollbacks:
             raise self.guard.give_up(f"the run has gone back {done} times")
         first_bad, resume_at = self.guard.bad_steps[0], before.samples_seen
-        state = self.checkpoints.roll_back(first_bad, resume_at, returns=done + 1)
+        with self.patience.busy():
+            state = self.checkpoints.roll_back(first_bad, resume_at, returns=done + 1)
         if state is None:
             raise self.guard.give_up("there is no checkpoint from before them")
         first = self.checkpoints.rollbacks()[-1]["from"]
@@ -180,14 +200,15 @@ class Trainer:
             config=before.config,
             versions=before.versions,
         )
-        return self.loader.batches(start=state.samples_seen)
+        return self.batches()
 
     def save(self, *, must: bool) -> None:
         """Save a checkpoint; if the disk refuses one that need not be, warn and go on."""
         self.writer.flush()  # a resume from here goes on where the curves end
         self.state.guard = self.guard.state()
         try:
-            self.checkpoints.save(self.state, bad_since=self.bad_since())
+            with self.patience.busy():
+                self.checkpoints.save(self.state, bad_since=self.bad_since())
         except SaveError as error:
             if must:
                 newest = next(reversed(self.checkpoints.names()), "the beginning")
@@ -208,7 +229,8 @@ class Trainer:
 
     def evaluate(self, evaluator: Evaluator) -> None:
         """Run one evaluator, save the step if it is among the best, and note what was found."""
-        self.evaluation.run(evaluator, self.state)
+        with self.patience.busy(), collected_at_will():
+            self.evaluation.run(evaluator, self.state)
         if not self.guard.bad_steps and self.checkpoints.wants(self.state):
             self.save(must=False)
         self.checkpoints.add_evaluation(self.state, bad_since=self.bad_since())
@@ -216,7 +238,7 @@ class Trainer:
     def watch_routing(self) -> None:
         """Statistics and pictures of the routers on the probe images."""
         if self.monitor is not None:
-            with self.engine.evaluating() as model:
+            with self.patience.busy(), self.engine.evaluating() as model:
                 self.monitor.run(model, self.state.step)
 
     def finish(self) -> Summary:

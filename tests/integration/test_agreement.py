@@ -30,6 +30,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
 def test_ranks_that_agree_hear_nothing(report: dict[str, list[str]]) -> None:
     assert report["same"] == ["fine", "fine"]
     assert report["shared"] == ["fine", "fine"]
+    assert report["all built"] == ["fine", "fine"]
 
 
 @pytest.mark.parametrize(
@@ -48,3 +49,25 @@ def test_what_differs_is_named_on_every_rank(
     assert first == second
     for word in words:
         assert word in first
+
+
+def test_what_fails_on_rank_0_alone_ends_all(report: dict[str, list[str]]) -> None:
+    own, other = report["damaged"]
+    assert own.startswith("JSONDecodeError: Expecting property name")
+    assert other.startswith("RankFailed: rank 0 on ")
+    assert ": JSONDecodeError: Expecting property name" in other
+    assert report["refused"] == ["another run, exit code 2"] * 2
+
+
+def test_what_one_rank_cannot_build_ends_all_before_they_wait_for_it(
+    report: dict[str, list[str]],
+) -> None:
+    other, own = report["mistake"]
+    assert own == "teacher: no such file, exit code 7"
+    assert other.startswith("rank 1 on ")
+    assert other.endswith(f": {own}")
+    other, own = report["crash"]
+    assert own == "OSError: disk fails\nmore"
+    assert other.startswith("RankFailed: rank 1 on ")
+    assert other.endswith(": OSError: disk fails")
+    assert report["same mistake"] == ["teacher: no such file, exit code 7"] * 2

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -180,3 +181,15 @@ def test_a_pod_that_is_evicted_stops_all_of_them_with_a_checkpoint(config: Path)
         ends = [finish(process) for process in (first, second)]
     assert [code for code, _ in ends] == [75, 75], ends
     assert 0 < stopped_at(config.parent / "pods") < STEPS
+
+
+def test_a_task_has_the_cores_that_the_configs_were_planned_on() -> None:
+    """With fewer than a core for each loader process the GPU waits for images."""
+    [line] = [x for x in SCRIPT.read_text().splitlines() if x.startswith("#SBATCH --cpus-per-task")]
+    cores = int(line.partition("=")[2])
+    for path in (ROOT / "configs").glob("*.json"):
+        run = json.loads(path.read_text())
+        planned = re.match(r"(\d+) x .*, (\d+) CPU cores", run.get("about", {}).get("hardware", ""))
+        if planned:
+            assert cores == int(planned[2]) // int(planned[1]), path
+            assert cores > run["data"]["num_workers"], path

@@ -89,8 +89,7 @@ class Commit:
                 self.state, world_size=engine.world_size, zero_stage=engine.zero_stage
             )
             write_json(self.temporary / RUN_STATE, dataclasses.asdict(state))
-        files = sorted(path for path in self.temporary.rglob("[!.]*") if path.is_file())
-        own = [path for path in files if writer_of(path) == engine.rank]  # hidden: being written
+        own = files_of(engine.rank, self.temporary)
         for path in own:
             sync(path)
         return {str(path.relative_to(self.temporary)): fingerprint(path) for path in own}
@@ -127,6 +126,17 @@ class Commit:
             f"{_gib(_free_bytes(folder))} are free on the disk of {folder}; make room there, "
             "lower checkpoint.keep, or move the run to another disk and set output_dir to that"
         )
+
+
+def files_of(rank: int, folder: Path) -> list[Path]:
+    """What a rank has written below `folder`, without hidden files: those are being written.
+
+    By name, since all ranks look at once: asking the file system about each file of each other rank
+    would be half a million questions at 512 ranks.
+    """
+    names = "[!.]*" if rank == 0 else f"rank_{rank:05d}*"
+    named = (path for path in folder.rglob(names) if writer_of(path) == rank)
+    return sorted(path for path in named if path.is_file())
 
 
 def writer_of(path: Path) -> int:

@@ -8,6 +8,7 @@ what the optimiser keeps per element, such as a running average of the weights.
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +34,17 @@ def full_weights(checkpoint: Path, key: str = WEIGHT) -> dict[str, Tensor]:
     found: dict[str, Tensor] = load_file(folder / REPLICATED)
     for path in sorted(folder.glob("rank_*.json")):
         table = json.loads(path.read_text(encoding="utf-8"))
-        for name, shape, start, numel, number, offset in table["pieces"]:
-            holder = table["holders"][number]
-            part = f"{path.stem}_{holder['part']:02d}.safetensors"
-            whole = found.setdefault(name, torch.empty(shape))
-            with safe_open(folder / part, framework="pt", device="cpu") as file:
-                chosen = key if key in holder["elementwise"] else WEIGHT
-                values = file.get_slice(f"{number}/{chosen}")[offset : offset + numel]
-            whole.view(-1)[start : start + numel] = values
+        # A ViT-H over 64 ranks has tens of thousands of pieces, in a file or two of each rank.
+        by_part: dict[int, list[Any]] = defaultdict(list)
+        for piece in table["pieces"]:
+            by_part[table["holders"][piece[4]]["part"]].append(piece)
+        for part, pieces in by_part.items():
+            with safe_open(folder / f"{path.stem}_{part:02d}.safetensors", framework="pt") as file:
+                for name, shape, start, numel, number, offset in pieces:
+                    whole = found.setdefault(name, torch.empty(shape))
+                    chosen = key if key in table["holders"][number]["elementwise"] else WEIGHT
+                    values = file.get_slice(f"{number}/{chosen}")[offset : offset + numel]
+                    whole.view(-1)[start : start + numel] = values
     return found
 
 

@@ -3,6 +3,7 @@
 Also the small ways of writing that survive a crash: synced, and replaced rather than changed.
 """
 
+import errno
 import hashlib
 import itertools
 import json
@@ -132,9 +133,16 @@ def numbered(path: Path) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """fsync a file or a folder."""
+    """fsync a file, or a folder where its file system can (some FUSE and CIFS cannot).
+
+    Raises:
+        OSError: what it holds did not reach the disk.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)

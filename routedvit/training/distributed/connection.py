@@ -5,6 +5,9 @@ a run on many machines needs to know which rank, which meeting point and what to
 
 A rank that cannot meet the others ends with `LaunchError`, exit code 1: the other machines may come
 up later, so schedulers may try again. A wrong port or interface is the user's, exit code 2.
+
+DeepSpeed names the device to torch, so NCCL makes its first contact while the ranks meet and not
+in the first collective.
 """
 
 import os
@@ -111,6 +114,8 @@ def _failure_to_meet(error: RuntimeError, world: World, meeting_point: str) -> C
             f"only {joined.group(1)} of {world.size} ranks came to {meeting_point} in time; were "
             "all of them started, with this address, and do firewalls let them through?"
         )
+    if isinstance(error, dist.DistBackendError):
+        return _failure_of_nccl(text, f"{me} met the others at {meeting_point}")
     if isinstance(error, dist.DistNetworkError | dist.DistStoreError):
         return LaunchError(
             f"{me} did not reach rank 0 at {meeting_point}: is that its right name, was it "
@@ -122,3 +127,44 @@ def _failure_to_meet(error: RuntimeError, world: World, meeting_point: str) -> C
             "with several networks need GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME)"
         )
     return None
+
+
+def _failure_of_nccl(text: str, met: str) -> ConfigError:
+    """What its first contact between the GPUs failed of; ranks have found each other by then.
+
+    NCCL tells the reason in the line after 'Last error:'. The texts are those of NCCL 2.30 and of
+    earlier ones, as they lie in its library; not run.
+    """
+    _, _, after = text.partition("Last error:")
+    reason = (after.strip() or text.strip()).splitlines()[0]
+    if re.search("no (socket )?interface found|No usable listening interface found", text):
+        named = os.environ.get("NCCL_SOCKET_IFNAME", "not set")
+        return ConfigError(
+            f"NCCL_SOCKET_IFNAME ({named}): {met}, but NCCL finds no such network interface with "
+            "an address; `ip -brief address` lists what this machine has"
+        )
+    if re.search("Duplicate GPU detected|using the same GPU", text):
+        return ConfigError(
+            f"LOCAL_RANK, CUDA_VISIBLE_DEVICES: {met}, but two ranks have one GPU ({reason}); "
+            "start as many processes on a machine as it has GPUs, numbered from 0"
+        )
+    if re.search("Mismatched NCCL version|NCCL version mismatch", text):
+        return ConfigError(
+            f"{met}, but machines have different versions of NCCL ({reason}); give every machine "
+            "the same environment, and no other NCCL in LD_LIBRARY_PATH or LD_PRELOAD"
+        )
+    if "shared memory segment" in text:
+        return ConfigError(
+            f"{met}, but NCCL gets no shared memory ({reason}); give /dev/shm of the container "
+            "more room (docker --shm-size, an emptyDir of medium Memory)"
+        )
+    if "Cuda failure" in text or "ncclUnhandledCudaError" in text:
+        return LaunchError(
+            f"{met}, but its GPU fails ({reason}); `nvidia-smi` on that machine tells more, of the "
+            "driver too"
+        )
+    return LaunchError(
+        f"{met}, but NCCL does not connect their GPUs ({reason}): machines with several networks "
+        "need NCCL_SOCKET_IFNAME, and NCCL's ports must be open between them; if only some are "
+        "lost, the output of those says why; NCCL_DEBUG=INFO tells each step"
+    )

@@ -22,6 +22,8 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from routedvit.training.distributed.connection import connecting
+from routedvit.training.distributed.parting import connected_by_nccl
+from routedvit.training.distributed.patience import bound_of_a_wait
 from routedvit.training.distributed.world import World, join_environment
 from routedvit.training.host_memory import keep_freed_memory
 
@@ -54,12 +56,17 @@ def start(*, tf32: bool = True, tell: Callable[[str], None] = print) -> World:
     torch.backends.cudnn.allow_tf32 = tf32
     with connecting(world, tell):
         deepspeed.init_distributed(verbose=False)
-    atexit.register(stop)  # gloo's threads abort a process that ends while still connected
+    # gloo's threads abort a process that ends while still connected. An end that is this rank's
+    # alone must not come here under NCCL: see distributed/parting.py.
+    atexit.register(stop)
     return world
 
 
 def stop() -> None:
-    """Disconnect, so that another world may follow; calling it twice is fine."""
+    """Disconnect, so that another world may follow; calling it twice is fine.
+
+    Under NCCL it waits for the other ranks of this machine to do the same.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
         # DeepSpeed's globals keep the groups and so gloo's threads alive. One of them may still be
@@ -85,6 +92,14 @@ def _import_muon_undecorated() -> None:
         import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
     finally:
         deepspeed_compiler.compile = decorator
+
+
+def seconds_to_wait() -> float | None:
+    """After how long this process gives up a wait for others that nothing else would tell of.
+
+    None where a wait in vain raises by itself, as it does under gloo.
+    """
+    return bound_of_a_wait(default_pg_timeout.total_seconds()) if connected_by_nccl() else None
 
 
 def bound_all_waits() -> None:

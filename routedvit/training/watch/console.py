@@ -33,7 +33,7 @@ from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, TextIO
+from typing import BinaryIO, NoReturn, TextIO
 
 USER_ERROR_CODE = 2
 CRASH_CODE = 1
@@ -50,6 +50,7 @@ class Console:
             meet the same mistake, rank 0 has shown it and the launcher has ended the others by
             then (DeepSpeed's looks once per second).
         explain: what to say of another exception instead of its type and text, or None.
+        leave: ends the process with an exit code after an error, see distributed/parting.py.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Console:
         user_errors: tuple[type[Exception], ...] = (),
         grace_seconds: float = 8.0,
         explain: Callable[[BaseException], str | None] = lambda error: None,
+        leave: Callable[[int], NoReturn] = sys.exit,
     ) -> None:
         self.rank = rank
         self.stream: TextIO = sys.stdout
@@ -66,6 +68,7 @@ class Console:
         self._user_errors = user_errors
         self._grace_seconds = grace_seconds
         self._explain = explain
+        self._leave = leave
         self._errors: TextIO = sys.stderr
         self._pending: BinaryIO | None = None
 
@@ -114,13 +117,13 @@ class Console:
             return
         if isinstance(error, KeyboardInterrupt):
             self.print("interrupted")
-            sys.exit(INTERRUPT_CODE)
+            self._leave(INTERRUPT_CODE)
         traceback.print_exception(kind, error, trace)  # into the log
         _flush()
         self._wait_for_rank_0()
         if isinstance(error, self._user_errors):
             self.show(f"error: {error}")
-            sys.exit(getattr(error, "exit_code", USER_ERROR_CODE))
+            self._leave(getattr(error, "exit_code", USER_ERROR_CODE))
         words = self._explain(error)
         if self.log_path is None:
             traceback.print_exception(kind, error, trace, file=self._errors)
@@ -130,7 +133,7 @@ class Console:
             first_line = (str(error).splitlines() or [""])[0]
             self.show(f"crashed: {words or f'{type(error).__name__}: {first_line}'}")
             self.show(f"the full traceback is at the end of {self.log_path}")
-        sys.exit(CRASH_CODE)
+        self._leave(CRASH_CODE)
 
     def _wait_for_rank_0(self) -> None:
         if self.rank != 0:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from routedvit.training.checkpoints.commit import SaveError
 from routedvit.training.checkpoints.retention import Retention
 from routedvit.training.checkpoints.run_state import RunState, read_run_state
 from routedvit.training.config.run import ConfigError
+from routedvit.training.distributed.patience import Patience
 from routedvit.training.distributed.signals import StopSignals
 from routedvit.training.guard import Guard
 from routedvit.training.recipe.optim import build_schedule
@@ -561,3 +564,41 @@ def test_the_summary_tells_time_and_waiting(tmp_path):
     summary = trainer(tmp_path, FakeEngine(), Sink(), RunState()).fit()
     assert summary.seconds > 0
     assert 0 <= summary.data_wait_share <= 1
+
+
+class Watch(Patience):
+    """Remembers the steps, and whether long work was marked as such."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[int] = []
+
+    def stepped(self, step: int) -> None:
+        self.steps.append(step)
+
+
+def test_patience_hears_of_every_step_and_of_what_takes_longer(tmp_path, monkeypatch):
+    watch, busy = Watch(), {}
+
+    def noting(name: str, method: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            busy.setdefault(name, set()).add((watch._busy > 0, gc.isenabled()))
+            return method(*args, **kwargs)
+
+        return call
+
+    engine = FakeEngine()
+    run = trainer(tmp_path, engine, Sink(), RunState(), evaluators=[Evaluator([1.0, 2.0], 4)])
+    run.monitor = SimpleNamespace(run=noting("routing", lambda model, step: None))
+    for name in ("train_step", "save_state"):
+        monkeypatch.setattr(engine, name, noting(name, getattr(engine, name)))
+    run.evaluation.evaluators[0].run = noting("evaluator", run.evaluation.evaluators[0].run)
+    run.fit(watch)
+    assert watch.steps == [1, 2, 3, 4, 5, 6]
+    assert busy == {
+        "train_step": {(False, False)},
+        "save_state": {(True, False)},
+        "routing": {(True, False)},
+        "evaluator": {(True, True)},
+    }
+    assert gc.isenabled()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from routedvit.training.checkpoints.full_weights import full_weights, has_state
@@ -51,6 +53,26 @@ def test_parameters_are_put_together_from_all_ranks(tmp_path: Path) -> None:
     found = full_weights(tmp_path)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_file_is_opened_once_however_many_pieces_it_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = shards(tmp_path)
+    for path in tmp_path.rglob("rank_*.json"):
+        table = json.loads(path.read_text())
+        [[name, shape, start, _, number, offset]] = table["pieces"]
+        table["pieces"] = [[name, shape, start + i, 1, number, offset + i] for i in range(3)]
+        path.write_text(json.dumps(table))
+    opened: list[str] = []
+
+    def noting(path: Path, **options: Any) -> Any:
+        opened.append(path.name)
+        return safe_open(path, **options)
+
+    monkeypatch.setattr("routedvit.training.checkpoints.full_weights.safe_open", noting)
+    assert torch.equal(full_weights(tmp_path)["model.w"], expected["model.w"])
+    assert opened == ["rank_00000_00.safetensors", "rank_00001_00.safetensors"]
 
 
 def test_averages_are_evaluated_beside_the_weights(tmp_path: Path) -> None:

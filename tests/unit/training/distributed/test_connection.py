@@ -99,6 +99,55 @@ def test_a_process_alone_and_other_ranks_of_a_machine_keep_silent(monkeypatch):
     assert told == []
 
 
+# As torch prints what NCCL says; put together from their texts (NCCLUtils.cpp, libnccl), not run.
+NCCL = """NCCL error in: /x/torch/csrc/distributed/NCCLUtils.cpp:94, {kind}, NCCL version 2.27.7
+{kind}: what kind of trouble it is.
+Last error:
+{reason}"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason", "words", "code"),
+    [
+        ("ncclInvalidUsage", "Bootstrap : no socket interface found",
+         r"NCCL_SOCKET_IFNAME \(ib7\): rank 3 on .* no such network interface", None),
+        ("ncclInvalidUsage", "Duplicate GPU detected : rank 0 and rank 1 both on CUDA device 1b000",
+         "LOCAL_RANK, CUDA_VISIBLE_DEVICES: .*rank 0 and rank 1 both on", None),
+        ("ncclInvalidUsage", "Multiple Ranks are using the same GPU/Partition. Set NCCL_MULTI",
+         "LOCAL_RANK, CUDA_VISIBLE_DEVICES: .*two ranks have one GPU", None),
+        ("ncclInvalidUsage", "Mismatched NCCL version detected : rank 0 22707 rank 3 22605",
+         "different versions of NCCL .*22605.* same environment", None),
+        ("ncclSystemError", "Error while creating shared memory segment /dev/shm/nccl-x (size 9)",
+         "more room .docker --shm-size", None),
+        ("ncclUnhandledCudaError", "Cuda failure 802 'system not yet initialized'",
+         "its GPU fails .Cuda failure 802", 1),
+        ("ncclRemoteError", "socketPollConnect: connect returned No route to host",
+         "does not connect their GPUs .*No route to host.* NCCL_SOCKET_IFNAME", 1),
+    ],
+)  # fmt: skip
+def test_what_nccl_says_at_first_contact_is_put_in_words(monkeypatch, kind, reason, words, code):
+    monkeypatch.setenv("MASTER_ADDR", "node1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib7")
+    world = World(3, 3, 16, torch.device("cpu"))
+    with pytest.raises(ConfigError, match=words) as raised, connecting(world, print):
+        raise dist.DistBackendError(NCCL.format(kind=kind, reason=reason))
+    assert "rank 3 on " in str(raised.value)
+    assert "met the others at node1:29500" in str(raised.value)
+    assert getattr(raised.value, "exit_code", None) == code
+
+
+def test_a_failure_of_nccl_without_a_reason_is_told_too(monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "node1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    text = "[3] is setting up NCCL communicator and retrieving ncclUniqueId from [0]: wait timeout"
+    with (
+        pytest.raises(LaunchError, match="ncclUniqueId"),
+        connecting(World(3, 3, 16, torch.device("cpu")), print),
+    ):
+        raise dist.DistBackendError(text)
+
+
 # As torch 2.15 prints them.
 LOSSES = [
     "[/x/gloo/transport/tcp/pair.cc:545] Read error [192.0.2.2]:41642: Connection reset by peer.",
