@@ -105,7 +105,8 @@ class WindowAttention(nn.Module):
             mask, windows = same_window, patches
         windows = windows.unflatten(2, (3, self.num_heads, self.head_dim))
         # the gradient of an unbind where the parts lie is one copy; permuted first, it would be two
-        q, k, v = [part.transpose(1, 2) for part in windows.unbind(2)]
+        q, k, v = windows.unbind(2)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         out = out.transpose(1, 2).flatten(2)
         if same_window is None:

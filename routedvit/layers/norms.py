@@ -4,16 +4,11 @@ from typing import Any
 
 import torch
 from timm.layers import RmsNorm as TimmRmsNorm
-from timm.layers import register_notrace_function
 from torch import Tensor, nn
 
 from routedvit.ops import gather_all, gather_norm_all, rms_norm
 
 __all__ = ["RmsNorm", "gather_rows"]
-
-for function in (gather_all, gather_norm_all):
-    register_notrace_function(function)
-
 
 class RmsNorm(TimmRmsNorm):
     """timm's RMSNorm by `routedvit.ops.rms_norm`: few passes on a CPU, PyTorch's own elsewhere."""

@@ -299,11 +299,12 @@ class RoutedAttention(nn.Module):
         route [B, R, K, D].
         """
         all_queries, all_keys = self.q_router.takes_all(), self.kv_router.takes_all()
-        if all_queries or all_keys or torch.jit.is_scripting():
-            queries = self.norm_heavy(source if all_queries else gather_tokens(source, q_index))
-            if all_keys:
-                keys = self.norm_heavy(source).unsqueeze(1)
-                return source, queries, keys.expand(-1, kv_index.shape[1], -1, -1)
-            return source, queries, self.norm_heavy(gather_tokens(source, kv_index))
-        source, rows = gather_rows(source, [q_index, kv_index], self.norm_heavy)
-        return source, rows[0], rows[1]
+        if not torch.jit.is_scripting():  # noqa: SIM102 -- TorchScript wants it alone
+            if not (all_queries or all_keys or isinstance(source, torch.fx.Proxy)):
+                source, rows = gather_rows(source, [q_index, kv_index], self.norm_heavy)
+                return source, rows[0], rows[1]
+        queries = self.norm_heavy(source if all_queries else gather_tokens(source, q_index))
+        if all_keys:
+            keys = self.norm_heavy(source).unsqueeze(1)
+            return source, queries, keys.expand(-1, kv_index.shape[1], -1, -1)
+        return source, queries, self.norm_heavy(gather_tokens(source, kv_index))

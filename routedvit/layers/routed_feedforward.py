@@ -150,7 +150,8 @@ class RoutedFeedForward(nn.Module):
         """
         if self.router.takes_all():
             return source, self.heavy(self.norm_heavy(source))
-        if torch.jit.is_scripting():
-            return source, self.heavy(self.norm_heavy(gather_tokens(source, index)))
-        source, rows = gather_rows(source, [index], self.norm_heavy)
-        return source, self.heavy(rows[0])
+        if not torch.jit.is_scripting():  # noqa: SIM102 -- TorchScript wants it alone
+            if not isinstance(source, torch.fx.Proxy):
+                source, rows = gather_rows(source, [index], self.norm_heavy)
+                return source, self.heavy(rows[0])
+        return source, self.heavy(self.norm_heavy(gather_tokens(source, index)))

@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from timm.models import get_model_args, group_parameters
+from timm.models._features_fx import create_feature_extractor, get_graph_node_names
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim import create_optimizer_v2
 from torch import Tensor
@@ -400,3 +401,20 @@ def test_a_patch_sees_others_of_its_window_only_in_light_attention() -> None:
     assert not torch.allclose(together[1], alone[1][0], atol=1e-4)  # 0 and 3 share the first window
     for i in (2, 3):
         assert_close(together[i], alone[i][0])
+
+
+FIXED_SIZE = {name: kwargs for name, kwargs in OPTIONS.items() if name != "dynamic"}
+
+
+@pytest.mark.parametrize("kwargs", FIXED_SIZE.values(), ids=FIXED_SIZE)
+def test_torch_fx_sees_every_block_for_timms_feature_extractors(kwargs) -> None:
+    """What looks at values must be a leaf of the tracer, which timm's own test suite asks for."""
+    model = create(**kwargs).eval()
+    seen = []
+    model.blocks[1].register_forward_hook(lambda block, given, out: seen.append(out))
+    logits = model(images())
+    model.blocks[1]._forward_hooks.clear()
+    names = [name for name in get_graph_node_names(model)[1] if name.startswith("blocks.1.")]
+    found = create_feature_extractor(model, [names[-1], "head"])(images())
+    assert_close(found["head"], logits)
+    assert_close(found[names[-1]], seen[0])
