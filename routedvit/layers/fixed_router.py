@@ -49,6 +49,11 @@ class FixedRouter(nn.Module):
         ratio = fixed.get(self.kind, ratio)
         self.numerator, self.denominator = ratio.numerator, ratio.denominator
 
+    @torch.jit.ignore
+    def extra_repr(self) -> str:
+        """As `Router.extra_repr`."""
+        return f"{self.kind}, capacity={Fraction(self.numerator, self.denominator)}"
+
     def num_selected(self, num_tokens: int) -> int:
         """As `Router.num_selected`."""
         return (num_tokens * self.numerator + self.denominator - 1) // self.denominator

@@ -184,6 +184,13 @@ class Router(nn.Module):
         nn.init.normal_(self.weight)
 
     @torch.jit.ignore
+    def extra_repr(self) -> str:
+        """For print(model): the present capacity among it."""
+        share = Fraction(self.numerator, self.denominator)
+        capacity = f"{self.fixed_number} tokens" if self.fixed_number else str(share)
+        return f"{self.weight.shape[1]}, routes={self.num_routes}, capacity={capacity}"
+
+    @torch.jit.ignore
     def set_capacity(self, ratio: Fraction) -> None:
         """Change the share of selected tokens."""
         self.numerator, self.denominator = ratio.numerator, ratio.denominator

@@ -13,6 +13,8 @@ from typing import Any, cast
 import timm
 import timm.models
 from timm.layers import get_act_layer
+from timm.models.vision_transformer import VisionTransformer
+from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from routedvit.models.dense_weights import from_dense, source_grid, unwrap
@@ -44,9 +46,12 @@ def convert_dense(
             another img_size or patch_size positions and kernels are resampled.
 
     Raises:
-        ValueError: weights that do not fit, with their names and the mend.
+        ValueError: another kind of model, or weights that do not fit, with their names and the
+            mend.
         TypeError: an argument that the model does not take.
     """
+    if isinstance(dense, nn.Module):
+        dense = _vision_transformer(dense)
     module: Any = dense if isinstance(dense, nn.Module) else None
     weights = unwrap(dense.state_dict() if isinstance(dense, nn.Module) else dense)
     if not timm.models.is_model_in_modules(name, ["colt5_vit"]):
@@ -63,6 +68,17 @@ def convert_dense(
     if report is not None:
         report(str(transfer))
     return model
+
+
+def _vision_transformer(dense: nn.Module) -> VisionTransformer:
+    """The model without what torch.compile or DDP wrapped around it."""
+    inner = unwrap_model(dense)
+    if not isinstance(inner, VisionTransformer):
+        raise ValueError(
+            f"dense is a {type(inner).__name__}, and only timm's VisionTransformer can be converted;"
+            " create one, such as timm.create_model('vit_small_patch16_224')"
+        )
+    return inner
 
 
 def dense_arguments(weights: Mapping[str, Tensor], module: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import timm
 import timm.models
-import torch
+from torch import Tensor
 
 from routedvit.training.engine import Engine
 
@@ -40,19 +40,35 @@ def export_model(
     Raises:
         RuntimeError: the model made from `name` and `kwargs` has other weights than the engine's.
     """
-    weights: dict[str, torch.Tensor] = {}
+    weights: dict[str, Tensor] = {}
     for key, parameter in engine.full_parameters():
         if engine.rank == 0:
             weights[key] = parameter.cpu().clone()
     if engine.rank == 0:
-        kwargs = {key: value for key, value in kwargs.items() if key not in FIRST_WEIGHTS}
-        model = timm.create_model(name, **kwargs)
-        buffers = dict(engine.model.named_buffers())
-        persistent = model.state_dict().keys() - weights.keys()
-        weights.update({key: buffers[key].cpu() for key in persistent & buffers.keys()})
-        model.load_state_dict(weights)
-        timm.models.save_for_hf(
-            model, str(folder), model_args=kwargs, safe_serialization=True, data_config=data_config
-        )
+        buffers = {key: buffer.cpu() for key, buffer in engine.model.named_buffers()}
+        write_model(folder, weights, buffers, name=name, kwargs=kwargs, data_config=data_config)
     engine.barrier()
     return folder / WEIGHTS
+
+
+def write_model(
+    folder: Path,
+    weights: dict[str, Tensor],
+    buffers: dict[str, Tensor],
+    *,
+    name: str,
+    kwargs: dict[str, Any],
+    data_config: dict[str, Any] | None,
+) -> None:
+    """Write whole weights into `folder`, with those of the buffers that such a model saves.
+
+    Raises:
+        RuntimeError: the model made from `name` and `kwargs` has other weights.
+    """
+    kwargs = {key: value for key, value in kwargs.items() if key not in FIRST_WEIGHTS}
+    model = timm.create_model(name, **kwargs)
+    persistent = model.state_dict().keys() - weights.keys()
+    model.load_state_dict(weights | {key: buffers[key] for key in persistent & buffers.keys()})
+    timm.models.save_for_hf(
+        model, str(folder), model_args=kwargs, safe_serialization=True, data_config=data_config
+    )

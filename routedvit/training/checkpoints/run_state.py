@@ -38,6 +38,7 @@ class RunState:
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     data: str = ""  # the training shards, in a line; empty in checkpoints that did not say
     held_out: str = ""  # likewise those that metrics are measured on; empty if there are none
+    image_format: dict[str, Any] = dataclasses.field(default_factory=dict)  # likewise; timm's keys
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
     warm_start: dict[str, Any] | None = None  # what weights the run began from
     world_size: int = 0

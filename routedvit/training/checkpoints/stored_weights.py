@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from routedvit.training.checkpoints.export import WEIGHTS
 from routedvit.training.checkpoints.full_weights import full_weights, has_state
 from routedvit.training.checkpoints.manifest import first_fault, read_manifest
-from routedvit.training.checkpoints.shelf import LATEST
+from routedvit.training.checkpoints.shelf import LATEST, names_in
 from routedvit.training.config.run import ConfigError
 from routedvit.training.run_folder import RunFolder
 
@@ -23,8 +23,8 @@ NETWORK = "model."  # what an objective calls its network
 AVERAGE = "ema"  # the optimiser's state that holds averaged weights
 
 
-def find(checkpoint: str, folder: RunFolder) -> Path:
-    """The folder of a checkpoint, or a file of weights, that the command line names.
+def find(checkpoint: str, folder: RunFolder, option: str = "--evaluate") -> Path:
+    """The folder of a checkpoint, or a file of weights, that `option` of the command line names.
 
     Raises:
         ConfigError: it does not exist, or the checkpoint is damaged.
@@ -36,28 +36,30 @@ def find(checkpoint: str, folder: RunFolder) -> Path:
             path = folder.checkpoints / pointer.read_text(encoding="utf-8").strip()
         except FileNotFoundError:
             raise ConfigError(
-                f"--evaluate latest: there is no checkpoint in {folder.checkpoints}"
+                f"{option} latest: there is no checkpoint in {folder.checkpoints}"
             ) from None
         except (OSError, ValueError) as error:
             raise ConfigError(
-                f"--evaluate latest: {pointer} cannot be read ({error}); name a folder "
+                f"{option} latest: {pointer} cannot be read ({error}); name a folder "
                 f"{folder.checkpoints}/step_... instead"
             ) from error
+    elif (folder.checkpoints / checkpoint).is_dir():
+        path = folder.checkpoints / checkpoint
     if (path / WEIGHTS).exists():
         path = path / WEIGHTS
     if path.is_file():
         return path
     if not path.is_dir():
         raise ConfigError(
-            f"--evaluate {checkpoint}: no such file or folder; give a folder "
-            f"checkpoints/step_..., exported weights ({WEIGHTS}) or 'latest'"
+            f"{option} {checkpoint}: no such file or folder; {folder.checkpoints} holds "
+            f"{', '.join(names_in(folder.checkpoints)) or 'no checkpoint'}"
         )
     try:
         fault = first_fault(path, read_manifest(path))
     except (OSError, ValueError) as error:
         fault = str(error)
     if fault is not None:
-        raise ConfigError(f"--evaluate {checkpoint}: not a whole checkpoint: {fault}")
+        raise ConfigError(f"{option} {checkpoint}: not a whole checkpoint: {fault}")
     return path
 
 

@@ -7,6 +7,7 @@ blocks are checked by DeepSpeed itself when the engine starts. Nothing here impo
 """
 
 import copy
+import json
 from typing import Any
 
 from routedvit.training.config.file import nearest
@@ -51,6 +52,13 @@ REMOVED_KEYS = (
     "amp", "compression_training", "curriculum_learning", "eigenvalue", "elasticity",
     "graph_harvesting", "nebula", "progressive_layer_drop", "quantize_training",
     "sparse_attention", "sparse_gradients",
+)  # fmt: skip
+
+# Blocks that are read or completed here, under which key.
+BLOCKS = (
+    "zero_optimization", "zero_optimization.offload_optimizer", "zero_optimization.offload_param",
+    "bf16", "bfloat16", "fp16", "torch_autocast", "data_types", "checkpoint", "timers",
+    "timers.throughput",
 )  # fmt: skip
 
 PRECISIONS = {"fp32": None, "bf16": "bf16", "fp16": "fp16"}
@@ -100,9 +108,11 @@ def resolve_native_config(
     buckets.
 
     Raises:
-        ConfigError: an unknown, removed or refused key, "auto", or a contradiction.
+        ConfigError: an unknown, removed or refused key, "auto", a block that is no object, a stage
+            that is none, or a contradiction.
     """
     check_keys(user)
+    check_blocks(user)
     if user.get("zero_optimization", {}).get("round_robin_gradients"):
         raise ConfigError(
             "deepspeed.zero_optimization.round_robin_gradients = true: DeepSpeed 0.19 then takes "
@@ -123,7 +133,8 @@ def resolve_native_config(
 
 def zero_stage(native: dict[str, Any]) -> int:
     """The ZeRO stage that a native dict asks for; DeepSpeed's default is 0."""
-    return int(native.get("zero_optimization", {}).get("stage", 0))
+    stage: int = native.get("zero_optimization", {}).get("stage", 0)
+    return stage
 
 
 def check_keys(user: dict[str, Any]) -> None:
@@ -136,6 +147,28 @@ def check_keys(user: dict[str, Any]) -> None:
         if key not in NATIVE_KEYS:
             raise ConfigError(f"unknown DeepSpeed key 'deepspeed.{key}'{nearest(key, NATIVE_KEYS)}")
     _refuse_auto(user, "deepspeed")
+
+
+def check_blocks(user: dict[str, Any]) -> None:
+    """Refuse a value where DeepSpeed has an object of keys, and a ZeRO stage that is none."""
+    for path in BLOCKS:
+        *outer, key = path.split(".")
+        parent = user.get(outer[0], {}) if outer else user
+        block = parent.get(key, {})
+        if block is None and outer == ["zero_optimization"]:  # DeepSpeed's way to offload nothing
+            continue
+        if not isinstance(block, dict):
+            example = "stage" if key == "zero_optimization" else "KEY"
+            raise ConfigError(
+                f"deepspeed.{path} = {json.dumps(block)} is no object of keys; write "
+                f"deepspeed.{path}.{example} = ..., or delete it"
+            )
+    stage = user.get("zero_optimization", {}).get("stage", 0)
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3) or not isinstance(stage, int):
+        raise ConfigError(
+            f"deepspeed.zero_optimization.stage = {json.dumps(stage)} is no ZeRO stage; write 0 "
+            "(nothing is sharded), 1 (optimiser state), 2 (and gradients) or 3 (and weights)"
+        )
 
 
 def _refuse_auto(value: Any, path: str) -> None:

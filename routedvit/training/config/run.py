@@ -7,9 +7,11 @@ other. Unknown keys are errors (`extra='forbid'`): a typo must not train for a w
 wording of errors live in `file.py`.
 """
 
+import json
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from routedvit.training.config.base import ConfigError, Section
 from routedvit.training.config.recipe import (
@@ -26,6 +28,8 @@ from routedvit.training.config.recipe import (
 from routedvit.training.config.watch import CheckpointConfig, EvalConfig, GuardConfig, LogConfig
 
 __all__ = ["ConfigError", "RunConfig", "Section"]
+
+RECOMPUTED = r"^(heavy|block)(/[1-9]\d*)?$"
 
 
 class AboutConfig(Section):
@@ -73,13 +77,24 @@ class TrainConfig(Section):
     """Length of the run in optimiser steps (or give epochs)."""
     grad_clip: float | None = Field(1.0, gt=0)
     """Largest global gradient norm; null turns clipping off."""
-    grad_checkpointing: bool | Annotated[str, Field(pattern=r"^(heavy|block)(/[1-9]\d*)?$")] = False
+    grad_checkpointing: bool | Annotated[str, Field(pattern=RECOMPUTED)] = False
     """What backward recomputes to save memory: 'heavy' (the heavy branches), 'block' or true (whole
     blocks, about 30 % more compute), 'block/2' (every second block). Routing is never recomputed;
     --dry-run shows what each costs."""
     compile: bool = False
     """torch.compile of every block: faster after a minute or two; needs a C++ compiler on the CPU,
     Triton on a GPU."""
+
+    @field_validator("grad_checkpointing", mode="before")
+    @classmethod
+    def _known_policy(cls, value: Any) -> Any:
+        # Of a union pydantic would say what is wrong with the first member alone.
+        if isinstance(value, bool) or (isinstance(value, str) and re.fullmatch(RECOMPUTED, value)):
+            return value
+        raise ValueError(
+            f"{json.dumps(value)} is no policy; write true, false, heavy, block, or block/2 (or "
+            "heavy/2) for every second block"
+        )
 
     @property
     def checkpointing(self) -> tuple[str, int]:

@@ -152,3 +152,13 @@ def test_scores_that_decide_nothing_are_computed_only_for_those_who_watch():
     assert not router.weight.grad.any()
     router.decision.register_forward_hook(lambda *_: None)
     assert torch.equal(router(x, 2), scores)
+
+
+def test_print_shows_the_present_capacity():
+    router = Router(8, 0.25, num_routes=2)
+    assert str(router).startswith("Router(\n  8, routes=2, capacity=1/4")
+    router.set_capacity(Fraction(1, 2))
+    assert "capacity=1/2" in str(router)
+    router.set_number(12)
+    assert "capacity=12 tokens" in str(router)
+    assert "static, capacity=1/3" in str(build_router("static", 8, "1/3"))
