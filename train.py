@@ -46,6 +46,7 @@ from routedvit.training.distributed.signals import REQUEUE_EXIT_CODE, StopSignal
 from routedvit.training.distributed.world import World, rank_of
 from routedvit.training.dry_run import rehearse, resolve_machine
 from routedvit.training.engine.processes import seconds_to_wait
+from routedvit.training.export_checkpoint import export_checkpoint
 from routedvit.training.interfaces import EvalLoaders
 from routedvit.training.model import create_model
 from routedvit.training.offline import evaluate_offline
@@ -81,10 +82,16 @@ def parse_arguments() -> argparse.Namespace:
         action="store_true",
         help="start over; the earlier run is kept under another name",
     )
-    parser.add_argument(
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
         "--evaluate",
         metavar="CHECKPOINT",
         help="only evaluate: a folder checkpoints/step_..., exported weights, or 'latest'",
+    )
+    instead.add_argument(
+        "--export",
+        metavar="CHECKPOINT",
+        help="only write a model for timm: step_00000500, its folder, 'latest' or 'best'",
     )
     parser.add_argument(
         "--resume",
@@ -118,6 +125,10 @@ def main() -> int:
             machine = resolve_machine(args.world_size, args.gpu_memory)
             for text in rehearse(config, Preview(config.data), machine, search=args.find_batch):
                 console.print(text)
+            return 0
+        if args.export:
+            if rank_of(os.environ) == 0:
+                export_checkpoint(args.export, RunFolder(Path(config.folder)), console.print)
             return 0
         signals = StopSignals()
         with nullcontext() if args.evaluate else signals:  # an evaluation has nothing to save
@@ -201,6 +212,7 @@ def run_in(
     # of this start: a resume may change some
     state.config, state.versions = record, versions()
     state.data, state.held_out = read
+    state.image_format = image_format
     trainer = build_trainer(
         config, engine, schedules, loader, eval_loaders,
         evaluators=evaluators, checkpoints=checkpoints, state=state, folder=folder.path,

@@ -55,13 +55,10 @@ def export_checkpoint(checkpoint: str, folder: RunFolder, tell: Callable[[str], 
         made = made_with(path)
         for suffix, weights in weights_in(path):
             target = folder.path / EXPORTED / f"{title(path, folder)}{suffix}"
-            publish(target, weights, made)
+            publish(target, weights, made, path)
             what = "averaged weights" if suffix else "weights"
             tell(f"{what} of {path} are in {target}; to load them, after `import routedvit`:")
             tell(f"    timm.create_model('local-dir:{target}', pretrained=True)")
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{path} does not fit the model that it records: {reason}") from error
     except (OSError, SafetensorError) as error:
         raise ConfigError(
             f"{OPTION} {checkpoint}: {path} could not be exported ({error}); see to the room on "
@@ -116,9 +113,12 @@ def made_with(path: Path) -> dict[str, Any]:
     return {**model.created_from(), "data_config": state.image_format}
 
 
-def publish(target: Path, weights: dict[str, Tensor], made: dict[str, Any]) -> None:
+def publish(target: Path, weights: dict[str, Tensor], made: dict[str, Any], source: Path) -> None:
     """Write the network among `weights`, under an objective's names, so that `target` is complete
     or not there.
+
+    Raises:
+        ConfigError: the network is not the one that `source` says it is.
     """
     own = {
         name.removeprefix(NETWORK): value
@@ -133,12 +133,14 @@ def publish(target: Path, weights: dict[str, Tensor], made: dict[str, Any]) -> N
         for file in temporary.iterdir():
             sync(file)
         sync(temporary)
-    except BaseException:
+        shutil.rmtree(earlier, ignore_errors=True)
+        if target.exists():
+            target.rename(earlier)
+        temporary.rename(target)
+        sync(target.parent)
+    except (RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{source} does not fit the model that it records: {reason}") from error
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    shutil.rmtree(earlier, ignore_errors=True)
-    if target.exists():
-        target.rename(earlier)
-    temporary.rename(target)
-    sync(target.parent)
     shutil.rmtree(earlier, ignore_errors=True)

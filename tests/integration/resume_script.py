@@ -3,7 +3,8 @@
 Usage: resume_script.py CONFIG OUT STAGE RANKS... Trains without a stop in OUT/straight and stops
 another run in OUT/stopped, both on two ranks under ZeRO-STAGE; then each of RANKS goes on from a
 copy of that in OUT/on_RANKS. `seen_RANK.jsonl` beside each has the keys of every step. At last
-OUT/straight is evaluated offline, on two ranks and on one.
+OUT/straight is evaluated offline, on two ranks and on one, and the newest checkpoints of it and of
+OUT/stopped are exported.
 """
 
 from __future__ import annotations
@@ -63,6 +64,11 @@ def main(config: str, out: Path, stage: str, others: list[str]) -> None:
     for ranks in (2, 1):
         codes[f"evaluated_on_{ranks}"] = fork_world(
             ranks, lambda _: train_py(config, out / "straight", stage, "--evaluate", "latest")
+        )
+    without_data = ("--export", "latest", "--set", "data.train.shards=gone")
+    for name in ("straight", "stopped"):
+        codes[f"exported_{name}"] = fork_world(
+            1, lambda _, folder=out / name: train_py(config, folder, stage, *without_data)
         )
     (out / "codes.json").write_text(json.dumps(codes))
 

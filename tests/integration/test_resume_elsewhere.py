@@ -1,6 +1,7 @@
 """`train.py`, preempted on two ranks, goes on on one or four: the same data, the same model.
 
-And the uninterrupted run, evaluated offline on two ranks and on one, has the numbers it logged.
+And the uninterrupted run, evaluated offline on two ranks and on one, has the numbers it logged,
+and its last checkpoint, exported, is the model that the run itself wrote at its end.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
 
+import routedvit  # noqa: F401  (registers the models)
 from tests.integration.launching import HERE, ROOT, run_script
 from tests.unit.data.making import pair, vouch, write_tar
 
@@ -50,6 +53,7 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: Any) -> tuple[Path, l
     config["model"]["kwargs"]["depth"] = 1
     config["schedule"]["warmup_epochs"] = 0
     config["optim"]["eps"] = 1e-4
+    config["ema"] = {"decay": 0.5}
     (out / "config.json").write_text(json.dumps(config))
     stage, ranks = request.param
     run_script(HERE / "resume_script.py", out / "config.json", out, stage, *ranks)
@@ -130,3 +134,27 @@ def test_offline_evaluation_gives_what_the_run_logged(runs: Any) -> None:
     of_classes = (straight / "evaluation" / "val_per_class.csv").read_text()
     for name in (checkpoint, f"{checkpoint}.1"):
         assert (straight / "evaluated" / name / "val_per_class.csv").read_text() == of_classes
+
+
+def test_an_exported_checkpoint_is_what_the_run_wrote_at_its_end(runs: Any) -> None:
+    straight = runs[0] / "straight"
+    assert json.loads((runs[0] / "codes.json").read_text())["exported_straight"] == [0]
+    weights = []
+    for suffix in ("", "_ema"):
+        written = straight / f"weights{suffix}"
+        exported = straight / "exported" / f"step_{STEPS:08d}{suffix}"
+        assert {path.name for path in exported.iterdir()} == {"config.json", "model.safetensors"}
+        for path in written.iterdir():
+            assert (exported / path.name).read_bytes() == path.read_bytes()
+        weights.append((exported / "model.safetensors").read_bytes())
+    assert weights[0] != weights[1]
+
+
+def test_a_stopped_run_gives_a_model_too(runs: Any) -> None:
+    stopped = runs[0] / "stopped"
+    assert json.loads((runs[0] / "codes.json").read_text())["exported_stopped"] == [0]
+    assert not (stopped / "weights").exists()
+    exported = stopped / "exported" / f"step_{STOP_AT + 1:08d}"
+    model = timm.create_model(f"local-dir:{exported}", pretrained=True)
+    written = json.loads((runs[0] / "straight" / "weights" / "config.json").read_text())
+    assert model.pretrained_cfg["mean"] == written["pretrained_cfg"]["mean"]
