@@ -19,6 +19,7 @@ from timm.data import auto_augment, create_transform
 from torchvision import transforms
 
 from data.config import AugmentConfig
+from data.errors import DataError
 
 Transform = Callable[[Image.Image], torch.Tensor]
 
@@ -42,7 +43,11 @@ def train_transform(
     std: tuple[float, ...],
     interpolation: str,
 ) -> Transform:
-    """Pillow image -> normalised float32 [C, *size], augmented."""
+    """Pillow image -> normalised float32 [C, *size], augmented.
+
+    DataError for a policy that timm does not know, or that this mode would not apply.
+    """
+    check_policy(augment)
     interpolation = augment.interpolation or interpolation
     if augment.mode == "timm":
         return create_transform(
@@ -77,6 +82,26 @@ def train_transform(
         interpolation=transforms.InterpolationMode.BILINEAR,
     )
     return transforms.Compose([wiggle, plain])
+
+
+def check_policy(augment: AugmentConfig) -> None:
+    """Refuse a `data.augment.auto_augment` that timm cannot read, and one that nothing reads."""
+    policy = augment.auto_augment
+    if not policy:
+        return
+    if augment.mode != "timm":
+        raise DataError(
+            f"data.augment.auto_augment = {policy!r} is for data.augment.mode = 'timm', and "
+            f"{augment.mode!r} would ignore it; change the mode, or set it to null"
+        )
+    try:
+        create_transform(32, is_training=True, auto_augment=policy)
+    except (AssertionError, ValueError) as error:  # timm asserts the sections of a policy
+        raise DataError(
+            f"data.augment.auto_augment = {policy!r} is no policy of timm"
+            f"{f' ({error})' if str(error) else ''}; write one such as 'rand-m9-mstd0.5-inc1', "
+            "'augmix-m3-w3', '3a' or 'original', or null for none"
+        ) from error
 
 
 def eval_transform(

@@ -75,8 +75,8 @@ def _vision_transformer(dense: nn.Module) -> VisionTransformer:
     inner = unwrap_model(dense)
     if not isinstance(inner, VisionTransformer):
         raise ValueError(
-            f"dense is a {type(inner).__name__}, and only timm's VisionTransformer can be converted;"
-            " create one, such as timm.create_model('vit_small_patch16_224')"
+            f"dense is a {type(inner).__name__}, and only timm's VisionTransformer can be"
+            " converted; create one, such as timm.create_model('vit_small_patch16_224')"
         )
     return inner
 

@@ -11,6 +11,7 @@ from PIL import Image
 from timm.data import auto_augment
 
 from data.config import AugmentConfig
+from data.errors import DataError
 from data.transforms import (
     borrowed_generators,
     eval_transform,
@@ -60,6 +61,30 @@ def test_a_position_is_augmented_the_same_whenever_it_is_met(augment, channels):
     assert all(tensor.dtype == torch.float32 for tensor in forwards)
     different = len({tensor.numpy().tobytes() for tensor in forwards})
     assert different == 1 if augment["mode"] == "none" else different > 30
+
+
+@pytest.mark.parametrize(
+    ("augment", "words"),
+    [
+        ({"auto_augment": "bogus"}, "'bogus' is no policy of timm .*write one such as 'rand-m9"),
+        ({"auto_augment": "rand-m9-q5"}, "'rand-m9-q5' is no policy of timm"),
+        ({"auto_augment": "rand-m9.5"}, "'rand-m9.5' is no policy of timm"),
+        ({"auto_augment": "random"}, "'random' is no policy of timm;"),
+        ({"auto_augment": "augmix-q3"}, "'augmix-q3' is no policy of timm"),
+        ({"auto_augment": "3a", "mode": "light"}, "'light' would ignore it; change the mode"),
+        ({"auto_augment": "3a", "mode": "none"}, "'none' would ignore it"),
+    ],
+    ids=str,
+)
+def test_a_policy_that_is_not_applied_is_refused(augment, words):
+    with pytest.raises(DataError, match=rf"^data\.augment\.auto_augment = .*{words}"):
+        train_transform(
+            AugmentConfig.model_validate(augment),
+            size=(28, 28),
+            mean=(0.4,),
+            std=(0.3,),
+            interpolation="bicubic",
+        )
 
 
 def test_images_are_normalised_by_mean_and_std():

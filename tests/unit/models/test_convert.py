@@ -182,6 +182,18 @@ def test_what_does_not_fit_is_named(source, kwargs, message) -> None:
         convert(make_dense(**source), **kwargs)
 
 
+def test_a_model_of_another_kind_is_refused_by_its_class() -> None:
+    dense = timm.create_model("eva02_tiny_patch14_224", depth=1)
+    with pytest.raises(ValueError, match="dense is a Eva, and only timm's VisionTransformer"):
+        convert(dense)
+
+
+def test_a_compiled_model_is_converted_as_the_one_inside() -> None:
+    dense = make_dense()
+    inside, ours = convert(dense), convert(torch.compile(dense))
+    assert torch.equal(inside(images()), ours(images()))
+
+
 @pytest.mark.parametrize("name", ["resnet10t", "test_convnext", "test_byobnet"])
 def test_models_of_another_kind_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="no weights of timm's VisionTransformer"):

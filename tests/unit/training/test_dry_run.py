@@ -29,6 +29,11 @@ DENSE = ["model.name=test_vit", 'model.kwargs={"img_size":28,"patch_size":4,"in_
 TEACHER = {"name": "test_vit", "kwargs": {"img_size": 32, "patch_size": 8}}
 
 MISTAKES: dict[str, tuple[list[str], str]] = {
+    "fewer classes": (
+        ["model.kwargs.num_classes=5"],
+        "model.kwargs.num_classes is 5, but the data set has 10 classes; leave it out",
+    ),
+    "no number of classes": (["model.kwargs.num_classes=null"], "num_classes is None.*leave it"),
     "warm-up": (
         ["schedule.warmup_epochs=40"],
         "schedule.warmup_epochs makes 5000 steps of a run of 4000; shorten it",
@@ -90,6 +95,19 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
          'deepspeed.zero_optimization.offload_optimizer={"device":"cpu","ratio":0.5}'],
         "ema.decay",
     ),
+    "tag": (["model.name=colt5_vit_test.in1k"], "no weights 'in1k' of colt5_vit_test; write 'colt"),
+    "weights of none": (
+        ["model.kwargs.pretrained=true"],
+        "model.kwargs.pretrained: colt5_vit_test cannot take these weights: .*leave it out",
+    ),
+    "no file of weights": (
+        ["model.kwargs.checkpoint_path=none.pth"],
+        "model.kwargs.checkpoint_path = 'none.pth' does not exist",
+    ),
+    "stage in words": (
+        ["deepspeed.zero_optimization.stage=two"],
+        'deepspeed.zero_optimization.stage = "two" is no ZeRO stage; write 0',
+    ),
     "DeepSpeed's keys": (["deepspeed.zero_optimization.stge=1"], "did you mean 'stage'"),
 }  # fmt: skip
 
@@ -136,6 +154,19 @@ def test_a_teacher_whose_weights_lie_here_is_read(tmp_path: Path) -> None:
     named = f'{{"name":"test_vit","checkpoint":"{tmp_path}/teacher.pth","kwargs":{{}}}}'
     with pytest.raises(ConfigError, match=r"objective\.teacher 'test_vit'"):
         dry_run("objective.name=distill", f"objective.teacher={named}")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "known"),
+    [
+        (["model.kwargs.num_classes=12"], {}),
+        (["objective.name=mae", "objective.decoder_depth=1"], {}),
+        (["model.kwargs.num_classes=5"], {"num_classes": None, "missing": "no shard matches"}),
+    ],
+    ids=["more classes", "without labels", "no data to compare with"],
+)
+def test_classes_that_a_start_takes_pass(overrides: list[str], known: dict[str, Any]) -> None:
+    assert "parameters" in dry_run(*overrides, **known)[-1]
 
 
 def test_a_length_in_steps_is_no_mistake_before_there_are_data() -> None:

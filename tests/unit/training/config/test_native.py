@@ -121,6 +121,38 @@ def test_a_contradiction_names_both_keys(user, changes, names):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("stage", ["two", "2", 4, 5, -1, 2.0, True, None, [2], {"is": 2}])
+def test_a_stage_that_is_none_is_refused_with_those_there_are(stage):
+    with pytest.raises(ConfigError, match=r"zero_optimization\.stage = .* write 0 .* or 3"):
+        resolve({"zero_optimization": {"stage": stage}})
+
+
+@pytest.mark.parametrize(
+    ("path", "user"),
+    [
+        ("zero_optimization", {"zero_optimization": 2}),
+        ("zero_optimization", {"zero_optimization": None}),
+        (
+            "zero_optimization.offload_optimizer",
+            {"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}},
+        ),
+        ("bf16", {"bf16": True}),
+        ("torch_autocast", {"torch_autocast": False}),
+        ("timers", {"timers": 1}),
+        ("timers.throughput", {"timers": {"throughput": True}}),
+    ],
+)
+def test_a_value_in_place_of_a_block_is_refused(path, user):
+    with pytest.raises(ConfigError, match=rf"deepspeed\.{path} = .* no object .* or delete it"):
+        resolve(user)
+
+
+def test_an_offload_of_nothing_may_be_null():
+    zero = {"stage": 2, "offload_optimizer": None}
+    native = resolve({"zero_optimization": zero})
+    assert native["zero_optimization"]["offload_optimizer"] is None
+
+
 def test_repeating_an_owned_value_is_fine():
     assert resolve({"train_batch_size": 64})["train_batch_size"] == 64
 

@@ -121,8 +121,12 @@ def test_checkpointing_is_a_policy_or_a_boolean(
 
 
 def test_an_unknown_checkpointing_policy_is_refused(path: str) -> None:
-    with pytest.raises(ConfigError, match=r"train\.grad_checkpointing = \"blocks\""):
-        load_config(RunConfig, path, ["train.grad_checkpointing=blocks"])
+    said = "is no policy; write true, false, heavy, block, or block/2 (or heavy/2)"
+    for value, shown in (("blocks", '"blocks"'), ("block/0", '"block/0"'), ("1", "1")):
+        with pytest.raises(ConfigError) as caught:
+            load_config(RunConfig, path, [f"train.grad_checkpointing={value}"])
+        assert f"train.grad_checkpointing: {shown} {said}" in str(caught.value)
+        assert "more)" not in str(caught.value)
 
 
 def test_mixing_for_an_objective_without_labels_is_refused(path: str) -> None:
