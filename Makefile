@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 PIP := DS_BUILD_OPS=0 $(BIN)/python -m pip --disable-pip-version-check install --progress-bar off -q -c constraints.txt
 RANKS ?= 2
 ARGS ?=
+# more extras of pyproject.toml for a new environment, such as s3,wandb
+EXTRAS ?=
 PORT ?= 29500
 # processes that run the unit tests; the integration tests start their own
 TESTERS ?= 2
@@ -21,7 +23,7 @@ $(VENV)/train.stamp: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) setuptools wheel
 	@$(PIP) torch torchvision
-	@$(PIP) --no-build-isolation -e '.[train,quickstart]'
+	@$(PIP) --no-build-isolation -e '.[train,quickstart$(EXTRAS:%=,%)]'
 	@touch $@
 
 $(VENV)/dev.stamp: $(VENV)/train.stamp

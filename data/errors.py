@@ -25,6 +25,12 @@ class Unreachable(DataError):
     exit_code = 1
 
 
+class Refused(Unreachable):
+    """As Unreachable, but final: no wait mends rights, credentials or the URL."""
+
+    exit_code = 2
+
+
 class LoaderFailed(DataError):
     """A loader process died or hangs: its memory, disk or machine may be well at the next start."""
 

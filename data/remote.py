@@ -5,8 +5,11 @@ read that brings nothing for `read_timeout` seconds is over. A failed transfer g
 it had reached, after a pause that grows and is jittered (a thousand ranks must not knock at once).
 It is given up when the next 8 MiB, or the rest, take more than `give_up_after` seconds, failures or
 none: so a server that drips is noticed, and a long transfer that comes along well may fail late.
-Answers that no wait mends (404, 403) end it at once. Of all failures only "there is no such thing"
-and "it has another size" hold for every rank alike; the rest are Unreachable.
+Answers that no wait mends (404, 403) end it at once. Where nothing was ever read from (manifests
+come first) a mistake in the URL is likelier than an outage: connections that fail are given up
+after 20 s, and missing credentials or a host without an address at once (`data.refusals`). Of all
+failures only "there is no such thing" and "it has another size" hold for every rank alike; the rest
+are Unreachable.
 
 Credentials and endpoints come from where the clients look for them: AWS_*,
 GOOGLE_APPLICATION_CREDENTIALS, FSSPEC_*, ~/.netrc. A config is saved and shown, so it had better
@@ -25,11 +28,11 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 import aiohttp
-from fsspec.exceptions import FSTimeoutError
 
 from data.clients import client
 from data.config import RemoteConfig
-from data.errors import BadShard, DataError, Unreachable
+from data.errors import DataError, Unreachable
+from data.refusals import permanent, said, unconnected
 
 log = logging.getLogger(__name__)
 
@@ -37,10 +40,11 @@ SCHEMES = ("http", "https", "s3", "gs")
 CHUNK = 1 << 20
 STEP = 8 * CHUNK  # what counts as progress; also one request to s3 and gs, slow to begin an answer
 MAX_PAUSE = 30.0  # seconds between two attempts, at most
-_MISSING = frozenset({404, 410})
-_REFUSED = frozenset({400, 401, 403, 405, 416, 451})
+FIRST_PATIENCE = 20.0  # seconds that connections may fail where nothing was ever read
+FIRST_PAUSE = 4.0  # between two of them, at most
 _CONTENT_RANGE = re.compile(r"bytes .*/(\d+)")  # of a 206, and of a 416 that knows the size
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|pipe:")
+_met: set[tuple[str, str]] = set()  # scheme and host, or bucket, that something was read from
 
 
 class WrongSize(OSError):
@@ -154,30 +158,47 @@ def find(pattern: str, remote: RemoteConfig) -> list[str]:
     return [url for url in found if url.startswith(fixed)]  # a listing may point anywhere
 
 
-def persist(attempt: Callable[[Progress], None], url: str, remote: RemoteConfig) -> None:
-    """Call `attempt` until it returns. BadShard where there is nothing, Unreachable for what no
-    wait mends, or when time is up.
+def persist(
+    attempt: Callable[[Progress], None], url: str, remote: RemoteConfig, vouched: bool = False
+) -> None:
+    """Call `attempt` until it returns. BadShard where there is nothing, Refused for what no wait
+    mends, Unreachable when time is up.
+
+    `vouched`: a manifest told of it, so it is no first contact, though it may be for this process.
     """
-    progress, failures = Progress(url, remote.give_up_after), 0
+    place = urlsplit(url).scheme, urlsplit(url).netloc
+    progress, failures, began = Progress(url, remote.give_up_after), 0, time.monotonic()
     jitter = random.Random()  # not the global generator: that one is the augmentation's
     while True:
         try:
-            return attempt(progress)
+            attempt(progress)
         except DataError:
             raise
         except Exception as error:  # each client library has exceptions of its own
-            if permanent := _permanent(error):
-                raise permanent(
-                    f"{shown(url)}: {_said(error)}; correct the URL or the rights"
-                ) from error
+            met = vouched or place in _met
+            if meant := permanent(error, first=not met):
+                raise type(meant)(f"{shown(url)}: {meant}") from error
             failures += 1
             pause = min(MAX_PAUSE, 0.5 * 2**failures) * jitter.uniform(0.5, 1)
-            if progress.ends_within(pause):
+            rest, mend = progress.rest(), "mend the server or raise data.remote.give_up_after"
+            if not met and unconnected(error):
+                pause = min(pause, FIRST_PAUSE)
+                first_rest = began + FIRST_PATIENCE - time.monotonic()
+                if first_rest < rest:
+                    rest, mend = first_rest, "nothing was ever read from there: correct the URL"
+            if rest < pause:
                 raise Unreachable(
-                    f"{shown(url)}: given up after {failures} attempts ({_said(error)}); mend the "
-                    "server or raise data.remote.give_up_after, then start the same command again"
+                    f"{shown(url)}: given up after {failures} attempts ({said(error)}); {mend}, "
+                    "then start the same command again"
                 ) from error
-            log.info("%s: %s; attempt %d follows", shown(url), _said(error), failures + 1)
+            log.log(
+                logging.WARNING if failures == 1 and place not in _met else logging.INFO,
+                "%s: %s; attempt %d follows, and more for %.0f s",
+                *(shown(url), said(error), failures + 1, rest),
+            )
+        else:
+            _met.add(place)
+            return
         time.sleep(pause)
 
 
@@ -248,24 +269,3 @@ def _blocks(
         block = filesystem.cat_file(url, start=begin, end=end, timeout=progress.rest())
         progress.reached(end)
         yield block
-
-
-def _permanent(error: Exception) -> type[DataError] | None:
-    """What an error means that no wait mends; None for the others."""
-    status = error.status if isinstance(error, aiohttp.ClientResponseError) else 0
-    if status in _MISSING or isinstance(error, FileNotFoundError):
-        return BadShard
-    if status in _REFUSED or isinstance(error, (PermissionError, aiohttp.InvalidURL)):
-        return Unreachable
-    return None
-
-
-def _said(error: Exception) -> str:
-    """The error in a line; some have no text of their own."""
-    if isinstance(error, aiohttp.ClientResponseError):
-        return f"the server answers {error.status} {error.message}"
-    if isinstance(error, FileNotFoundError):
-        return "not there"
-    if isinstance(error, FSTimeoutError):
-        return "its answer took too long"
-    return str(error).partition("\n")[0] or type(error).__name__

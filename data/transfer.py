@@ -54,7 +54,7 @@ class Transfer:
 
     def run(self) -> None:
         """Go on with what the file holds until it is whole. BadShard, Unreachable."""
-        persist(self._attempt, self.url, self.remote)
+        persist(self._attempt, self.url, self.remote, vouched=True)
 
     def _attempt(self, progress: Progress) -> None:
         try:

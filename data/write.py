@@ -26,6 +26,7 @@ from data.encoding import Encoding
 from data.errors import DataError
 from data.manifest import MANIFEST_NAME, Manifest, read_manifest
 from data.recipe import recipe_of, refuse_another, refuse_unknown, with_samples
+from data.remote import is_url, shown
 from data.skipped import DEFAULT_SHARE, skipped_in
 from data.sources import SUFFIXES, Split, folder_splits, idx_splits, listed, mnist_splits
 from data.writer import write_split
@@ -79,6 +80,16 @@ def splits_of(arguments: argparse.Namespace) -> dict[str, Split]:
     )
 
 
+def on_disk(name: str) -> Path:
+    """The folder to write into. DataError for a URL, of which Path would make a folder 's3:'."""
+    if is_url(name):
+        raise DataError(
+            f"--out {shown(name)} is a URL; write to a disk, then copy the folder with the store's "
+            "own tool, such as `aws s3 sync FOLDER s3://BUCKET/FOLDER` or `gcloud storage rsync -r`"
+        )
+    return Path(name)
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -101,7 +112,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help="list: number the classes anew even where labels are numbers",
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder that gets train/ and val/")
+    parser.add_argument("--out", required=True, help="folder that gets train/ and val/")
     parser.add_argument(
         "--shard-size", type=whole(1), help="samples per shard (mnist: 250; else 1000)"
     )
@@ -128,6 +139,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--jobs", type=whole(1), default=1, help="processes that write shards")
     parsed = parser.parse_args(arguments)
+    parsed.out = on_disk(parsed.out)
     parsed.shard_size = parsed.shard_size or (250 if parsed.source == "mnist" else 1000)
     return parsed
 

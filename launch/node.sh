@@ -3,8 +3,8 @@
 #
 # For schedulers that start one command a machine and act on its exit code, such as Kubernetes:
 # torchrun and deepspeed end with 1 after a signal, this ends with the code of train.py (75: stopped
-# and saved, start me again). Signals go to all ranks at once. The first rank that fails decides the
-# code, and the others have 30 s to end.
+# and saved, start me again), also where the signal came before Python listened to it. Signals go to
+# all ranks at once. The first rank that fails decides the code, and the others have 30 s to end.
 #
 #   NODES, NODE_RANK           how many machines, and which one this is, from 0
 #   GPUS                       processes on each machine
@@ -15,7 +15,8 @@ set -euo pipefail
 export MASTER_ADDR MASTER_PORT WORLD_SIZE=$((NODES * GPUS))
 
 ranks=()
-trap 'kill -USR1 "${ranks[@]}" 2>/dev/null || true' TERM USR1
+warned=0
+trap 'warned=1; kill -USR1 "${ranks[@]}" 2>/dev/null || true' TERM USR1
 for ((local = 0; local < GPUS; local++)); do
   RANK=$((NODE_RANK * GPUS + local)) LOCAL_RANK=$local "$@" &
   ranks+=($!)
@@ -39,4 +40,8 @@ while [ ${#ranks[@]} -gt 0 ]; do
     kill -KILL "${ranks[@]}" 2>/dev/null || true
   fi
 done
+# While torch is imported the ranks die of the signal (128 + USR1 or TERM); nothing is lost by that.
+if [ "$warned" = 1 ] && { [ "$code" -eq 138 ] || [ "$code" -eq 143 ]; }; then
+  code=75
+fi
 exit "$code"

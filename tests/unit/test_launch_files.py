@@ -8,8 +8,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +29,21 @@ KUBERNETES = "1.37"  # successPolicy became stable in 1.33
 
 
 @pytest.fixture(scope="module")
-def objects() -> dict[str, Any]:
-    """The objects of train.yaml by kind."""
-    documents = yaml.safe_load_all((LAUNCH / "kubernetes" / "train.yaml").read_text())
+def documents() -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all((LAUNCH / "kubernetes" / "train.yaml").read_text()))
+
+
+@pytest.fixture(scope="module")
+def objects(documents: list[dict[str, Any]]) -> dict[str, Any]:
+    """The objects of train.yaml by kind; of claims there are several."""
     return {document["kind"]: document for document in documents}
+
+
+@pytest.fixture(scope="module")
+def claims(documents: list[dict[str, Any]]) -> dict[str, Any]:
+    """The claims of train.yaml by name."""
+    found = [document for document in documents if document["kind"] == "PersistentVolumeClaim"]
+    return {claim["metadata"]["name"]: claim for claim in found}
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +67,9 @@ def validate(document: dict[str, Any]) -> None:
     kubernetes_validate.validate(document, KUBERNETES, strict=True)
 
 
-def test_every_object_is_valid(objects: dict[str, Any]) -> None:
+def test_every_object_is_valid(objects: dict[str, Any], documents: list[dict[str, Any]]) -> None:
     assert objects.keys() == {"Service", "PersistentVolumeClaim", "Job"}
-    for document in objects.values():
+    for document in documents:
         validate(document)
 
 
@@ -100,17 +113,61 @@ def test_exit_codes_mean_what_train_py_means(job: dict[str, Any], container: Any
 
 
 def test_every_volume_is_there_and_runs_are_shared(
-    objects: dict[str, Any], job: dict[str, Any], container: dict[str, Any]
+    claims: dict[str, Any], job: dict[str, Any], container: dict[str, Any]
 ) -> None:
     volumes = {volume["name"]: volume for volume in job["template"]["spec"]["volumes"]}
     mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
     assert volumes.keys() == mounts.keys()
-    claim = objects["PersistentVolumeClaim"]
-    assert volumes["runs"]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
-    assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
+    asked = [volume.get("persistentVolumeClaim") for volume in volumes.values()]
+    assert [claim["claimName"] for claim in asked if claim] == list(claims)
+    for claim in claims.values():
+        assert claim["spec"]["accessModes"] in (["ReadWriteMany"], ["ReadOnlyMany"])
+    runs = claims[volumes["runs"]["persistentVolumeClaim"]["claimName"]]
+    assert runs["spec"]["accessModes"] == ["ReadWriteMany"]
     assert mounts["runs"] == f"{container['workingDir']}/runs"
     assert mounts["shm"] == "/dev/shm"
     assert volumes["shm"]["emptyDir"]["medium"] == "Memory"
+
+
+def test_the_shards_of_the_config_are_mounted(container: dict[str, Any]) -> None:
+    """The image holds none: .dockerignore leaves them out."""
+    run = json.loads((ROOT / container["command"][-1]).read_text())
+    mounts = [mount["mountPath"] for mount in container["volumeMounts"]]
+    for split in ("train", "val"):
+        place = Path(container["workingDir"], run["data"][split]["shards"])
+        assert any(place.is_relative_to(mount) for mount in mounts), place
+
+
+def test_a_core_for_each_loader_process(container: dict[str, Any]) -> None:
+    run = json.loads((ROOT / container["command"][-1]).read_text())
+    resources = container["resources"]
+    gpus = int(resources["limits"]["nvidia.com/gpu"])
+    assert int(resources["requests"]["cpu"]) >= gpus * run["data"]["num_workers"]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "extras"),
+    [([], "train,quickstart"), (["EXTRAS=s3,gs"], "train,quickstart,s3,gs")],
+)
+def test_an_environment_has_the_extras_that_are_asked_for(chosen: list[str], extras: str) -> None:
+    command = ["make", "-n", "-W", "pyproject.toml", "env", *chosen]
+    said = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert f"-e '.[{extras}]'" in said
+
+
+def test_an_image_reads_buckets() -> None:
+    lines = (LAUNCH / "kubernetes" / "Dockerfile").read_text().splitlines()
+    assert "ARG EXTRAS=s3,gs" in lines
+    assert any(line.startswith('RUN make env EXTRAS="$EXTRAS"') for line in lines)
+
+
+def test_slurm_warns_before_a_limit_that_there_is() -> None:
+    lines = (LAUNCH / "slurm.sbatch").read_text().splitlines()
+    options = dict(x.removeprefix("#SBATCH ").partition("=")[::2] for x in lines if "SBATCH -" in x)
+    assert options["--signal"].startswith("B:USR1@")
+    assert re.fullmatch(r"\d+-\d\d:\d\d:\d\d", options["--time"])
+    # those of a cluster are only shown
+    assert {"##SBATCH --account", "##SBATCH --partition"} <= options.keys()
 
 
 def test_the_command_names_files_that_exist(container: dict[str, Any]) -> None:
@@ -209,3 +266,34 @@ def test_a_missing_setting_is_named(node: Any) -> None:
     result = node("true", MASTER_ADDR="")
     assert result.returncode != 0
     assert "MASTER_ADDR: name of machine 0" in result.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    ("rank", "code"),
+    [
+        ("exec sleep 50", REQUEUE_EXIT_CODE),  # as Python is before it listens
+        (f"trap 'exit {USER_ERROR_CODE}' USR1; sleep 50 & wait", USER_ERROR_CODE),
+    ],
+)
+def test_a_signal_that_nobody_listened_to_stops_the_node_as_one_that_was_heard(
+    number: int, rank: str, code: int
+) -> None:
+    process = subprocess.Popen(
+        ["bash", LAUNCH / "node.sh", "bash", "-c", f"echo up; {rank}"],
+        env={
+            "PATH": "/usr/bin:/bin", "NODES": "1", "NODE_RANK": "0", "GPUS": "2",
+            "MASTER_ADDR": "pod-0.pods", "MASTER_PORT": "29500",
+        },
+        stdout=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert [process.stdout.readline() for _ in range(2)] == ["up\n"] * 2
+    time.sleep(0.3)
+    process.send_signal(number)
+    assert process.wait(timeout=40) == code
+
+
+def test_a_rank_that_dies_of_a_signal_unasked_is_a_failure(node: Any) -> None:
+    assert node("[ $LOCAL_RANK = 1 ] && kill -USR1 $$; exec sleep 50").returncode == 138

@@ -16,6 +16,7 @@ import timm
 import timm.models
 from torch import Tensor
 
+from routedvit.training.checkpoints.permissions import as_umask_says
 from routedvit.training.engine import Engine
 
 WEIGHTS = "model.safetensors"
@@ -72,3 +73,4 @@ def write_model(
     timm.models.save_for_hf(
         model, str(folder), model_args=kwargs, safe_serialization=True, data_config=data_config
     )
+    as_umask_says(folder / WEIGHTS)

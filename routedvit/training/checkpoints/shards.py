@@ -30,6 +30,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from routedvit.training.checkpoints.permissions import as_umask_says
 from routedvit.training.checkpoints.zero_layout import Piece, ZeroLayout
 from routedvit.training.config.run import ConfigError
 
@@ -89,6 +90,7 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
         save_file(tensors, path)
     except SafetensorError as error:
         raise OSError(f"{path.name}: {error}") from None
+    as_umask_says(path)
 
 
 def state_bytes(layout: ZeroLayout) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import json
+import logging
 import os
 import re
 import socket
@@ -18,10 +19,10 @@ import pytest
 
 from data.cache import ShardCache
 from data.clients import client
-from data.errors import BadShard, DataError, Unreachable
+from data.errors import BadShard, DataError, Refused, Unreachable
 from data.manifest import MANIFEST_NAME
 from data.reader import ShardReader
-from data.remote import shown
+from data.remote import persist, shown
 from data.shards import resolve
 from tests.unit.data.test_loaders import train_loader
 
@@ -48,12 +49,13 @@ def test_what_passes_is_outwaited_and_the_bytes_are_right(make_set, server, remo
         assert ("000.tar", f"bytes={size}-") in server.requests
 
 
-@pytest.mark.parametrize(("fault", "kind"), [("404", BadShard), ("403", Unreachable)])
+@pytest.mark.parametrize(("fault", "kind"), [("404", BadShard), ("401", Refused), ("403", Refused)])
 def test_what_no_wait_mends_is_said_at_once(make_set, server, remote, fault, kind):
     make_set([6])
     server.faults["000.tar"] = [fault] * 9
-    with pytest.raises(kind, match=r"000\.tar: .*; correct the URL"):
+    with pytest.raises(kind, match=r"000\.tar: .*; correct the URL") as caught:
         fetched(server, remote)
+    assert getattr(caught.value, "exit_code", 2) == 2  # final to a scheduler
     assert [name for name, _ in server.requests].count("000.tar") == 1
 
 
@@ -109,12 +111,47 @@ def test_every_client_is_told_how_long_a_read_may_take(monkeypatch, remote, sche
     assert re.search(r"(sock_read=|'read_timeout': )0\.5", told[0])
 
 
-def test_a_server_that_is_not_there_is_given_up_in_time(remote):
+def closed_url() -> str:
+    """Where nobody listens."""
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{closed.getsockname()[1]}/train"
-    with pytest.raises(DataError, match=r"manifest\.json: given up after"):
-        resolve(url, remote=remote.model_copy(update={"give_up_after": 0.5}))
+        return f"http://127.0.0.1:{closed.getsockname()[1]}/train"
+
+
+def test_a_server_that_is_not_there_is_given_up_in_time(remote):
+    with pytest.raises(DataError, match=r"manifest\.json: given up after .*give_up_after"):
+        resolve(closed_url(), remote=remote.model_copy(update={"give_up_after": 0.5}))
+
+
+def test_a_server_that_was_never_there_gets_little_patience_and_a_line(remote, monkeypatch, caplog):
+    monkeypatch.setattr("data.remote.FIRST_PATIENCE", 0.5)
+    caplog.set_level(logging.INFO)
+    began = time.monotonic()
+    with pytest.raises(Unreachable, match=r"manifest\.json: given up .*nothing was ever read"):
+        resolve(closed_url(), remote=remote)
+    assert time.monotonic() - began < 4
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(told) == 1
+    assert re.search(
+        r"/train/manifest\.json: Cannot connect .*; attempt 2 follows, and more for [01] s", told[0]
+    )
+    assert "attempt 3 follows" in caplog.text
+
+
+@pytest.mark.parametrize("contact", ["read before", "vouched by a manifest"])
+def test_a_server_that_went_away_gets_all_the_patience(remote, monkeypatch, contact):
+    monkeypatch.setattr("data.remote.FIRST_PATIENCE", 0.0)
+    url, answers = closed_url(), iter([None, None])
+    if contact == "read before":
+        monkeypatch.setattr("data.remote._met", set())
+        persist(lambda progress: None, url, remote)
+
+    def back_at_the_third(progress: object) -> None:
+        for _ in answers:
+            raise ConnectionRefusedError
+
+    persist(back_at_the_third, url, remote, vouched=contact != "read before")
+    assert next(answers, "used up") == "used up"
 
 
 def test_a_swapped_shard_is_fetched_again_and_then_refused(make_set, server, remote):

@@ -14,7 +14,7 @@ import pytest
 import s3fs
 
 from data.cache import ShardCache
-from data.errors import BadShard, DataError, Unreachable
+from data.errors import BadShard, DataError, Refused, Unreachable
 from data.shards import resolve
 
 
@@ -66,6 +66,21 @@ def test_shards_in_s3_are_listed_fetched_and_verified(make_set, remote, monkeypa
         bucket.mkdir("shards")
         bucket.put(str(folder), "shards/train", recursive=True)
         check_bucket("s3://shards/train", folder, remote)
+        with pytest.raises(DataError, match="not there; correct the URL"):
+            resolve("s3://nowhere/train", remote=remote)
+
+
+def test_missing_credentials_are_said_at_once(remote, monkeypatch, tmp_path):
+    monkeypatch.setattr("data.remote._met", set())
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    began = time.monotonic()
+    with pytest.raises(Refused, match=r"manifest\.json: .*credentials; set AWS_ACCESS_KEY_ID"):
+        resolve("s3://bucket/x/train", remote=remote)
+    assert time.monotonic() - began < 4
 
 
 def test_shards_in_gs_are_listed_fetched_and_verified(make_set, remote, monkeypatch):

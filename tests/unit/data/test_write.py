@@ -52,6 +52,16 @@ def from_folder(root: Path, out: Path) -> list[str]:
     return ["--source", "folder", "--path", str(root), "--out", str(out), "--max-skipped", "0.2"]
 
 
+def test_a_url_is_no_place_to_write_to(tmp_path, monkeypatch, capsys):
+    """Path would make a folder 's3:' of it."""
+    monkeypatch.chdir(tmp_path)
+    assert write.main(["--source", "mnist", "--out", "s3://bucket/photos"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "s3://bucket/photos is a URL; write to a disk, then copy" in said
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_digits_are_stratified_and_match_their_manifest(digits):
     for name, shards, per_class in (("train", 16, 400), ("val", 4, 100)):
         manifest = read_manifest(digits / name / "manifest.json")
