@@ -10,6 +10,7 @@ from routedvit.ops import gather_all, gather_norm_all, rms_norm
 
 __all__ = ["RmsNorm", "gather_rows"]
 
+
 class RmsNorm(TimmRmsNorm):
     """timm's RMSNorm by `routedvit.ops.rms_norm`: few passes on a CPU, PyTorch's own elsewhere."""
 
