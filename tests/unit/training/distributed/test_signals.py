@@ -111,7 +111,7 @@ from pathlib import Path
 from routedvit.training.distributed.signals import StopSignals
 signals, report = StopSignals(), Path(sys.argv[1])
 report.write_text("stop" if signals.wanted else "go")
-for _ in range(1000):
+for _ in range(6000):
     time.sleep(0.01)
     if signals.wanted:
         report.write_text("stop")
@@ -120,7 +120,7 @@ for _ in range(1000):
 COMMAND = "import subprocess, sys; subprocess.run([sys.executable, '-c', *sys.argv[1:]])"
 
 
-def wait_for(report: Path, text: str, seconds: float = 10) -> bool:
+def wait_for(report: Path, text: str, seconds: float = 60) -> bool:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if report.exists() and report.read_text() == text:
