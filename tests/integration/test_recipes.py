@@ -37,6 +37,7 @@ SMALL: dict[str, Any] = {
     "train.steps": 2,
     "schedule.warmup_epochs": 0,
     "log.probe_images": 2,
+    "data.streams": None,  # as many as the few samples allow
     "log.every_steps": 1,
     "log.tensorboard": False,  # its import is what a small run would spend most on
 }
