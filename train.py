@@ -27,6 +27,7 @@ from data.mixture import resolve_train
 from data.preview import Preview
 from routedvit.models.warm_start import WarmStart, warm_start
 from routedvit.training import engine as engines
+from routedvit.training.arguments import parse_arguments
 from routedvit.training.assembly import build_engine, build_retention, build_trainer
 from routedvit.training.assembly_watch import build_run_evaluators
 from routedvit.training.checkpoints.checkpoint import Checkpoints
@@ -66,51 +67,9 @@ class RunConfig(training.RunConfig):
     data: DataConfig
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--config", metavar="FILE", help="the run, such as configs/quickstart.json")
-    what.add_argument("--keys", action="store_true", help="list every key a config can have")
-    what.add_argument("--write-schema", metavar="FILE", help="write the config's JSON schema")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override, optim.lr=0.001"
-    )
-    parser.add_argument(
-        "--fresh",
-        action="store_true",
-        help="start over; the earlier run is kept under another name",
-    )
-    instead = parser.add_mutually_exclusive_group()
-    instead.add_argument(
-        "--evaluate",
-        metavar="CHECKPOINT",
-        help="only evaluate: a folder checkpoints/step_..., exported weights, or 'latest'",
-    )
-    instead.add_argument(
-        "--export",
-        metavar="CHECKPOINT",
-        help="only write a model for timm: step_00000500, its folder, 'latest' or 'best'",
-    )
-    parser.add_argument(
-        "--resume",
-        metavar="CHECKPOINT",
-        type=Path,
-        help="go on from this one, not the newest: step_00000500, or a folder of another run",
-    )
-    rehearsal = parser.add_argument_group("what would the run take? nothing is started")
-    rehearsal.add_argument("--dry-run", action="store_true", help="data, FLOPs, memory per GPU")
-    rehearsal.add_argument("--find-batch", action="store_true", help="and the largest micro-batch")
-    rehearsal.add_argument("--world-size", type=int, metavar="N", help="ranks; default: GPUs here")
-    rehearsal.add_argument("--gpu-memory", type=float, metavar="GIB", help="default: GPU's, or 80")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
-    return parser.parse_args()
-
-
 def main() -> int:
     """The command line; returns the exit code."""
-    args = parse_arguments()
+    args = parse_arguments(__doc__)
     if args.keys:
         print(describe_keys(RunConfig))
         return 0
@@ -216,10 +175,10 @@ def run_in(
     trainer = build_trainer(
         config, engine, schedules, loader, eval_loaders,
         evaluators=evaluators, checkpoints=checkpoints, state=state, folder=folder.path,
-        console=console, signals=signals,
+        console=console, signals=signals, patience=patience,
     )  # fmt: skip
     console.print(opening(config, trainer))
-    result = trainer.fit(patience)
+    result = trainer.fit()
     if not result.finished:
         saved = " and saved" if result.step else ""
         console.print(f"stopped at step {result.step}{saved}; the same command goes on")

@@ -19,24 +19,16 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from data.arguments import share, whole
 from data.errors import DataError
-from data.examination import ShardReport, Task, draft_of, examine, index_beside, key_hashes
-from data.manifest import (
-    MANIFEST_NAME,
-    Manifest,
-    ShardEntry,
-    publish,
-    read_manifest,
-    sha256_of,
-)
+from data.examination import ShardReport, Task, draft_of, examine, index_beside
+from data.findings import about_classes, against_manifest, repeated_keys
+from data.manifest import MANIFEST_NAME, Manifest, publish, read_manifest
 from data.manifest import write_manifest as save_manifest
 from data.pool import each
 from data.remote import is_url
@@ -44,81 +36,10 @@ from data.report import describe
 from data.shards import match
 from data.skipped import DEFAULT_SHARE, Skipped, skipped_in
 from data.statistics import combine
-from data.tar_index import CLS, JSON, UNLABELLED, read_index
+from data.tar_index import CLS, JSON, UNLABELLED
 
 MAX_LINES = 50  # findings printed; the count is of all
 LABELS = "labels"  # in a recipe: where they are, if not in .cls members
-
-
-def against_manifest(reports: list[ShardReport], manifest: Manifest) -> list[str]:
-    """Where the shards of one folder differ from its manifest."""
-    known = {entry.name: entry for entry in manifest.shards}
-    findings = []
-    for report in reports:
-        entry = known.get(report.path.name)
-        if entry is None:
-            findings.append(f"{report.path}: not in the manifest")
-        elif report.note is not None:
-            found = report.note["entry"]
-            findings += [
-                f"{report.path}: {what} is {found[what]}, the manifest says {getattr(entry, what)}"
-                for what in ("samples", "bytes", "sha256")
-                if found[what] != getattr(entry, what)
-            ]
-            if found["sha256"] == entry.sha256:  # else its index must differ too
-                findings += _about_index(report.path, found["index"], entry)
-            classes = len(manifest.class_counts)
-            top = max(map(int, report.note["class_counts"]), default=0)
-            if top >= classes:
-                findings.append(f"{report.path}: label {top}, the manifest has {classes} classes")
-    return findings
-
-
-def _about_index(path: Path, found: dict[str, Any], entry: ShardEntry) -> list[str]:
-    """What is wrong with the index file of a shard whose walk would make `found`."""
-    if entry.index is None:
-        return []
-    file = index_beside(path)
-    if not file.is_file():
-        return [f"{file}: missing; reading the shard takes longer without"]
-    if sha256_of(file) != entry.index.sha256:
-        return [f"{file}: not the file that the manifest knows; it will not be used"]
-    if found["sha256"] != entry.index.sha256:
-        return [f"{file}: it describes other content than the shard has"]
-    return []
-
-
-def about_classes(folder: Path, reports: list[ShardReport], manifest: Manifest) -> list[str]:
-    """Where the classes that were found in a whole folder are not those of its manifest."""
-    whole_set = {report.path.name for report in reports} == {s.name for s in manifest.shards}
-    if not whole_set or any(report.damage or report.bad for report in reports):
-        return []  # then there are other findings, and the numbers must differ
-    found: Counter[int] = Counter()
-    for report in reports:
-        if report.note is not None:
-            found.update({int(label): n for label, n in report.note["class_counts"].items()})
-    wrong = [
-        f"{folder}: {found[label]} images of class {label}, the manifest says {count}"
-        for label, count in enumerate(manifest.class_counts)
-        if found[label] != count
-    ]
-    return [f"{wrong[0]} (and {len(wrong) - 1} more classes)"] if len(wrong) > 1 else wrong
-
-
-def repeated_keys(reports: list[ShardReport]) -> list[str]:
-    """Keys that more than one shard holds."""
-    hashes = np.concatenate([np.zeros(0, np.uint64), *(report.keys for report in reports)])
-    hashes.sort()
-    repeated = hashes[1:][hashes[1:] == hashes[:-1]]
-    if not len(repeated):
-        return []
-    counts: Counter[str] = Counter()
-    for report in reports:
-        if np.isin(report.keys, repeated).any():  # the keys themselves were left in the shard
-            index = read_index(report.path, labels=report.labels)
-            rows = np.flatnonzero(np.isin(key_hashes(index), repeated)).tolist()
-            counts.update(index.key(row) for row in rows)
-    return [f"key {key} is in {count} shards" for key, count in counts.items() if count > 1]
 
 
 def check_folder(

@@ -22,7 +22,8 @@ from data.errors import BadSample, DataError
 from data.index_file import SUFFIX, entry_for, pack
 from data.manifest import MAX_CLASSES, ShardEntry, write_atomically
 from data.statistics import ShardStatistics
-from data.tar_index import BLOCK, TarIndex, index_of
+from data.tar_index import TarIndex, index_of
+from data.tar_members import BLOCK
 
 CHUNK = 1 << 20  # bytes that are hashed at a time
 

@@ -24,7 +24,8 @@ from pathlib import Path
 import numpy as np
 
 from data.manifest import IndexEntry
-from data.tar_index import BLOCK, TarIndex, index_of
+from data.tar_index import TarIndex, index_of
+from data.tar_members import BLOCK
 
 MAGIC = b"routedvit-idx-1\n"
 SUFFIX = ".index"

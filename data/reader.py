@@ -28,7 +28,8 @@ from data.index_file import SUFFIX, unpack
 from data.manifest import IndexEntry, sha256_of_open
 from data.remote import is_url, shown, sibling
 from data.shards import ShardSet
-from data.tar_index import BLOCK, NO_LABEL, TarIndex, index_of
+from data.tar_index import NO_LABEL, TarIndex, index_of
+from data.tar_members import BLOCK
 
 log = logging.getLogger(__name__)
 MAX_OPEN_SHARDS = 256  # per process: streams read many in turn; 1024 descriptors are usual

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 
-from data.tar_members import BLOCK as BLOCK  # for those who read by this index
 from data.tar_members import Member, Tar
 
 IMAGE_EXTENSIONS = frozenset({"png", "jpg", "jpeg", "webp"})

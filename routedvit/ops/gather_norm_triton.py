@@ -16,12 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from routedvit.ops.row_tiles_triton import MAX_PROGRAMS, row_tile
 from routedvit.ops.tokens_triton import find_row
 
 __all__ = ["gather_norm"]
-
-TILE = 4096  # elements of a program at 8 warps; 4 warps spill backward
-MAX_PROGRAMS = 512  # of the backward pass: about 4 for each multiprocessor of a large GPU
 
 
 @triton.jit
@@ -102,13 +100,6 @@ def gather_norm_backward_kernel(
     tl.store(partial + dim, grad_bias, mask=column < dim)
 
 
-def _tile(dim: int) -> dict[str, int]:
-    """Whole rows: up to 16,384 wide at 16 warps."""
-    block = max(16, triton.next_power_of_2(dim))
-    rows = max(1, TILE // block)
-    return {"ROWS": rows, "BLOCK_D": block, "num_warps": min(max(rows * block // 512, 1), 16)}
-
-
 @torch.library.custom_op("routedvit::gather_norm", mutates_args=())
 def gather_norm(
     x: Tensor, index: Tensor, weight: Tensor, bias: Tensor | None, eps: float, rms: bool
@@ -119,7 +110,7 @@ def gather_norm(
         x = x.contiguous()
     out = x.new_empty((*index.shape, dim))
     if out.numel() > 0:
-        tile, num_rows = _tile(dim), index.shape[1] * index.shape[2]
+        tile, num_rows = row_tile(dim), index.shape[1] * index.shape[2]
         with torch.cuda.device_of(x):
             gather_norm_kernel[(batch, triton.cdiv(num_rows, tile["ROWS"]))](
                 x, index.contiguous(), weight.contiguous(),
@@ -148,7 +139,7 @@ def gather_norm_backward(
     out = x.new_empty((batch, num_tokens, dim))
     if out.numel() == 0:
         return out, x.new_zeros((2, dim), dtype=torch.float32)
-    tile = _tile(dim)
+    tile = row_tile(dim)
     programs = min(triton.cdiv(batch * num_tokens, tile["ROWS"]), MAX_PROGRAMS)
     partial = x.new_empty((programs, 2, dim), dtype=torch.float32)
     with torch.cuda.device_of(x):

@@ -15,10 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["router_logits"]
+from routedvit.ops.row_tiles_triton import MAX_PROGRAMS, row_tile
 
-TILE = 4096  # elements of a program at 8 warps, as in `gather_norm_triton.py`
-MAX_PROGRAMS = 512  # of the backward pass: about 4 for each multiprocessor of a large GPU
+__all__ = ["router_logits"]
 
 
 @triton.jit
@@ -76,13 +75,6 @@ def router_logits_backward_kernel(
     tl.store(partial_ptr + place, share, mask=column < dim)
 
 
-def _tile(dim: int) -> dict[str, int]:
-    """Whole rows: up to 16,384 wide at 16 warps."""
-    block = max(16, triton.next_power_of_2(dim))
-    rows = max(1, TILE // block)
-    return {"ROWS": rows, "BLOCK_D": block, "num_warps": min(max(rows * block // 512, 1), 16)}
-
-
 @torch.library.custom_op("routedvit::router_logits", mutates_args=())
 def router_logits(x: Tensor, weight: Tensor, scale: float, num_prefix: int) -> Tensor:
     """x [B, P + N, D], weight [R, D] -> [B, R, N] fp32."""
@@ -92,7 +84,7 @@ def router_logits(x: Tensor, weight: Tensor, scale: float, num_prefix: int) -> T
     num_patches = num_tokens - num_prefix
     out = x.new_empty((batch, weight.shape[0], num_patches), dtype=torch.float32)
     if out.numel() > 0:
-        tile = _tile(dim)
+        tile = row_tile(dim)
         with torch.cuda.device_of(x):
             router_logits_kernel[(batch, triton.cdiv(num_patches, tile["ROWS"]))](
                 x, weight.contiguous(), out,
@@ -120,7 +112,7 @@ def router_logits_backward(
     routes = weight.shape[0]
     if out.numel() == 0:
         return out, x.new_zeros((routes, dim), dtype=torch.float32)
-    tile = _tile(dim)
+    tile = row_tile(dim)
     programs = min(triton.cdiv(batch * num_tokens, tile["ROWS"]), MAX_PROGRAMS)
     partial = x.new_empty((programs, routes, dim), dtype=torch.float32)
     with torch.cuda.device_of(x):

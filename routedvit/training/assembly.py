@@ -21,6 +21,7 @@ from routedvit.training.compiling import (
 )
 from routedvit.training.config.native import resolve_native_config, split_batch, zero_stage
 from routedvit.training.config.run import ConfigError, RunConfig
+from routedvit.training.distributed.patience import Patience
 from routedvit.training.distributed.signals import StopSignals
 from routedvit.training.distributed.world import World
 from routedvit.training.engine import Engine
@@ -184,6 +185,7 @@ def build_trainer(
     folder: Path,
     console: Console,
     signals: StopSignals,
+    patience: Patience | None = None,
 ) -> Trainer:
     """The loop and everything it calls; `state` says where it begins, `folder` is the run's."""
     samples = loader.samples_per_epoch
@@ -230,6 +232,7 @@ def build_trainer(
         state=state,
         forwards=count_forwards(engine, config),
         profiler=profiler,
+        patience=patience,
     )
 
 

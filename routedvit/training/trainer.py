@@ -60,6 +60,7 @@ class Trainer:
         settings: lengths and cadences.
         state: where to begin: `checkpoints.load_newest()` or a fresh `RunState`.
         signals: wishes to stop, caught by the caller.
+        patience: told of every step and of what may take longer; None: wait for ever.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Trainer:
         signals: StopSignals,
         forwards: ForwardCounter | None = None,
         profiler: ProfilerWindow | None = None,
+        patience: Patience | None = None,
     ) -> None:
         self.engine = engine
         self.loader = loader
@@ -94,7 +96,7 @@ class Trainer:
         self.profiler = profiler
         self.began = 0.0
         self.signals = signals
-        self.patience = Patience()  # without bounds
+        self.patience = patience or Patience()  # a new one waits for ever
         self.meter = Meter(settings.batch_size)
         self.step_log = StepLog(
             engine, schedules, writer=writer, progress=progress, meter=self.meter,
@@ -107,16 +109,12 @@ class Trainer:
         )  # fmt: skip
 
     @collected_by_step()
-    def fit(self, patience: Patience | None = None) -> Summary:
+    def fit(self) -> Summary:
         """Train to the end or until any rank wants to stop (distributed/signals.py), and save.
 
         A step is saved before it is evaluated, and an evaluation that did not come to its end is
         made up for by the next start, also of a run that has no more steps to go.
-
-        Args:
-            patience: told of every step and of what may take longer; None: wait for ever.
         """
-        self.patience = patience or self.patience
         settings = self.settings
         first, total = self.state.step + 1, settings.total_steps
         self.began = time.perf_counter()

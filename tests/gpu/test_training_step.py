@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import routedvit  # noqa: F401  registers the models
 from routedvit.ops import set_backend
-from routedvit.training.ahead import ahead
+from routedvit.training.ahead import Ahead
 
 pytestmark = [
     pytest.mark.gpu,
@@ -105,7 +105,7 @@ def test_images_arrive_while_the_one_before_is_worked_on():
     given = [{"image": torch.full((1 << 22,), float(i)).pin_memory()} for i in range(8)]
     work = torch.randn(2048, 2048, device="cuda")
     sums = []
-    for batch in ahead(given, torch.device("cuda")):
+    for batch in Ahead(torch.device("cuda"))(given):
         for _ in range(10):
             torch.mm(work, work)
         sums.append(batch["image"].double().mean())

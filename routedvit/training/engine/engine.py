@@ -19,7 +19,7 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from safetensors import safe_open
 from torch import nn
 
-from routedvit.training.ahead import ahead
+from routedvit.training.ahead import Ahead
 from routedvit.training.checkpoints.shards import (
     load_shards,
     save_shards,
@@ -93,6 +93,7 @@ class Engine:
             model=objective, optimizer=optimizer, config=native, dist_init_required=False
         )
         bound_all_waits()
+        self._send_ahead = Ahead(self.device)
         self.objective: nn.Module = self._engine.module
         self._layout = ZeroLayout(
             self._engine.optimizer, self.zero_stage, self.objective, self.rank, self.world_size
@@ -116,7 +117,7 @@ class Engine:
         assert len(batches) == self.accumulation
         totals: torch.Tensor | None = None
         names: list[str] = []
-        for index, batch in enumerate(ahead(batches, self.device)):
+        for index, batch in enumerate(self._send_ahead(batches)):
             loss, metrics = self._engine(batch["image"], batch["target"], batch["position"])
             self._engine.backward(loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan))
             names = list(metrics)
@@ -147,7 +148,7 @@ class Engine:
         while one is computed. Several to a step are sent off within the step, to save memory.
         """
         batches = itertools.islice(batches, steps * self.accumulation)
-        return ahead(batches, self.device) if self.accumulation == 1 else batches
+        return self._send_ahead(batches) if self.accumulation == 1 else batches
 
     def _finish_step(self) -> tuple[torch.Tensor | float, bool]:
         """Clip and step, or skip; returns the gradient norm and whether the step was applied."""

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from routedvit.training.ahead import ahead
+from routedvit.training.ahead import Ahead
 
 FAKE_GPU = torch.device("meta")  # a device to copy to that is no CPU
 
@@ -64,7 +64,7 @@ def batches(number: int) -> Iterator[dict[str, Any]]:
 
 @pytest.mark.parametrize("number", [0, 1, 3])
 def test_the_next_is_on_its_way_while_one_is_worked_on(number, streams):
-    for i, batch in enumerate(ahead(batches(number), FAKE_GPU)):
+    for i, batch in enumerate(Ahead(FAKE_GPU)(batches(number))):
         assert batch["key"] == [str(i)]
         assert batch["image"].device == FAKE_GPU
         streams.said.append(f"compute {i}")
@@ -73,6 +73,12 @@ def test_the_next_is_on_its_way_while_one_is_worked_on(number, streams):
         following = [f"copy {i + 1}"] if i + 1 < number else []
         expected += ["wait for copies", "keep", *following, f"compute {i}"]
     assert streams.said == expected
+
+
+def test_what_is_there_already_waits_for_no_copy(streams):
+    given = [{"image": torch.zeros(1, device=FAKE_GPU), "key": ["a"]}] * 2
+    assert [batch is given[0] for batch in Ahead(FAKE_GPU)(given)] == [True, True]
+    assert streams.said == []
 
 
 def test_on_a_cpu_batches_stay_as_they_are():
@@ -84,6 +90,6 @@ def test_on_a_cpu_batches_stay_as_they_are():
             asked.append(i)
             yield batch
 
-    for i, batch in enumerate(ahead(counted(), torch.device("cpu"))):
+    for i, batch in enumerate(Ahead(torch.device("cpu"))(counted())):
         assert batch is given[i]
         assert asked == list(range(i + 1))

@@ -15,21 +15,11 @@ import timm
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from routedvit.training import engine as module
 from routedvit.training.config.native import resolve_native_config
 from routedvit.training.config.run import ConfigError
 from routedvit.training.engine import Engine
 from routedvit.training.objectives import SupervisedObjective, build_loss
 from routedvit.training.recipe.optim import build_optimizer
-
-
-@pytest.fixture(scope="module")
-def world():
-    environment = dict(os.environ)
-    yield module.start()
-    module.stop()
-    os.environ.clear()
-    os.environ.update(environment)
 
 
 def test_what_one_rank_cannot_load_all_refuse_before_they_share_weights(tmp_path, monkeypatch):

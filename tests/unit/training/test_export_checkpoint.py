@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
-from torch import nn
 
-from routedvit.training import engine as engines
 from routedvit.training import export_checkpoint as exporting
 from routedvit.training.assembly import build_engine
 from routedvit.training.checkpoints.checkpoint import Checkpoints
@@ -26,19 +22,10 @@ from routedvit.training.distributed.world import World
 from routedvit.training.export_checkpoint import export_checkpoint, find_best
 from routedvit.training.run_folder import RunFolder
 
+pytestmark = pytest.mark.usefixtures("world")
 MAE = {"name": "mae", "decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
 IMAGES = {"input_size": (3, 64, 64), "mean": (0.1, 0.2, 0.3), "std": (1.0,) * 3, "crop_pct": 0.9}
 STEP = "step_00000001"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def world() -> Iterator[World]:
-    linear, environment = nn.functional.linear, dict(os.environ)
-    yield engines.start()
-    engines.stop()
-    nn.functional.linear = linear
-    os.environ.clear()
-    os.environ.update(environment)
 
 
 class TrainLoader:

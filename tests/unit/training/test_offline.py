@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 import routedvit  # noqa: F401  (registers the models)
-from routedvit.training import engine as engines
 from routedvit.training.assembly import build_engine
 from routedvit.training.assembly_watch import build_run_evaluators
 from routedvit.training.checkpoints.checkpoint import Checkpoints
@@ -59,6 +57,7 @@ class TrainLoader:
     samples_per_epoch = 4
 
 
+pytestmark = pytest.mark.usefixtures("world")
 LOADERS = EvalLoaders(Loader(), Loader())
 
 
@@ -80,16 +79,6 @@ def config(**sections: Any) -> RunConfig:
             **sections,
         }
     )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def world() -> Iterator[World]:
-    linear, environment = nn.functional.linear, dict(os.environ)
-    yield engines.start()
-    engines.stop()
-    nn.functional.linear = linear
-    os.environ.clear()
-    os.environ.update(environment)
 
 
 def evaluate(path: Path, run: Path, world: World, what: RunConfig) -> None:

@@ -83,6 +83,7 @@ def trainer(folder: Path, engine: FakeEngine, sink: Sink, state: RunState, **cha
     keep = changes.pop("keep", 2)
     signals = changes.pop("signals", None) or StopSignals()
     dials = changes.pop("dials", [])
+    patience = changes.pop("patience", None)
     guard = {"max_bad_steps": 3, "max_rollbacks": 2} | changes.pop("guard", {})
     return Trainer(
         engine,
@@ -107,6 +108,7 @@ def trainer(folder: Path, engine: FakeEngine, sink: Sink, state: RunState, **cha
         settings=TrainerSettings(**(settings | changes)),
         state=state,
         signals=signals,
+        patience=patience,
     )
 
 
@@ -588,12 +590,13 @@ def test_patience_hears_of_every_step_and_of_what_takes_longer(tmp_path, monkeyp
         return call
 
     engine = FakeEngine()
-    run = trainer(tmp_path, engine, Sink(), RunState(), evaluators=[Evaluator([1.0, 2.0], 4)])
+    evaluators = [Evaluator([1.0, 2.0], 4)]
+    run = trainer(tmp_path, engine, Sink(), RunState(), evaluators=evaluators, patience=watch)
     run.monitor = SimpleNamespace(run=noting("routing", lambda model, step: None))
     for name in ("train_step", "save_state"):
         monkeypatch.setattr(engine, name, noting(name, getattr(engine, name)))
     run.evaluation.evaluators[0].run = noting("evaluator", run.evaluation.evaluators[0].run)
-    run.fit(watch)
+    run.fit()
     assert watch.steps == [1, 2, 3, 4, 5, 6]
     assert busy == {
         "train_step": {(False, False)},
