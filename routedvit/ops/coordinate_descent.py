@@ -120,15 +120,22 @@ def _descend(
     tau = temperatures(*schedule)
     scores = logits if mask is None else logits.masked_fill(~mask, -torch.inf)
     scores, log_k = scores.contiguous(), k.clamp(min=1e-20).log()
-    sums = logits.new_empty((*logits.shape[:-1], num_iterations))
-    sums[..., 0] = float(logits.shape[-1]) if mask is None else mask.sum(-1)
-    sums[..., 0].log_()
-    exponent, shift = torch.empty_like(scores), tau[0] * (log_k - sums[..., :1])
-    for t in range(1, num_iterations):
-        torch.minimum(scores, -shift, out=exponent).div_(tau[t])
-        torch.logsumexp(exponent, -1, keepdim=True, out=sums[..., t : t + 1])
-        shift = (log_k - sums[..., t : t + 1]).mul_(tau[t])
+    # logsumexp by hand: it would search for the largest exponent in every step
+    limit = torch.finfo(logits.dtype).max
+    top = scores.amax(-1, keepdim=True).clamp_(-limit, limit)
+    sums = torch.empty((num_iterations, *k.shape), dtype=k.dtype, device=k.device)
+    sums[0] = scores.shape[-1] if mask is None else mask.sum(-1, keepdim=True)
+    shift, exponent = tau[0] * (log_k - sums[0].log_()), torch.empty_like(scores)
+    for temperature, total in zip(tau[1:-1], sums[1:], strict=True):
+        cap = shift.neg_()
+        largest = torch.minimum(top, cap)
+        torch.minimum(scores, cap, out=exponent).sub_(largest).div_(temperature)
+        exponent.clamp_(min=-80)  # beside the largest, 1: a CPU is slow at denormal numbers
+        torch.sum(exponent.exp_(), -1, keepdim=True, out=total)
+        total.log_().add_(largest.div_(temperature))
+        torch.sub(log_k, total, out=shift).mul_(temperature)
     gates = torch.add(scores, shift, out=exponent).clamp_(max=0).div_(tau[-1]).exp_()
+    sums = sums.movedim(0, -1).squeeze(-2).contiguous()
     return gates, sums
 
 
@@ -176,12 +183,13 @@ def _descend_backward(
         cap = -shift[..., :-1].unsqueeze(-1)
         scores = scores.unsqueeze(-2)
         softmax = torch.minimum(scores, cap).div_(tau[1:-1].unsqueeze(-1))
-        softmax.sub_(sums[..., 1:].unsqueeze(-1)).exp_()
-        saturated = softmax * (scores > cap)
-        passed_on = saturated.sum(-1).flip(-1).cumprod(-1).flip(-1)  # [..., T - 1]
+        softmax.sub_(sums[..., 1:].unsqueeze(-1)).clamp_(min=-80).exp_()  # as in forward
+        saturated = scores > cap
+        share = (softmax * saturated).sum(-1)
+        passed_on = share.flip(-1).cumprod(-1).flip(-1)  # [..., T - 1]
         grad_shift[..., :-1] = passed_on * grad_shift[..., -1:]
         weight = grad_shift[..., 1:].unsqueeze(-2)
-        out = out - (weight @ softmax.sub_(saturated)).squeeze(-2)
+        out = out - (weight @ softmax.masked_fill_(saturated, 0.0)).squeeze(-2)
     grad_k = (grad_shift * tau[:-1]).sum(-1, keepdim=True) / k
     return out, grad_k.masked_fill(k <= 1e-20, 0.0)
 
