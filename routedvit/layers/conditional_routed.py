@@ -14,15 +14,17 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar, cast
 
+from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
+from routedvit.layers.folded_norms import LayerNormLinear, RmsNormLinear
 from routedvit.layers.norms import RmsNorm, gather_rows
 from routedvit.layers.routed_attention import RoutedAttention
 from routedvit.layers.routed_feedforward import RoutedFeedForward
 from routedvit.layers.router import Router
 from routedvit.ops.backend import backend, uses_triton
 
-__all__ = ["ConditionalRoutedFeedForward", "ConditionalRoutedImageAttention"]
+__all__ = ["ConditionalRoutedFeedForward", "ConditionalRoutedImageAttention", "PatchEmbedding"]
 
 # what `CoordinateDescentRouter` of colt5-attention takes in router_kwargs, with its defaults
 ROUTER_DEFAULTS: dict[str, Any] = {
@@ -79,6 +81,12 @@ def _set_number(router: nn.Module, name: str, number: int) -> None:
     cast(Router, router).set_number(number)
 
 
+def _fold_norm(layer: nn.Module, light: nn.Module, first: str) -> None:
+    """Give the norm, which only the light path reads, to the light path's `first` linear layer."""
+    setattr(light, first, RmsNormLinear(layer.norm, getattr(light, first)))  # type: ignore[arg-type]
+    layer.norm = nn.Identity()
+
+
 class _Part(nn.Module):
     """A layer of ours, `self.layer`, whose parameters go by other names in state dicts."""
 
@@ -117,6 +125,37 @@ def _save_their_names(
             state_dict[prefix + theirs] = state_dict.pop(prefix + ours)
 
 
+class PatchEmbedding(_Part):
+    """Patches of images, normalised, projected and normalised again: `to_patch_embedding`.
+
+    Args:
+        channels, patch: of an image, and (height, width) of a patch in pixels.
+        dim: token width D.
+    """
+
+    names: ClassVar[dict[str, str]] = {
+        "layer.1.norm_weight": "1.weight",
+        "layer.1.norm_bias": "1.bias",
+        "layer.1.weight": "2.weight",
+        "layer.1.bias": "2.bias",
+        "layer.2.weight": "3.weight",
+        "layer.2.bias": "3.bias",
+    }
+
+    def __init__(self, channels: int, patch: tuple[int, int], dim: int) -> None:
+        height, width = patch
+        layer = nn.Sequential(
+            Rearrange("b c (h p1) (w p2) -> b h w (p1 p2 c)", p1=height, p2=width),
+            LayerNormLinear(channels * height * width, dim),
+            nn.LayerNorm(dim),
+        )
+        super().__init__(layer, False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, channels, H_img, W_img] -> [B, H, W, D]."""
+        return cast(Tensor, self.layer(images))
+
+
 class ConditionalRoutedFeedForward(_Part):
     """`colt5_attention.ConditionalRoutedFeedForward`: what it adds to the residual stream.
 
@@ -137,7 +176,7 @@ class ConditionalRoutedFeedForward(_Part):
 
     names: ClassVar[dict[str, str]] = {
         "layer.router.weight": "router.routing_token",
-        "layer.norm.weight": "light_ff.0.gamma",
+        "layer.light.fc1.norm_weight": "light_ff.0.gamma",
         "layer.light.fc1.weight": "light_ff.1.weight",
         "layer.light.fc1.bias": "light_ff.1.bias",
         "layer.light.fc2.weight": "light_ff.3.weight",
@@ -171,6 +210,7 @@ class ConditionalRoutedFeedForward(_Part):
             route_raw=True,
             norm_layer=_norm,
         )
+        _fold_norm(layer, cast(nn.Module, layer.light), "fc1")
         super().__init__(layer, theirs["use_triton"])
         _set_number(layer.router, "num_heavy_tokens", num_heavy_tokens)
 
@@ -226,7 +266,7 @@ class ConditionalRoutedImageAttention(_Part):
 
     names: ClassVar[dict[str, str]] = {
         "layer.null_token": "null_q_token",
-        "layer.norm.weight": "light_attn.norm.gamma",
+        "layer.light.qkv.norm_weight": "light_attn.norm.gamma",
         "layer.light.qkv.weight": "light_attn.to_qkv.weight",
         "layer.light.proj.weight": "light_attn.to_out.weight",
         "layer.q_router.weight": "q_router.routing_token",
@@ -285,6 +325,7 @@ class ConditionalRoutedImageAttention(_Part):
             proj_bias=False,
             norm_layer=_norm,
         )
+        _fold_norm(layer, cast(nn.Module, layer.light), "qkv")
         super().__init__(layer, theirs["use_triton"])
         self.channel_first = channel_first
         _set_number(layer.q_router, "num_heavy_tokens_q", num_heavy_tokens_q)

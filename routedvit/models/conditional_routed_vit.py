@@ -14,13 +14,14 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
-from einops.layers.torch import Rearrange, Reduce
+from einops.layers.torch import Reduce
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from routedvit.layers.conditional_routed import (
     ConditionalRoutedFeedForward,
     ConditionalRoutedImageAttention,
+    PatchEmbedding,
 )
 from routedvit.layers.routed_attention import check_windows
 from routedvit.models.fitting import check_fit
@@ -92,13 +93,7 @@ class ConditionalRoutedViT(nn.Module):
                 f"attn_heavy_heads={attn_heavy_heads} must be a multiple of"
                 f" attn_num_routed_kv={attn_num_routed_kv}"
             )
-        patch_dim = channels * patch_height * patch_width
-        self.to_patch_embedding = nn.Sequential(
-            Rearrange("b c (h p1) (w p2) -> b h w (p1 p2 c)", p1=patch_height, p2=patch_width),
-            nn.LayerNorm(patch_dim),
-            nn.Linear(patch_dim, dim),
-            nn.LayerNorm(dim),
-        )
+        self.to_patch_embedding = PatchEmbedding(channels, (patch_height, patch_width), dim)
         routing: dict[str, Any] = {
             "router_straight_through": router_straight_through,
             "router_kwargs": {"eps": default_coor_descent_eps, **(router_kwargs or {})},

@@ -8,6 +8,7 @@ from routedvit.ops.backend import set_backend
 from routedvit.ops.coordinate_descent import coordinate_descent
 from routedvit.ops.gather_norm import gather_norm, gather_norm_all
 from routedvit.ops.rms_norm import rms_norm
+from routedvit.ops.rms_norm_linear import rms_norm_linear
 from routedvit.ops.router_logits import router_logits
 from routedvit.ops.routing import SAVED_OPS, route, route_all, select
 from routedvit.ops.soft_topk import soft_topk
@@ -30,6 +31,7 @@ __all__ = [
     "partition_windows",
     "prepend_prefix",
     "rms_norm",
+    "rms_norm_linear",
     "route",
     "route_all",
     "router_logits",

@@ -1,0 +1,74 @@
+"""RMSNorm and a linear layer in one (Zhang and Sennrich, arXiv 1910.07467).
+
+    y = s * z + b,   z = x (W diag(g))^T,   s = 1 / rms(x)
+
+The norm divides the output, so normalised tokens are neither written nor differentiated. With u the
+gradient of y, all that the norm adds to that of a linear layer is narrow or a single pass:
+
+    dx = (s u) W diag(g) - s^2 / D (u . s z) x,   dg = sum of (dy/dW diag(g)) * W over the outputs
+
+and the pass over x is what the product then adds to.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["rms_norm_linear"]
+
+
+def rms_norm_linear(
+    x: Tensor, norm_weight: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> Tensor:
+    """linear(x / rms(x) * norm_weight).
+
+    Args:
+        x: [..., D].
+        norm_weight: [D].
+        weight: [E, D].
+        bias: [E] or None.
+        eps: added to the mean square.
+
+    Returns:
+        [..., E].
+    """
+    traced = torch.compiler.is_compiling() or torch.jit.is_scripting() or torch.jit.is_tracing()
+    if traced or x.dtype != weight.dtype or torch.is_autocast_enabled(x.device.type):
+        y = F.linear(x, weight * norm_weight)
+        scale = _inverse_rms(x, eps).to(y.dtype)
+        return y * scale if bias is None else torch.addcmul(bias.to(y.dtype), y, scale)
+    return _RmsNormLinear.apply(x, norm_weight, weight, bias, eps)
+
+
+def _inverse_rms(x: Tensor, eps: float) -> Tensor:
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
+    return (length.square() / x.shape[-1] + eps).rsqrt()
+
+
+class _RmsNormLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, norm_weight: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+    ) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        scale = _inverse_rms(flat, eps).to(x.dtype)
+        y = (flat @ (weight * norm_weight).t()).mul_(scale)
+        ctx.save_for_backward(flat, norm_weight, weight, scale, y)
+        ctx.shape, ctx.has_bias = x.shape, bias is not None
+        return (y if bias is None else y + bias).unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, norm_weight, weight, scale, y = ctx.saved_tensors
+        grad = grads[0].reshape(-1, weight.shape[0])
+        shrink = (grad * y).sum(-1, keepdim=True).mul_(scale.square()).div_(-x.shape[-1])
+        grad_bias = grad.sum(0) if ctx.has_bias else None
+        scaled = grad * scale
+        grad_x = (x * shrink).addmm_(scaled, weight * norm_weight)
+        grad_folded = scaled.t() @ x
+        grad_norm = (grad_folded * weight).sum(0)
+        return grad_x.view(ctx.shape), grad_norm, grad_folded.mul_(norm_weight), grad_bias, None
