@@ -8,7 +8,7 @@ ARGS ?=
 # more extras of pyproject.toml for a new environment, such as s3,wandb
 EXTRAS ?=
 PORT ?= 29500
-# processes that run the unit tests; the integration tests start their own
+# processes that run the tests; those of the integration tests start their own, and wait for them
 TESTERS ?= 2
 
 .PHONY: help env train tensorboard test test-slow lint schema bench gpu clean
@@ -49,7 +49,7 @@ lint: $(VENV)/dev.stamp  ## ruff and mypy
 
 test: lint  ## lint, types, unit and integration tests (what CI runs)
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow and not gpu" -n $(TESTERS) --dist worksteal tests/unit
-	@$(BIN)/pytest -m "not slow and not gpu" tests/integration tests/gpu
+	@$(BIN)/pytest -m "not slow and not gpu" -n $(TESTERS) --dist loadfile tests/integration tests/gpu
 
 test-slow: $(VENV)/dev.stamp  ## the tests that take longer
 	@$(BIN)/pytest -m "slow and not gpu"

@@ -27,8 +27,12 @@ def test_every_benchmark_can_be_imported(module: str) -> None:
     ("command", "rows"),
     [
         (["benchmarks.router", "--rounds", "1"], 18),
-        (["benchmarks.utilisation", "--rounds", "1"], 3),
-        (["benchmarks.trainer", "--rounds", "1", "--steps", "12", *OFTEN], 3),
+        pytest.param(["benchmarks.utilisation", "--rounds", "1"], 3, marks=pytest.mark.slow),
+        pytest.param(
+            ["benchmarks.trainer", "--rounds", "1", "--steps", "12", *OFTEN],
+            3,
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_short_run_ends_in_rows_with_a_baseline(
