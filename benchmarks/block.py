@@ -11,9 +11,9 @@ bf16.
 
 import argparse
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from colt5_attention import ConditionalRoutedImageAttention
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from benchmarks.timing import interleave, report
 from benchmarks.train_step import DTYPES
 from routedvit.layers import RoutedBlock
-from routedvit.layers.router import decide_together
+from routedvit.layers.router import Router, decide_together
 from routedvit.ops import gather_all, prepend_prefix, scatter_add_tokens
 
 DIM, HEADS, PREFIX = 768, 12, 4
@@ -56,7 +56,7 @@ class SeedBlock(nn.Module):
         self.feed_forward = ConditionalRoutedFeedForward(
             DIM, num_heavy_tokens=side * side // 4, light_ff_mult=0.5, heavy_ff_mult=4
         )
-        for module in self.modules():
+        for module in cast(Iterator[Any], self.modules()):
             if hasattr(module, "coor_descent"):
                 module.coor_descent = partial(descend_on_device, module.coor_descent)
 
@@ -69,7 +69,8 @@ class SeedBlock(nn.Module):
 def routing_alone(block: RoutedBlock, x: Tensor) -> Tensor:
     """What `block` does to decide, fetch and put back, on normalised tokens x."""
     routers = [block.attn.q_router, block.attn.kv_router]
-    decisions = decide_together(routers, [router(x, PREFIX) for router in routers])
+    logits = [router(x, PREFIX) for router in routers]
+    decisions = decide_together(cast(list[Router], routers), logits)
     (q_index, q_gate, _), (kv_index, kv_gate, _) = decisions
     q_index, q_gate = prepend_prefix(q_index.squeeze(1), q_gate.squeeze(1), PREFIX)
     kv_index, kv_gate = prepend_prefix(kv_index, kv_gate, PREFIX)

@@ -27,7 +27,11 @@ def make(capacity: Fraction | None, size: int, depth: int) -> Any:
     if capacity is None:
         return timm.create_model(DENSE, img_size=size, depth=depth)
     keys = min(2 * capacity, Fraction(1))
-    capacities = {"q_capacity": capacity, "kv_capacity": keys, "ffn_capacity": capacity}
+    capacities: dict[str, Any] = {
+        "q_capacity": capacity,
+        "kv_capacity": keys,
+        "ffn_capacity": capacity,
+    }
     return timm.create_model(ROUTED, img_size=size, depth=depth, **capacities)
 
 

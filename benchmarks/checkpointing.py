@@ -58,7 +58,7 @@ def saved_activation_bytes(model: nn.Module, *inputs: Any) -> int:
 
 
 def main(name: str = "colt5_vit_b", batch: int = 4, rounds: int = 5) -> None:
-    model = timm.create_model(name).train()
+    model: Any = timm.create_model(name).train()
     images = torch.randn(batch, 3, *model.patch_embed.img_size)
     saved: dict[str, int] = {}
     seconds: dict[str, list[float]] = {policy: [] for policy in POLICIES}
@@ -84,4 +84,4 @@ def main(name: str = "colt5_vit_b", batch: int = 4, rounds: int = 5) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2], *map(int, sys.argv[2:3]))
+    main(sys.argv[1], *map(int, sys.argv[2:3])) if sys.argv[1:] else main()

@@ -30,11 +30,12 @@ from benchmarks.results import append_result
 from benchmarks.timing import interleave
 from data import write
 from data.config import DataConfig
-from data.loaders import build_train_loader
+from data.loaders import TrainLoader, build_train_loader
 from data.manifest import sha256_of
 from data.reader import ShardReader
 from data.shards import resolve
 from data.transforms import train_transform
+from routedvit.training.images import as_floats
 
 SIZE, BATCH = 224, 32
 PLAIN = "webdataset + Pillow + timm"
@@ -57,7 +58,7 @@ def photographs(folder: Path, count: int) -> None:
         )
 
 
-def loader_of(shards: str, **fields: object):
+def loader_of(shards: str, **fields: object) -> TrainLoader:
     """Our training loader on one rank."""
     augment = {"color_jitter": 0.0, "interpolation": "bicubic"}
     section = {"train": {"shards": shards}, "num_workers": 0, "augment": augment} | fields
@@ -108,7 +109,7 @@ def waiting_share(shards: str, steps: int) -> float:
         asked = time.perf_counter()
         batch = next(batches)
         waited += time.perf_counter() - asked
-        torch.nn.functional.cross_entropy(model(batch["image"]), batch["target"]).backward()
+        torch.nn.functional.cross_entropy(model(as_floats(batch)), batch["target"]).backward()
         optimizer.step()
         optimizer.zero_grad()
     return waited / (time.perf_counter() - began)

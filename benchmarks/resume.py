@@ -15,6 +15,7 @@ import os
 import statistics
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -42,9 +43,11 @@ STARTS = {
 def write_set(folder: Path) -> Path:
     """The shards: few photographs under many keys, as only their number matters here."""
     photographs(folder / "photographs", 30)
-    paths = itertools.cycle(sorted((folder / "photographs" / "all").glob("*.jpg")))
+    source = folder / "photographs" / "all"
+    names = itertools.cycle(sorted(path.name for path in source.glob("*.jpg")))
     references = [
-        FileReference(f"photo{number:05d}", next(paths), number % 10) for number in range(EPOCH)
+        FileReference(f"photo{number:05d}", str(source), next(names), number % 10)
+        for number in range(EPOCH)
     ]
     split = Split(references, [str(label) for label in range(10)])
     write_split(split, folder / "shards", PER_SHARD, Encoding(resize=160))
@@ -94,7 +97,7 @@ def main() -> None:
         sets = {"": write_set(Path(folder))}
         sets[", no index files"] = without_indices(sets[""])
         cases: dict[str, Callable[[], object]] = {
-            name + kind: lambda start=start, shards=shards: first_batch(shards, start)
+            name + kind: partial(first_batch, shards, start)
             for kind, shards in sets.items()
             for name, start in STARTS.items()
         }

@@ -12,6 +12,7 @@ On a machine without a GPU it times the PyTorch implementation.
 
 import argparse
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from colt5_attention.coor_descent import coor_descent
@@ -22,7 +23,7 @@ from routedvit.ops import coordinate_descent, route, route_all
 
 SHAPES = [(256, 196), (64, 1024), (16, 4096)]
 RATIO = 1.125
-SCHEDULE = {"eps": 1.0, "eps_init": 4.0, "eps_decay": 0.7}
+SCHEDULE: dict[str, Any] = {"eps": 1.0, "eps_init": 4.0, "eps_decay": 0.7}
 
 
 def step(

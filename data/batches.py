@@ -27,19 +27,20 @@ Batch = dict[str, Any]
 Size = tuple[int, int, int]
 
 
-def _empty(*shape: int) -> torch.Tensor:
-    """float32 of that shape; in a loader process where the trainer can see it.
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A tensor of that shape; in a loader process where the trainer can see it.
 
     torch copies what lies elsewhere on its way to the trainer, a fifth of the time of a batch.
     """
     if get_worker_info() is None:
-        return torch.empty(shape)
-    shared = torch.UntypedStorage._new_shared(4 * math.prod(shape))  # as in default_collate
-    return torch.empty(0).set_(shared).view(shape)
+        return torch.empty(shape, dtype=dtype)
+    # as in default_collate
+    shared = torch.UntypedStorage._new_shared(dtype.itemsize * math.prod(shape))
+    return torch.empty(0, dtype=dtype).set_(shared).view(shape)
 
 
 class _Batches(Dataset[Batch]):
-    """What training and evaluation share: shard place -> normalised tensor."""
+    """What training and evaluation share: shard place -> image as a tensor."""
 
     def __init__(
         self,
@@ -61,7 +62,10 @@ class _Batches(Dataset[Batch]):
         self.quarantine = quarantine
 
     def load(self, shard: int, sample: int) -> tuple[Sample, torch.Tensor]:
-        """The sample and its image, float32 [C, H, W]. BadSample when it cannot be used."""
+        """The sample and its image [C, H, W], float32 or, where `transform.levels` says so, uint8.
+
+        BadSample when it cannot be used.
+        """
         try:
             found = self.reader.read(shard, sample)
         except BadShard as error:
@@ -112,7 +116,9 @@ class TrainBatches(_Batches):
         place = self.order.locate(positions)
         self._prefetch(positions)
         seeds = sample_seeds(self.order.seed, positions).tolist()
-        images = _empty(self.batch_size, *self.input_size)
+        levels = self.transform.levels
+        dtype = torch.float32 if levels is None else torch.uint8
+        images = _empty(self.batch_size, *self.input_size, dtype=dtype)
         targets, keys, bad = [], [], []
         samples = zip(positions.tolist(), place.shard.tolist(), place.sample.tolist(), strict=True)
         with borrowed_generators():
@@ -125,7 +131,7 @@ class TrainBatches(_Batches):
                     found, images[row] = self._substitute(position, seeds[row], bad)
                 targets.append(found.label)
                 keys.append(found.key)
-        return {
+        batch = {
             "image": images,
             "target": torch.tensor(targets),
             "key": keys,
@@ -133,6 +139,7 @@ class TrainBatches(_Batches):
             "epoch": torch.from_numpy(place.epoch),
             "bad": bad,
         }
+        return batch if levels is None else batch | {"scale": levels[0], "shift": levels[1]}
 
     def _prefetch(self, positions: np.ndarray) -> None:
         """Fetch what the same streams read one shard's worth of turns later, and so on."""

@@ -5,7 +5,8 @@ the same draws in the same order, so a position gets the same crop, flip and pol
 
 1. a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where the crop keeps the pixels it needs;
 2. torch resizes the crop (its uint8 kernel is about four times as fast as Pillow's);
-3. one pass turns bytes into normalised floats.
+3. the bytes go to the device as they are, a quarter of what floats would be, and are normalised
+   there; only erasing, which timm does on floats, has them normalised here.
 
 What lies between (RandAugment, jitter, ...) and random erasing are timm's own. Transforms that do
 not begin with a random resized crop get the whole image. Differences to timm's pixels are bounded
@@ -15,8 +16,7 @@ in tests/unit/data/test_crop_first.py; `data.decode: exact` is timm's own path t
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -29,9 +29,19 @@ from torchvision.transforms.functional import pil_modes_mapping
 from data.lazy_image import LazyImage, as_pillow
 from data.transforms import Transform
 
-FromEncoded = Callable[[LazyImage], torch.Tensor]
 _PILLOW_MODE = pil_modes_mapping
 _TORCH_MODE = {InterpolationMode.BILINEAR: "bilinear", InterpolationMode.BICUBIC: "bicubic"}
+
+
+class FromEncoded(Protocol):
+    """An image still encoded -> normalised float32 [C, H, W], or bytes that are to be normalised.
+
+    levels: None for floats, else (scale, shift) [C, 1, 1]: bytes * scale - shift is what is meant.
+    """
+
+    levels: tuple[torch.Tensor, torch.Tensor] | None
+
+    def __call__(self, image: LazyImage) -> torch.Tensor: ...
 
 
 def from_encoded(transform: Transform, decode: str) -> FromEncoded:
@@ -45,6 +55,8 @@ def from_encoded(transform: Transform, decode: str) -> FromEncoded:
 class _Whole:
     """The transform of the whole image."""
 
+    levels: tuple[torch.Tensor, torch.Tensor] | None = None
+
     def __init__(self, transform: Transform) -> None:
         self.transform = transform
 
@@ -53,7 +65,7 @@ class _Whole:
 
 
 class CropFirst:
-    """A random resized crop, any steps on bytes, to floats, any steps on floats."""
+    """A random resized crop, any steps on bytes; where steps on floats follow, to floats first."""
 
     def __init__(self, steps: list[Any]) -> None:
         border = next(n for n, step in enumerate(steps) if isinstance(step, MaybeToTensor))
@@ -67,6 +79,7 @@ class CropFirst:
             torch.as_tensor(values).view(-1, 1, 1) for values in (normalize.mean, normalize.std)
         )
         self.scale, self.shift = 1 / (255 * std), mean / std
+        self.levels = None if self.on_floats else (self.scale, self.shift)
 
     def __call__(self, image: LazyImage) -> torch.Tensor:
         pixels = self._cropped(image)
@@ -78,6 +91,8 @@ class CropFirst:
             for step in self.on_bytes:
                 picture = step(picture)
             pixels = _channels_first(np.asarray(picture))
+        if self.levels is not None:
+            return pixels
         floats = torch.empty(pixels.shape).copy_(pixels).mul_(self.scale).sub_(self.shift)
         for step in self.on_floats:
             floats = step(floats)

@@ -213,9 +213,10 @@ class TrainLoader:
     def batches(self, start: int) -> Iterator[Batch]:
         """Micro-batches from the global position `start` on, without end.
 
-        Each is a dict: image float32 [b, C, H, W], target int64 [b], key list[str], position int64
-        [b] (global), epoch int64 [b] (of the sample's source). DataError past the limit of bad
-        samples, or on damage.
+        Each is a dict: image [b, C, H, W], float32, or uint8 beside `scale` and `shift` [C, 1, 1],
+        of which image * scale - shift is the normalised image; target int64 [b], key list[str],
+        position int64 [b] (global), epoch int64 [b] (of the sample's source). DataError past the
+        limit of bad samples, or on damage.
         """
         world, size, turn = self.dataset.world_size, self.dataset.batch_size, self.dataset.turn
         if start % turn:

@@ -54,7 +54,7 @@ class _RmsNormLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, norm_weight: Tensor, weight: Tensor, bias: Tensor | None, eps: float
     ) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        scale = _inverse_rms(flat, eps).to(x.dtype)
+        scale = _inverse_rms(flat, eps)  # fp32 also beside bf16, which is what is then rounded
         y = (flat @ (weight * norm_weight).t()).mul_(scale)
         ctx.save_for_backward(flat, norm_weight, weight, scale, y)
         ctx.shape, ctx.has_bias = x.shape, bias is not None
@@ -65,10 +65,12 @@ class _RmsNormLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, norm_weight, weight, scale, y = ctx.saved_tensors
         grad = grads[0].reshape(-1, weight.shape[0])
-        shrink = (grad * y).sum(-1, keepdim=True).mul_(scale.square()).div_(-x.shape[-1])
+        dot = (grad * y).sum(-1, keepdim=True, dtype=scale.dtype)
+        shrink = dot.mul_(scale.square()).div_(-x.shape[-1])
         grad_bias = grad.sum(0) if ctx.has_bias else None
-        scaled = grad * scale
-        grad_x = (x * shrink).addmm_(scaled, weight * norm_weight)
+        scaled = torch.mul(grad, scale, out=torch.empty_like(grad))
+        grad_x = torch.mul(x, shrink, out=torch.empty_like(x))
+        grad_x.addmm_(scaled, weight * norm_weight)
         grad_folded = scaled.t() @ x
         grad_norm = (grad_folded * weight).sum(0)
         return grad_x.view(ctx.shape), grad_norm, grad_folded.mul_(norm_weight), grad_bias, None

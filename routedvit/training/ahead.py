@@ -1,9 +1,9 @@
 """Images on their way to the GPU while it computes on those before them.
 
-A micro-batch of 256 images is 154 MB in fp32: a few milliseconds, in which a GPU that waits for
-them would compute nothing. Copies go through a stream of their own, from the pinned memory that
-the loader delivers, one micro-batch ahead. (timm's PrefetchLoader does it for pairs of uint8 images
-and labels; these batches say which samples they hold.)
+A micro-batch of 256 images is 39 MB in bytes, 154 in fp32: a millisecond or a few, in which a GPU
+that waits for them would compute nothing. Copies go through a stream of their own, from the pinned
+memory that the loader delivers, one micro-batch ahead. (timm's PrefetchLoader does it for pairs of
+images and labels; these batches say which samples they hold.)
 """
 
 from collections.abc import Iterable, Iterator

@@ -39,9 +39,10 @@ class TrainLoader(Protocol):
     def batches(self, start: int) -> Iterator[Batch]:
         """Micro-batches from global position `start` on (samples the WHOLE world has consumed).
 
-        Each is a dict: `image` float32 [b, C, H, W], `target` int64 [b], `key` list[str] of b,
-        `position` int64 [b] (global sample positions), `epoch` int64 [b]. The order is a pure
-        function of (seed, position), so `batches(start=samples_seen)` is a resume.
+        Each is a dict: `image` [b, C, H, W], float32 or the bytes of `images.as_floats`, `target`
+        int64 [b], `key` list[str] of b, `position` int64 [b] (global sample positions), `epoch`
+        int64 [b]. The order is a pure function of (seed, position), so
+        `batches(start=samples_seen)` is a resume.
         """
 
 

@@ -17,10 +17,14 @@ Config = TypeVar("Config", bound=BaseModel)
 def load_config(config_class: type[Config], path: str, overrides: list[str]) -> Config:
     """Read `path`, apply overrides such as 'optim.lr=1e-3', and validate.
 
+    `path` may be the `config.json` of a run folder: its run once more.
+
     Raises:
         ConfigError: the file is missing or no JSON, a key is unknown, or a value does not fit.
     """
     raw = read_json(path)
+    if raw.keys() >= {"config", "git_revision", "versions"}:  # what a run folder keeps of its run
+        raw = raw["config"]
     raw.pop("$schema", None)  # editors complete keys from configs/schema.json
     for override in overrides:
         _apply_override(raw, override)

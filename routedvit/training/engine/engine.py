@@ -33,6 +33,7 @@ from routedvit.training.distributed.collective import WorldMean
 from routedvit.training.distributed.world import World
 from routedvit.training.engine.native_check import check_native
 from routedvit.training.engine.processes import bound_all_waits
+from routedvit.training.images import as_floats
 from routedvit.training.interfaces import Batch
 from routedvit.training.recipe.weight_average import exchange
 
@@ -118,7 +119,7 @@ class Engine:
         totals: torch.Tensor | None = None
         names: list[str] = []
         for index, batch in enumerate(self._send_ahead(batches)):
-            loss, metrics = self._engine(batch["image"], batch["target"], batch["position"])
+            loss, metrics = self._engine(as_floats(batch), batch["target"], batch["position"])
             self._engine.backward(loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan))
             names = list(metrics)
             values = torch.stack([loss.detach().float(), *metrics.values()])

@@ -69,6 +69,33 @@ def test_a_position_has_the_same_pixels_on_any_world_and_after_a_resume(
     assert_same(images(workers, world_size=2, start=2 * BATCH, steps=2), whole)
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_images_travel_as_bytes_where_nothing_follows_their_normalisation(
+    make_set, make_config, num_workers
+):
+    """And are then what a loader process would have made of them, to the last bit."""
+    config = make_config(
+        make_set(SIZES), streams=4, num_workers=num_workers, augment={"mode": "timm", "vflip": 0.5}
+    )
+    loader = train_loader(config, channels=3)
+    travelling = list(itertools.islice(loader.batches(0), 3))
+    loader.dataset.transform.levels = None
+    floats = list(itertools.islice(loader.batches(0), 3))
+    for batch, expected in zip(travelling, floats, strict=True):
+        assert batch["image"].dtype == torch.uint8
+        assert expected["image"].dtype == torch.float32
+        assert batch["image"].shape == expected["image"].shape
+        found = batch["image"].float().mul_(batch["scale"]).sub_(batch["shift"])
+        assert torch.equal(found, expected["image"])
+
+
+def test_erased_images_travel_as_floats(make_set, make_config):
+    config = make_config(make_set(SIZES), streams=4, augment={"mode": "timm", "re_prob": 0.5})
+    batch = next(train_loader(config, channels=3).batches(0))
+    assert batch["image"].dtype == torch.float32
+    assert "scale" not in batch
+
+
 @pytest.mark.parametrize(
     ("name", "kind"),
     [

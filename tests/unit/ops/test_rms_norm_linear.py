@@ -43,11 +43,12 @@ def test_a_row_of_zeros_has_a_finite_gradient():
     assert x.grad.isfinite().all()
 
 
-def test_error_in_fp32_is_that_of_the_two():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_error_is_that_of_the_two(dtype):
     exact = run(one_by_one, torch.float64, (64, 384))
-    ours, theirs = (run(f, torch.float32, (64, 384)) for f in (rms_norm_linear, one_by_one))
+    ours, theirs = (run(f, dtype, (64, 384)) for f in (rms_norm_linear, one_by_one))
     for found, usual, truth in zip(ours, theirs, exact, strict=True):
-        last_place = torch.finfo(torch.float32).eps * truth.abs().max()
+        last_place = torch.finfo(dtype).eps * truth.abs().max()
         assert (found - truth).abs().max() <= 3 * (usual - truth).abs().max() + last_place
 
 

@@ -14,6 +14,7 @@ import pytest
 import timm
 import torch
 from deepspeed.accelerator import get_accelerator
+from torch import nn
 
 from routedvit.training.config.native import resolve_native_config
 from routedvit.training.config.run import ConfigError
@@ -80,6 +81,19 @@ def test_a_step_learns_and_tells(engine):
     assert results[0].grad_norm > 0
     assert 0 <= results[0].metrics["top1"] <= 100
     assert not any(result.skipped or result.stop for result in results)
+
+
+def test_images_that_come_as_bytes_are_normalised(engine):
+    scale, shift = torch.rand(2, 3, 1, 1) / 50 + 0.01
+    levels = torch.randint(256, (2, 2, 3, 32, 32), dtype=torch.uint8)
+    in_bytes = [b | {"scale": scale, "shift": shift} for b in batches()]
+    in_bytes = [b | {"image": image} for b, image in zip(in_bytes, levels, strict=True)]
+    with torch.no_grad(), engine.evaluating() as model:
+        logits = [model(image * scale - shift).float() for image in levels]
+    targets = [b["target"] for b in in_bytes]
+    losses = [nn.functional.cross_entropy(*pair) for pair in zip(logits, targets, strict=True)]
+    loss = engine.train_step(in_bytes).loss
+    assert loss == pytest.approx(float(sum(losses)) / 2, rel=1e-2)
 
 
 def test_a_wish_to_stop_comes_back(engine):

@@ -7,6 +7,7 @@ import pytest
 
 from routedvit.training.config.file import describe_keys, load_config
 from routedvit.training.config.run import ConfigError, RunConfig
+from routedvit.training.run_folder import RunFolder, claim
 
 MINIMAL = {
     "name": "x",
@@ -28,6 +29,15 @@ def test_minimal_config_has_documented_defaults(path: str) -> None:
     assert config.folder == "runs/x"
     assert config.train.grad_clip == 1.0
     assert config.total_steps(samples_per_epoch=80) == 20
+
+
+def test_the_record_in_a_run_folder_is_that_run_once_more(path: str, tmp_path: Path) -> None:
+    config = load_config(RunConfig, path, ["optim.lr=0.5"])
+    folder = RunFolder(tmp_path / "x")
+    claim(folder, config.model_dump(mode="json"))
+    assert load_config(RunConfig, str(folder.config), []) == config
+    again = load_config(RunConfig, str(folder.config), ["name=again"])
+    assert (again.name, again.optim.lr) == ("again", 0.5)
 
 
 def test_set_overrides_nested_keys_with_json_values(path: str) -> None:
