@@ -4,9 +4,10 @@
 
 500 px JPEGs, RandomResizedCrop(224) and a flip, one process, everything in the page cache. Beside
 ours: plain webdataset + Pillow + timm's transform (which verifies nothing), ours with timm's pixels
-to the letter, ours without hashing, and decoding alone. The cases alternate within a round; each
-round opens the shards anew, so it pays for hashing and indexing them. Then one loader process feeds
-a ViT-Ti/16 that trains on the CPU: what share of its step waits for data?
+to the letter, ours without hashing, ours as the bytes that loader processes deliver (the others are
+normalised to floats), and decoding alone. The cases alternate within a round; each round opens the
+shards anew, so it pays for hashing and indexing them. Then one loader process feeds a ViT-Ti/16
+that trains on the CPU: what share of its step waits for data?
 """
 
 import argparse
@@ -69,10 +70,11 @@ def loader_of(shards: str, **fields: object) -> TrainLoader:
     )  # fmt: skip
 
 
-def ours(shards: str, batches: int, **fields: object) -> None:
-    """One pass through our loader."""
+def ours(shards: str, batches: int, *, floats: bool = True, **fields: object) -> None:
+    """One pass through our loader, to normalised floats or to the bytes that travel."""
     for batch in itertools.islice(loader_of(shards, **fields).batches(0), batches):
-        assert batch["image"].shape[0] == BATCH
+        images = as_floats(batch) if floats else batch["image"]
+        assert images.shape[0] == BATCH
 
 
 def plain(shards: str, batches: int) -> None:
@@ -131,6 +133,7 @@ def main() -> None:
             PLAIN: lambda: plain(shards, batches),
             "ours, sha256": lambda: ours(shards, batches, verify="sha256"),
             "ours, not hashed": lambda: ours(shards, batches, verify="size"),
+            "ours, sha256, as bytes": lambda: ours(shards, batches, floats=False, verify="sha256"),
             "ours, exact, sha256": lambda: ours(shards, batches, verify="sha256", decode="exact"),
             "SHA-256 only": lambda: [sha256_of(Path(name)) for name in resolve(shards).names],
             "decode only, Pillow": lambda: [
