@@ -33,6 +33,19 @@ def test_every_benchmark_can_be_imported(module: str) -> None:
             3,
             marks=pytest.mark.slow,
         ),
+        pytest.param(["benchmarks.resume", "--rounds", "1"], 8, marks=pytest.mark.slow),
+        pytest.param(["benchmarks.loader", "--rounds", "1"], 9, marks=pytest.mark.slow),
+        pytest.param(["benchmarks.tokens", "--rounds", "1"], 25, marks=pytest.mark.slow),
+        pytest.param(["benchmarks.block", "--rounds", "1"], 12, marks=pytest.mark.slow),
+        pytest.param(["benchmarks.checkpointing", "colt5_vit_test"], 4, marks=pytest.mark.slow),
+        pytest.param(
+            ["benchmarks.capacity", "--rounds", "1", "--depth", "1", "--batch", "1"],
+            6,
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ["benchmarks.train_step", "--rounds", "1", "--depth", "1"], 22, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_short_run_ends_in_rows_with_a_baseline(
