@@ -135,6 +135,8 @@ def _descend(
         total.log_().add_(largest.div_(temperature))
         torch.sub(log_k, total, out=shift).mul_(temperature)
     gates = torch.add(scores, shift, out=exponent).clamp_(max=0).div_(tau[-1]).exp_()
+    if mask is not None:
+        gates.masked_fill_(~mask, 0.0)  # also where a whole row is masked, and all above is NaN
     sums = sums.movedim(0, -1).squeeze(-2).contiguous()
     return gates, sums
 
@@ -190,6 +192,8 @@ def _descend_backward(
         grad_shift[..., :-1] = passed_on * grad_shift[..., -1:]
         weight = grad_shift[..., 1:].unsqueeze(-2)
         out = out - (weight @ softmax.masked_fill_(saturated, 0.0)).squeeze(-2)
+    if mask is not None:
+        out = out.masked_fill(~mask, 0.0)
     grad_k = (grad_shift * tau[:-1]).sum(-1, keepdim=True) / k
     return out, grad_k.masked_fill(k <= 1e-20, 0.0)
 

@@ -32,6 +32,17 @@ def test_equals_the_package_forward_and_gradient(masked, k, ratio, spread, eps):
     torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=1e-6)
 
 
+def test_masked_entries_have_no_gate_and_no_gradient():
+    logits = torch.randn(4, 196, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    mask = torch.rand(4, 196, generator=torch.Generator().manual_seed(1)) > 0.3
+    mask[3] = False
+    gates = soft_topk(logits, 27, mask=mask, solver="coordinate_descent")
+    gates.square().sum().backward()
+    assert (gates[~mask] == 0).all()
+    assert (logits.grad[~mask] == 0).all()
+    assert (logits.grad[mask] != 0).any()
+
+
 def test_converges_to_the_exact_gates_where_the_spread_is_small():
     logits = torch.randn(4, 196, dtype=torch.float64)
     k = torch.full((4, 1), 27.0, dtype=torch.float64)
