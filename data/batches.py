@@ -195,6 +195,7 @@ class EvalBatches(_Batches):
         limit: int | None = None,
         **common: Any,
     ):
+        assert transform.levels is None  # evaluators take floats
         super().__init__(reader, transform, **common)
         self.rank = rank
         self.begins = np.concatenate([[0], np.cumsum(reader.shards.sizes)])

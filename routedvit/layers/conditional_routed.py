@@ -14,17 +14,16 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar, cast
 
-from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
-from routedvit.layers.folded_norms import LayerNormLinear, RmsNormLinear
+from routedvit.layers.folded_norms import RmsNormLinear
 from routedvit.layers.norms import RmsNorm, gather_rows
+from routedvit.layers.renamed import Renamed
 from routedvit.layers.routed_attention import RoutedAttention
 from routedvit.layers.routed_feedforward import RoutedFeedForward
 from routedvit.layers.router import Router
-from routedvit.ops.backend import backend, uses_triton
 
-__all__ = ["ConditionalRoutedFeedForward", "ConditionalRoutedImageAttention", "PatchEmbedding"]
+__all__ = ["ConditionalRoutedFeedForward", "ConditionalRoutedImageAttention"]
 
 # what `CoordinateDescentRouter` of colt5-attention takes in router_kwargs, with its defaults
 ROUTER_DEFAULTS: dict[str, Any] = {
@@ -87,76 +86,7 @@ def _fold_norm(layer: nn.Module, light: nn.Module, first: str) -> None:
     layer.norm = nn.Identity()
 
 
-class _Part(nn.Module):
-    """A layer of ours, `self.layer`, whose parameters go by other names in state dicts."""
-
-    names: ClassVar[dict[str, str]]  # ours -> those of colt5-attention
-
-    def __init__(self, layer: nn.Module, use_triton: bool) -> None:
-        super().__init__()
-        self.layer = layer
-        self.use_triton = use_triton
-        self.register_load_state_dict_pre_hook(_load_their_names)
-        self.register_state_dict_post_hook(_save_their_names)
-
-    def insist_on_triton(self, x: Tensor) -> None:
-        """Where colt5-attention would run its Triton kernel. On a CPU it runs PyTorch, as we do."""
-        if self.use_triton and x.is_cuda and not uses_triton(x):
-            raise ValueError(
-                f"use_triton=True (router_use_triton of the model), but the backend is {backend()}:"
-                " pass False, which computes the same, or call routedvit.ops.set_backend('triton'),"
-                " which says what keeps Triton from running"
-            )
-
-
-def _load_their_names(
-    module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object
-) -> None:
-    for ours, theirs in module.names.items():  # type: ignore[operator, union-attr]
-        if prefix + theirs in state_dict:
-            state_dict[prefix + ours] = state_dict.pop(prefix + theirs)
-
-
-def _save_their_names(
-    module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object
-) -> None:
-    for ours, theirs in module.names.items():  # type: ignore[operator, union-attr]
-        if prefix + ours in state_dict:
-            state_dict[prefix + theirs] = state_dict.pop(prefix + ours)
-
-
-class PatchEmbedding(_Part):
-    """Patches of images, normalised, projected and normalised again: `to_patch_embedding`.
-
-    Args:
-        channels, patch: of an image, and (height, width) of a patch in pixels.
-        dim: token width D.
-    """
-
-    names: ClassVar[dict[str, str]] = {
-        "layer.1.norm_weight": "1.weight",
-        "layer.1.norm_bias": "1.bias",
-        "layer.1.weight": "2.weight",
-        "layer.1.bias": "2.bias",
-        "layer.2.weight": "3.weight",
-        "layer.2.bias": "3.bias",
-    }
-
-    def __init__(self, channels: int, patch: tuple[int, int], dim: int) -> None:
-        height, width = patch
-        layer = nn.Sequential(
-            Rearrange("b c (h p1) (w p2) -> b h w (p1 p2 c)", p1=height, p2=width),
-            LayerNormLinear(channels * height * width, dim),
-            nn.LayerNorm(dim),
-        )
-        super().__init__(layer, False)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """[B, channels, H_img, W_img] -> [B, H, W, D]."""
-        return cast(Tensor, self.layer(images))
-
-
-class ConditionalRoutedFeedForward(_Part):
+class ConditionalRoutedFeedForward(Renamed):
     """`colt5_attention.ConditionalRoutedFeedForward`: what it adds to the residual stream.
 
     Args:
@@ -239,7 +169,7 @@ class _ForeignContext(RoutedAttention):
         return source, queries, context
 
 
-class ConditionalRoutedImageAttention(_Part):
+class ConditionalRoutedImageAttention(Renamed):
     """`colt5_attention.ConditionalRoutedImageAttention`: what it adds to the residual stream.
 
     With several kv routes windows, and so images, of a batch mix, as they do there; with one route

@@ -11,23 +11,55 @@ For new work take `colt5_vit_*`: here heavy attention never leaves its window.
 """
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
-from einops.layers.torch import Reduce
+from einops.layers.torch import Rearrange, Reduce
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from routedvit.layers.conditional_routed import (
     ConditionalRoutedFeedForward,
     ConditionalRoutedImageAttention,
-    PatchEmbedding,
 )
+from routedvit.layers.folded_norms import LayerNormLinear
+from routedvit.layers.renamed import Renamed
 from routedvit.layers.routed_attention import check_windows
 from routedvit.models.fitting import check_fit
 from routedvit.ops import partition_windows
 
 __all__ = ["ConditionalRoutedViT"]
+
+
+class _PatchEmbedding(Renamed):
+    """Patches of images, normalised, projected and normalised again: `to_patch_embedding`.
+
+    Args:
+        channels, patch: of an image, and (height, width) of a patch in pixels.
+        dim: token width D.
+    """
+
+    names: ClassVar[dict[str, str]] = {
+        "layer.1.norm_weight": "1.weight",
+        "layer.1.norm_bias": "1.bias",
+        "layer.1.weight": "2.weight",
+        "layer.1.bias": "2.bias",
+        "layer.2.weight": "3.weight",
+        "layer.2.bias": "3.bias",
+    }
+
+    def __init__(self, channels: int, patch: tuple[int, int], dim: int) -> None:
+        height, width = patch
+        layer = nn.Sequential(
+            Rearrange("b c (h p1) (w p2) -> b h w (p1 p2 c)", p1=height, p2=width),
+            LayerNormLinear(channels * height * width, dim),
+            nn.LayerNorm(dim),
+        )
+        super().__init__(layer)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, channels, H_img, W_img] -> [B, H, W, D]."""
+        return cast(Tensor, self.layer(images))
 
 
 class ConditionalRoutedViT(nn.Module):
@@ -93,7 +125,7 @@ class ConditionalRoutedViT(nn.Module):
                 f"attn_heavy_heads={attn_heavy_heads} must be a multiple of"
                 f" attn_num_routed_kv={attn_num_routed_kv}"
             )
-        self.to_patch_embedding = PatchEmbedding(channels, (patch_height, patch_width), dim)
+        self.to_patch_embedding = _PatchEmbedding(channels, (patch_height, patch_width), dim)
         routing: dict[str, Any] = {
             "router_straight_through": router_straight_through,
             "router_kwargs": {"eps": default_coor_descent_eps, **(router_kwargs or {})},

@@ -34,7 +34,7 @@ def rms_norm_linear(
     Returns:
         [..., E].
     """
-    traced = torch.compiler.is_compiling() or torch.jit.is_scripting() or torch.jit.is_tracing()
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
     if traced or x.dtype != weight.dtype or torch.is_autocast_enabled(x.device.type):
         y = F.linear(x, weight * norm_weight)
         scale = _inverse_rms(x, eps).to(y.dtype)

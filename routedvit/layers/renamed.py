@@ -1,0 +1,51 @@
+"""Layers of ours whose parameters go by the names of the PyPI package `colt5-attention`.
+
+State dicts are translated by renaming alone, in both directions, so
+`state_dict(keep_vars=True)` gives our own parameters under the package's names.
+"""
+
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from routedvit.ops.backend import backend, uses_triton
+
+__all__ = ["Renamed"]
+
+
+class Renamed(nn.Module):
+    """A layer of ours, `self.layer`, whose parameters go by other names in state dicts."""
+
+    names: ClassVar[dict[str, str]]  # ours -> those of colt5-attention
+
+    def __init__(self, layer: nn.Module, use_triton: bool = False) -> None:
+        super().__init__()
+        self.layer = layer
+        self.use_triton = use_triton
+        self.register_load_state_dict_pre_hook(_load_their_names)
+        self.register_state_dict_post_hook(_save_their_names)
+
+    def insist_on_triton(self, x: Tensor) -> None:
+        """Where colt5-attention would run its Triton kernel. On a CPU it runs PyTorch, as we do."""
+        if self.use_triton and x.is_cuda and not uses_triton(x):
+            raise ValueError(
+                f"use_triton=True (router_use_triton of the model), but the backend is {backend()}:"
+                " pass False, which computes the same, or call routedvit.ops.set_backend('triton'),"
+                " which says what keeps Triton from running"
+            )
+
+
+def _load_their_names(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object
+) -> None:
+    for ours, theirs in module.names.items():  # type: ignore[operator, union-attr]
+        if prefix + theirs in state_dict:
+            state_dict[prefix + ours] = state_dict.pop(prefix + theirs)
+
+
+def _save_their_names(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object
+) -> None:
+    for ours, theirs in module.names.items():  # type: ignore[operator, union-attr]
+        if prefix + ours in state_dict:
+            state_dict[prefix + theirs] = state_dict.pop(prefix + ours)
