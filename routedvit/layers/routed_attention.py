@@ -28,6 +28,7 @@ from routedvit.layers.fixed_router import build_router
 from routedvit.layers.norms import gather_rows
 from routedvit.layers.positions import take_rope
 from routedvit.layers.router import Router, decide_together, keep_in_graph
+from routedvit.layers.stochastic_depth import add_to_kept_images
 from routedvit.ops import (
     gather_tokens,
     merge_windows,
@@ -73,6 +74,8 @@ class RoutedAttention(nn.Module):
             divides, and no prefix.
         init_values: LayerScale on the sum of both paths, if not None.
         drop_path: probability to drop the sublayer for an image.
+        efficient_drop_path: do not compute it for the images that are dropped, see
+            `stochastic_depth.py`.
         norm_layer: LayerNorm or RMSNorm class.
     """
 
@@ -82,6 +85,7 @@ class RoutedAttention(nn.Module):
     heavy_window: Final[bool]
     gate_queries: Final[bool]
     plain_sum: Final[bool]
+    skip_dropped: Final[bool]
 
     def __init__(
         self,
@@ -112,6 +116,7 @@ class RoutedAttention(nn.Module):
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
         drop_path: float = 0.0,
+        efficient_drop_path: bool = False,
         norm_layer: type[nn.Module] = LayerNorm,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
@@ -166,6 +171,7 @@ class RoutedAttention(nn.Module):
         self.ls = LayerScale(dim, init_values, **factory) if init_values else nn.Identity()
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
         self.plain_sum = not (init_values or drop_path)  # one kernel adds it all up
+        self.skip_dropped = efficient_drop_path and drop_path > 0
 
     @torch.jit.ignore
     def set_light_window(self, window: int) -> None:
@@ -188,7 +194,28 @@ class RoutedAttention(nn.Module):
         """x [B, P + N, D] -> like x; arguments as in `RoutedBlock.forward`."""
         if self.plain_sum:
             return self.update(x, grid, rope, same_window, residual=True)
+        if not torch.jit.is_scripting():  # noqa: SIM102 -- TorchScript wants it alone
+            if self.skip_dropped and self.training and not isinstance(x, torch.fx.Proxy):
+                return self._forward_kept(x, grid, rope, same_window)
         return x + self.drop_path(self.ls(self.update(x, grid, rope, same_window)))
+
+    @torch.jit.ignore
+    def _forward_kept(
+        self,
+        x: Tensor,
+        grid: tuple[int, int],
+        rope: Tensor | None,
+        same_window: Tensor | None,
+    ) -> Tensor:
+        """`forward` in training, without what drop-path drops."""
+
+        def update(part: Tensor, kept: Tensor) -> Tensor:
+            own_rope = rope[kept] if rope is not None and rope.ndim == 3 else rope
+            own_window = None if same_window is None else same_window[kept]
+            return cast(Tensor, self.ls(self.update(part, grid, own_rope, own_window)))
+
+        assert isinstance(self.drop_path, DropPath)
+        return add_to_kept_images(x, self.drop_path.drop_prob, update)
 
     def update(
         self,

@@ -71,6 +71,7 @@ class RoutedBlock(nn.Module):
         separate_norms: bool = False,
         route_raw: bool = False,
         heavy_window: bool = False,
+        efficient_drop_path: bool = False,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -94,6 +95,7 @@ class RoutedBlock(nn.Module):
             "init_values": init_values,
             "proj_drop": proj_drop,
             "drop_path": drop_path,
+            "efficient_drop_path": efficient_drop_path,
             "norm_layer": norm_layer,
             "device": device,
             "dtype": dtype,

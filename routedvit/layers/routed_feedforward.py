@@ -8,7 +8,7 @@ hidden widths are multiples of D.
 
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.layers import DropPath, LayerNorm, LayerScale, Mlp, SwiGLU
@@ -19,6 +19,7 @@ from routedvit.layers.checkpointing import recompute
 from routedvit.layers.fixed_router import build_router
 from routedvit.layers.norms import gather_rows
 from routedvit.layers.router import keep_in_graph
+from routedvit.layers.stochastic_depth import add_to_kept_images
 from routedvit.ops import gather_tokens, prepend_prefix, scatter_add_tokens
 
 __all__ = ["MLP_LAYERS", "RoutedFeedForward"]
@@ -52,13 +53,15 @@ class RoutedFeedForward(nn.Module):
         num_prefix: prefix tokens P in front of the patches.
         capacity: share of the patches that go heavy.
         router, router_kwargs: see `build_router`.
-        separate_norms, route_raw, init_values, drop_path, norm_layer: see `RoutedAttention`.
+        separate_norms, route_raw, init_values, drop_path, efficient_drop_path, norm_layer: see
+            `RoutedAttention`.
     """
 
     num_prefix: Final[int]
     shared_norm: Final[bool]
     route_raw: Final[bool]
     plain_sum: Final[bool]
+    skip_dropped: Final[bool]
 
     def __init__(
         self,
@@ -78,6 +81,7 @@ class RoutedFeedForward(nn.Module):
         init_values: float | None = None,
         proj_drop: float = 0.0,
         drop_path: float = 0.0,
+        efficient_drop_path: bool = False,
         norm_layer: type[nn.Module] = LayerNorm,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
@@ -107,12 +111,26 @@ class RoutedFeedForward(nn.Module):
         self.ls = LayerScale(dim, init_values, **factory) if init_values else nn.Identity()
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
         self.plain_sum = not (init_values or drop_path)  # one kernel adds it all up
+        self.skip_dropped = efficient_drop_path and drop_path > 0
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, P + N, D] -> like x."""
         if self.plain_sum:
             return self.update(x, x)
+        if not torch.jit.is_scripting():  # noqa: SIM102 -- TorchScript wants it alone
+            if self.skip_dropped and self.training and not isinstance(x, torch.fx.Proxy):
+                return self._forward_kept(x)
         return x + self.drop_path(self.ls(self.update(x)))
+
+    @torch.jit.ignore
+    def _forward_kept(self, x: Tensor) -> Tensor:
+        """`forward` in training, without what drop-path drops."""
+
+        def update(part: Tensor, _: Tensor) -> Tensor:
+            return cast(Tensor, self.ls(self.update(part)))
+
+        assert isinstance(self.drop_path, DropPath)
+        return add_to_kept_images(x, self.drop_path.drop_prob, update)
 
     def update(
         self, x: Tensor, residual: Tensor | None = None, order: Tensor | None = None

@@ -2,14 +2,14 @@
 
 One multiply-add is 2 FLOPs, as in torch's `FlopCounterMode`, with which the totals agree within
 1 %: matrix products, attention and the patch convolution count, element-wise work does not. For one
-image, forward; training costs three times as much.
+image, forward; training costs three times as much, less what efficient drop-path leaves out.
 
     P prefix tokens, N = H * W patches, D width; routed: Q queries, K keys per route, F in the FFN
 """
 
 from typing import Any, NamedTuple
 
-from timm.layers import SwiGLU, to_2tuple
+from timm.layers import DropPath, SwiGLU, to_2tuple
 from torch import nn
 
 from routedvit.layers import RoutedAttention, RoutedBlock, RoutedFeedForward
@@ -53,8 +53,13 @@ class Flops(NamedTuple):
         return self.light + self.heavy + self.router + self.other
 
 
-def count_flops(model: Any, img_size: int | tuple[int, int] | None = None) -> Flops:
-    """Count a `RoutedVisionTransformer` at an image size; its own if None."""
+def count_flops(
+    model: Any, img_size: int | tuple[int, int] | None = None, *, training: bool = False
+) -> Flops:
+    """Count a `RoutedVisionTransformer` at an image size; its own if None.
+
+    With `training`, the mean of an image that efficient drop-path spares some sublayers.
+    """
     size = model.patch_embed.img_size if img_size is None else to_2tuple(img_size)
     grid = model.patch_embed.dynamic_feat_size(size)
     num_patches = grid[0] * grid[1]
@@ -65,12 +70,22 @@ def count_flops(model: Any, img_size: int | tuple[int, int] | None = None) -> Fl
     if model.attn_pool is not None:
         rows = num_tokens if model.pool_include_prefix else num_patches
         pool = _pool(model.attn_pool, rows)
-    return Flops([_block(block, grid) for block in model.blocks], stem + pool + head)
+    return Flops([_block(block, grid, training) for block in model.blocks], stem + pool + head)
 
 
-def _block(block: RoutedBlock, grid: tuple[int, int]) -> BlockFlops:
+def _block(block: RoutedBlock, grid: tuple[int, int], training: bool) -> BlockFlops:
     attn, mlp = _attention(block.attn, grid), _feedforward(block.mlp, grid)
+    if training:
+        attn, mlp = _kept(block.attn, attn), _kept(block.mlp, mlp)
     return BlockFlops(*(a + b for a, b in zip(attn, mlp, strict=True)))
+
+
+def _kept(layer: RoutedAttention | RoutedFeedForward, flops: BlockFlops) -> BlockFlops:
+    if not layer.skip_dropped:
+        return flops
+    assert isinstance(layer.drop_path, DropPath)
+    share = 1 - layer.drop_path.drop_prob
+    return BlockFlops(*(round(share * own) for own in flops))
 
 
 def _attention(layer: RoutedAttention, grid: tuple[int, int]) -> BlockFlops:

@@ -69,6 +69,9 @@ class RoutedVisionTransformer(VisionTransformer):
         kv_gate, null_kv, null_token, separate_norms, route_raw, heavy_window, head_dim,
             light_head_dim: see `RoutedAttention` and `HeavyAttention`; with their defaults the
             block is the paper's.
+        efficient_drop_path: images that drop-path drops from a sublayer are not computed there
+            (DINOv2, arXiv 2304.07193): training costs less by the drop rate, which is rounded to
+            whole images of a micro-batch.
         kwargs: of timm's `VisionTransformer`; num_heads and mlp_ratio are those of the heavy path.
 
     Raises:
@@ -97,6 +100,7 @@ class RoutedVisionTransformer(VisionTransformer):
         separate_norms: bool = False,
         route_raw: bool = False,
         heavy_window: bool = False,
+        efficient_drop_path: bool = False,
         dense_blocks: int = 0,
         img_size: int | tuple[int, int] = 224,
         patch_size: int | tuple[int, int] = 16,
@@ -154,6 +158,7 @@ class RoutedVisionTransformer(VisionTransformer):
             separate_norms=separate_norms,
             route_raw=route_raw,
             heavy_window=heavy_window,
+            efficient_drop_path=efficient_drop_path,
         )
         super().__init__(
             img_size=img_size,
@@ -344,9 +349,14 @@ class RoutedVisionTransformer(VisionTransformer):
         update_model_args(self, **{f"{name}_capacity": plain(own) for name, own in chosen.items()})
 
     @torch.jit.ignore
-    def flops(self, img_size: int | tuple[int, int] | None = None) -> Flops:
-        """FLOPs of one image, forward (a multiply-add is 2): light, heavy, router, per block."""
-        return count_flops(self, img_size)
+    def flops(
+        self, img_size: int | tuple[int, int] | None = None, *, training: bool = False
+    ) -> Flops:
+        """FLOPs of one image, forward (a multiply-add is 2): light, heavy, router, per block.
+
+        With `training`, the mean of an image that `efficient_drop_path` spares some sublayers.
+        """
+        return count_flops(self, img_size, training=training)
 
     # --- timm's contract -------------------------------------------------------------------------
 

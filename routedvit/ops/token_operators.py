@@ -141,14 +141,20 @@ def _(index: Tensor, rows: Tensor, gate: Tensor, grad: Tensor) -> tuple[Tensor, 
 
 def _save_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     base, index, rows, gate, residual = inputs
-    ctx.save_for_backward(index, rows, gate)
-    ctx.base_dtype = base.dtype
+    # only the gradient of the gates needs the rows
+    ctx.save_for_backward(index, rows if ctx.needs_input_grad[3] else None, gate)
+    ctx.base_dtype, ctx.rows_dtype = base.dtype, rows.dtype
     ctx.residual_dtype = None if residual is None else residual.dtype
 
 
 def _scatter_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     index, rows, gate = ctx.saved_tensors
-    grad_rows, grad_gate = torch.ops.routedvit.scatter_add_tokens_backward(index, rows, gate, grad)
+    if rows is None:
+        taken = torch.ops.routedvit.gather_tokens(grad, index.unsqueeze(1)).squeeze(1)
+        grad_rows, grad_gate = (taken * gate.unsqueeze(-1)).to(ctx.rows_dtype), None
+    else:
+        backward = torch.ops.routedvit.scatter_add_tokens_backward
+        grad_rows, grad_gate = backward(index, rows, gate, grad)
     residual = None if ctx.residual_dtype is None else grad.to(ctx.residual_dtype)
     return grad.to(ctx.base_dtype), None, grad_rows, grad_gate, residual
 

@@ -88,8 +88,8 @@ class ForwardCounter:
 
 
 def forward_flops(model: Any, size: tuple[int, int]) -> float:
-    """FLOPs of one image, by the model's own count (a multiply-add is 2)."""
-    return float(model.flops(size).total)
+    """FLOPs of one training image, forward, by the model's own count (a multiply-add is 2)."""
+    return float(model.flops(size, training=True).total)
 
 
 def measured_flops(model: nn.Module, input_size: tuple[int, int, int]) -> float:

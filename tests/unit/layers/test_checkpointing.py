@@ -41,6 +41,7 @@ class CountRouting(TorchDispatchMode):
 OPTIONS = [
     {},
     {"drop_path": 0.5, "proj_drop": 0.2, "attn_drop": 0.2},
+    {"drop_path": 0.5, "efficient_drop_path": True},
     {"router": "random"},
     {"router_kwargs": {"solver": "coordinate_descent", "straight_through": True}},
     {"kv_routes": 2, "null_token": True, "qk_norm": True},

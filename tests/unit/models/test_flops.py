@@ -39,6 +39,18 @@ def test_parts_add_up_and_other_sizes_can_be_asked_for():
     assert model.flops(320) == larger.flops()
 
 
+def test_training_counts_what_efficient_drop_path_computes():
+    rate = {"drop_path_rate": 0.5, "efficient_drop_path": True}
+    model = timm.create_model("colt5_vit_test", depth=3, dense_blocks=1, **rate).train()
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(4, 3, *model.patch_embed.img_size))  # keeps 4, 3 and 2 images
+    training = model.flops(training=True).total
+    assert training == pytest.approx(counter.get_total_flops() / 4, rel=0.01)
+    assert model.flops().total > 1.1 * training
+    plain = timm.create_model("colt5_vit_test", depth=3, dense_blocks=1, drop_path_rate=0.5)
+    assert plain.flops(training=True) == plain.flops() == model.flops()
+
+
 def test_dense_twin_costs_what_timms_model_costs():
     with torch.device("meta"):
         twin = timm.create_model("colt5_vit_ti", dense_blocks=12, reg_tokens=0, class_token=True)

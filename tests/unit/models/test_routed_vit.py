@@ -35,6 +35,7 @@ OPTIONS = {
     "RMSNorm, SwiGLU": {"norm_layer": "rmsnorm", "mlp_layer": "swiglu", "init_values": None},
     "dense first blocks": {"dense_blocks": 2},
     "no light path": {"light_heads": 0, "light_mlp_ratio": 0},
+    "efficient drop-path": {"drop_path_rate": 0.5, "efficient_drop_path": True, "init_values": 0.1},
     "drop-path, dropout": {"drop_path_rate": 0.2, "proj_drop_rate": 0.1, "attn_drop_rate": 0.1},
     "capacity per block": {"q_capacity": [0.1, 0.5, "2/3"], "ffn_capacity": 1.0},
     "window attention only": {

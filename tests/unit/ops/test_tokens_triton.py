@@ -65,6 +65,19 @@ def test_scatter_and_all_its_gradients(n, k, dim, dtype, residual, device):
     )
 
 
+def test_whole_images_are_tokens_too_under_a_gate_that_learns_nothing(device):
+    """As stochastic depth moves them: few, and each as wide as N * D."""
+    index, gate = choose(3, 5, 1).to(device), torch.full((1, 3), 5 / 3, device=device)
+
+    def images(x: Tensor, rows: Tensor) -> Tensor:
+        x, kept = gather_all(x, [index])
+        return scatter_add_tokens(x, index, rows * kept[0], gate.to(x.device))
+
+    assert_as_exact_as_the_reference(
+        images, draw(1, 5, 2600), draw(1, 3, 2600, seed=1), device=device
+    )
+
+
 def test_inputs_may_be_strided_and_are_left_alone(device):
     x, index = draw(7, 3, 16).to(device).transpose(0, 1), choose(4, 7, 3).to(device)
     rows, gate = draw(4, 3, 16).to(device).transpose(0, 1), draw(4, 3).to(device).t()
