@@ -27,6 +27,7 @@ STEPS = (
     ("-m", "benchmarks.router", "--forward"),
     ("-m", "benchmarks.train_step", "--rounds", "10", "--only", "all_heavy,seed"),
     ("-m", "benchmarks.block"),
+    ("-m", "benchmarks.drop_path", "--model", "colt5_vit_l", "--depth", "24"),
 )
 PROFILING = ("benchmarks.train_step", "benchmarks.utilisation")
 

@@ -207,7 +207,7 @@ class _FakeMeter(MemoryMeter):
             joined = _directly(func, args, args[0][0])
             self.add(joined)
             return joined
-        if func is aten._local_scalar_dense.default:
+        if func is aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             # Flags, such as an overflow, are down; numbers, such as a norm, are finite.
             dtype = args[0].dtype
             return 1.0 if dtype.is_floating_point else False if dtype == torch.bool else 0
@@ -261,14 +261,15 @@ def image_format(config: RunConfig) -> dict[str, Any]:
 def _fake_objective(config: RunConfig, world_size: int) -> nn.Module:
     """The run's objective, of fake parameters.
 
-    Built on `meta`, where code that reads values while it builds (drop-path rates) still works.
+    Built on `meta`, outside of the fakes: code that reads values while it builds, such as drop-path
+    rates, gets the right ones.
     """
     images = image_format(config)
     micro_batch_size, _ = split_batch(
         config.train.batch_size, config.train.micro_batch_size, world_size
     )
     meta = torch.device("meta")
-    with meta:
+    with unset_fake_temporarily(), meta:
         num_classes = config.model.kwargs["num_classes"]
         model = create_model(config.model, num_classes=num_classes, seed=config.seed)
         objective = build_objective(

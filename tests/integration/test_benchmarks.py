@@ -39,6 +39,9 @@ def test_every_benchmark_can_be_imported(module: str) -> None:
         pytest.param(["benchmarks.block", "--rounds", "1"], 12, marks=pytest.mark.slow),
         pytest.param(["benchmarks.checkpointing", "colt5_vit_test"], 4, marks=pytest.mark.slow),
         pytest.param(
+            ["benchmarks.drop_path", "--rounds", "1", "--depth", "2"], 6, marks=pytest.mark.slow
+        ),
+        pytest.param(
             ["benchmarks.capacity", "--rounds", "1", "--depth", "1", "--batch", "1"],
             6,
             marks=pytest.mark.slow,

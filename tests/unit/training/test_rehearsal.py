@@ -87,6 +87,11 @@ def measured(config: Any) -> dict[str, int]:
         ("deepspeed.zero_optimization.stage=2", "train.grad_checkpointing=heavy"),
         ("deepspeed.zero_optimization.stage=2", "precision.dtype=bf16", "precision.autocast=true"),
         ("deepspeed.zero_optimization.stage=3", "train.grad_checkpointing=block/2"),
+        (
+            "deepspeed.zero_optimization.stage=0",
+            "model.kwargs.drop_path_rate=0.5",
+            "model.kwargs.efficient_drop_path=true",
+        ),
     ],
     ids=" ".join,
 )
@@ -135,6 +140,18 @@ def test_every_policy_keeps_less_than_the_one_before_it() -> None:
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[-1] < 0.2 * sizes[0]
     assert compute.training_flops == pytest.approx(3 * compute.forward_flops, rel=0.05)
+
+
+def test_images_that_efficient_drop_path_spares_cost_nothing() -> None:
+    rate = ("model.kwargs.depth=3", "model.kwargs.drop_path_rate=0.5")
+    plain = measure_compute(config_of(*rate), 1, (("none", 1),))
+    config = config_of(*rate, "model.kwargs.efficient_drop_path=true")
+    spared = measure_compute(config, 1, (("none", 1),))
+    model = create_model(config.model, num_classes=10, seed=0)
+    counted = model.flops(training=True).total  # type: ignore[operator]
+    assert spared.forward_flops == pytest.approx(counted, rel=0.01)
+    assert spared.forward_flops < 0.8 * plain.forward_flops
+    assert spared.activations["none", 1] < 0.85 * plain.activations["none", 1]
 
 
 def test_a_capacity_schedule_is_rehearsed_at_its_largest() -> None:
