@@ -38,6 +38,15 @@ def test_everything_has_its_cadence(report: dict[str, Any]) -> None:
     }  # fmt: skip
 
 
+def test_the_rank_that_waits_for_data_is_named_though_the_writer_is_another(report: Any) -> None:
+    run = report["late"]
+    said = [message for message in run["messages"] if "waits for data" in message]
+    assert len(said) == 1
+    assert said[0].startswith("warning: rank 1 on ")
+    compared = {name for name, step in run["scalars"] if step == 10}
+    assert compared >= {"speed/slowest_forward_over_median", "speed/data_wait_share_most"}
+
+
 def test_sigterm_on_one_rank_saves_on_all_within_the_step(report: dict[str, Any]) -> None:
     run = report["stopped"]
     assert run["summary"]["step"] == 5

@@ -2,6 +2,7 @@
 
 One goes straight to the end; one gets SIGTERM on rank 1 in the middle; one goes on from there. One
 meets images that are not finite and goes back; one does too and is stopped after that, by SIGUSR1.
+One gets its data late on rank 1.
 Usage: trainer_script.py OUT. Writes OUT/report.json.
 """
 
@@ -12,6 +13,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -76,6 +78,7 @@ class Loader(toy.Loader):
     Args:
         damaged: global batches, counted from 0, in which an image is not finite.
         signal_at: the signal, its rank, and the global batch whose data it comes with.
+        late: seconds by which each micro-batch of rank 1 is late.
     """
 
     def __init__(
@@ -83,9 +86,10 @@ class Loader(toy.Loader):
         world: World,
         damaged: range = range(0),
         signal_at: tuple[signal.Signals, int, int] | None = None,
+        late: float = 0.0,
     ) -> None:
         super().__init__(world.rank, world.size)
-        self.damaged, self.signal_at = damaged, signal_at
+        self.damaged, self.signal_at, self.late = damaged, signal_at, late
         self.given: list[str] = []
 
     def batches(self, start: int) -> Iterator[dict[str, Any]]:
@@ -96,6 +100,8 @@ class Loader(toy.Loader):
                 self.signal_at = None
             if number in self.damaged and self.rank == 0:
                 rows["image"][0, 0, 0, 0] = torch.nan
+            if self.rank == 1:
+                time.sleep(self.late)
             self.given += rows["key"]
             yield rows
 
@@ -191,6 +197,7 @@ def main(out: Path) -> None:
         "damaged": ("c", 0, Loader(world, bad)),
         "damaged_and_stopped": ("d", 0, Loader(world, bad, (signal.SIGUSR1, 0, 9))),
         "damaged_and_resumed": ("d", 79, Loader(world, bad)),
+        "late": ("f", 0, Loader(world, late=0.3)),
     }
     weights = {}
     for name, (folder, seed, loader) in runs.items():

@@ -36,6 +36,7 @@ from routedvit.training.engine.processes import bound_all_waits
 from routedvit.training.images import as_floats
 from routedvit.training.interfaces import Batch
 from routedvit.training.recipe.weight_average import exchange
+from routedvit.training.watch.stragglers import DeviceClock
 
 T = TypeVar("T")
 SHARDS, REPLICATED, COUNTERS = "shards", "replicated.safetensors", "counters.json"
@@ -94,6 +95,7 @@ class Engine:
             model=objective, optimizer=optimizer, config=native, dist_init_required=False
         )
         bound_all_waits()
+        self.forward_clock = DeviceClock(self.device)
         self._send_ahead = Ahead(self.device)
         self.objective: nn.Module = self._engine.module
         self._layout = ZeroLayout(
@@ -119,7 +121,9 @@ class Engine:
         totals: torch.Tensor | None = None
         names: list[str] = []
         for index, batch in enumerate(self._send_ahead(batches)):
-            loss, metrics = self._engine(as_floats(batch), batch["target"], batch["position"])
+            images = as_floats(batch)
+            with self.forward_clock.timed():
+                loss, metrics = self._engine(images, batch["target"], batch["position"])
             self._engine.backward(loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan))
             names = list(metrics)
             values = torch.stack([loss.detach().float(), *metrics.values()])

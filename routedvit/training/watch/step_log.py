@@ -8,6 +8,7 @@ from routedvit.training.recipe.schedules import Schedules
 from routedvit.training.watch.gauges import ForwardCounter, memory, weight_decay
 from routedvit.training.watch.gradients import gradient_norms
 from routedvit.training.watch.meter import Meter
+from routedvit.training.watch.stragglers import Stragglers
 
 
 class StepLog:
@@ -31,10 +32,11 @@ class StepLog:
         self.meter = meter
         self.samples_per_epoch = samples_per_epoch
         self.forwards = forwards
+        self.stragglers = Stragglers(engine, writer, progress.message)
         self.gradient_norms: dict[str, float] = {}  # of the last step that took them
 
     def log(self, result: StepResult, state: RunState) -> None:
-        """Progress line and scalars since the last call."""
+        """Progress line and scalars since the last call. Collective."""
         step, rate = state.step, learning_rate(self.engine.optimizer)
         speed, waiting = self.meter.read()
         self.progress.update(step, result.loss, rate, speed)
@@ -57,6 +59,7 @@ class StepLog:
             scalars["train/loss_scale"] = result.loss_scale
         for name, value in scalars.items():
             self.writer.scalar(name, value, step)
+        self.stragglers.look(step, self.engine.forward_clock.read(), waiting)
 
     def take_gradient_norms(self) -> None:
         """Between backward and the optimiser's step, which is the only time they exist."""

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from routedvit.training.engine import StepResult
+from routedvit.training.watch.stragglers import DeviceClock
 
 
 class FakeEngine:
@@ -32,6 +33,7 @@ class FakeEngine:
         self.loss_scale: float | None = None
         self.seen: list[list[int]] = []
         self.averaged = False
+        self.forward_clock = DeviceClock(self.device)
 
     def ahead(self, batches: Iterator[Any], steps: int) -> Iterator[Any]:
         return itertools.islice(batches, steps)
