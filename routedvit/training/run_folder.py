@@ -146,7 +146,9 @@ def claim(folder: RunFolder, config: dict[str, Any], *, free: tuple[str, ...] = 
         if differing:
             raise ConfigError(
                 f"{folder.path} holds another run: {_describe(differing, before, config)}; "
-                "give this one another name (--set name=...) or start over with --fresh"
+                "give this one another name (--set name=...), and to begin where that one is add "
+                f"--resume {folder.checkpoints / names_in(folder.checkpoints)[-1]}; or start over "
+                "with --fresh"
             )
     folder.path.mkdir(parents=True, exist_ok=True)
     record = {"config": config, "git_revision": git_revision(), "versions": versions()}

@@ -108,7 +108,7 @@ class Stragglers:
             if self._lasts("slow", number, slow > SLOW):
                 self._tell(
                     f"warning: {rank.where} takes {slow:.2f} times as long for a forward pass as "
-                    "the median rank, and every step waits for it: look at its GPU's clocks and "
+                    "the median rank, and every step waits for it: look at its clocks and "
                     "temperature, and at what else runs there"
                 )
             if self._lasts("starved", number, rank.waiting > usual_wait + STARVED):
