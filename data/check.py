@@ -28,7 +28,7 @@ from data.arguments import share, whole
 from data.errors import DataError
 from data.examination import ShardReport, Task, draft_of, examine, index_beside
 from data.findings import about_classes, against_manifest, repeated_keys
-from data.manifest import MANIFEST_NAME, Manifest, publish, read_manifest
+from data.manifest import LABELS, MANIFEST_NAME, Manifest, publish, read_manifest
 from data.manifest import write_manifest as save_manifest
 from data.pool import each
 from data.remote import is_url
@@ -39,7 +39,6 @@ from data.statistics import combine
 from data.tar_index import CLS, JSON, UNLABELLED
 
 MAX_LINES = 50  # findings printed; the count is of all
-LABELS = "labels"  # in a recipe: where they are, if not in .cls members
 
 
 def check_folder(
@@ -137,10 +136,9 @@ def local(pattern: str) -> list[Path]:
 def _labels_of(folder: Path) -> str:
     """Where the labels were when the shards of a folder were adopted; in .cls members otherwise."""
     try:
-        recipe = read_manifest(folder / MANIFEST_NAME).recipe
+        return read_manifest(folder / MANIFEST_NAME).label_place
     except DataError:
         return CLS
-    return (recipe or {}).get(LABELS, CLS)
 
 
 def label_key(text: str) -> str:

@@ -16,8 +16,10 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from data.errors import DataError
+from data.tar_index import CLS
 
 MANIFEST_NAME = "manifest.json"
+LABELS = "labels"  # in a recipe: where they are, if not in .cls members
 MAX_CLASSES = 1_000_000  # a label above is an identifier, or damage; counts are kept as a list
 
 
@@ -56,6 +58,11 @@ class Manifest(BaseModel):
     height: tuple[int, int]
     recipe: dict[str, str] | None = None  # of `data.write`, see data.recipe
     shards: list[ShardEntry]
+
+    @property
+    def label_place(self) -> str:
+        """Where the samples have their labels, as `tar_index.index_of` takes it."""
+        return (self.recipe or {}).get(LABELS, CLS)
 
     @model_validator(mode="after")
     def _adds_up(self) -> Manifest:

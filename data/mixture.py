@@ -65,6 +65,7 @@ def resolve_train(config: DataConfig) -> TrainSet:
         mean=mean,
         std=std,
         manifests=[home for part in parts for home in part.manifests],
+        label_places=[place for part in parts for place in part.label_places],
         source_sizes=tuple(len(part.entries) for part in parts),
     )
     whole = sum(p.num_samples * s.repeat for p, s in zip(parts, sources, strict=True))

@@ -28,7 +28,7 @@ from data.index_file import SUFFIX, unpack
 from data.manifest import IndexEntry, sha256_of_open
 from data.remote import is_url, shown, sibling
 from data.shards import ShardSet
-from data.tar_index import NO_LABEL, TarIndex, index_of
+from data.tar_index import CLS, NO_LABEL, TarIndex, index_of
 from data.tar_members import BLOCK
 
 log = logging.getLogger(__name__)
@@ -148,8 +148,10 @@ class ShardReader:
                     "again"
                 )
             kept = self._kept_index(shard)
-            # the walk tells where a tar is cut
-            index = kept or index_of(descriptor, shown(name), entry.samples)
+            # the walk tells where a tar is cut; labels are where they were when it was adopted
+            places = self.shards.label_places
+            labels = places[shard] if places else CLS
+            index = kept or index_of(descriptor, shown(name), entry.samples, labels)
             # Without an index there is no CRC of each image: a swapped shard of equal size would
             # give its images under the labels of another.
             hashed = self.verify == "sha256" or (self.verify == "size" and kept is None)

@@ -43,6 +43,7 @@ class ShardSet:
     mean: list[float]
     std: list[float]
     manifests: list[str] = field(default_factory=list)  # of each shard; empty: beside it
+    label_places: list[str] = field(default_factory=list)  # of each shard; empty: .cls members
     source_sizes: tuple[int, ...] = ()  # shards per source, in a mixture of them
 
     @property
@@ -122,6 +123,7 @@ def resolve(
         mean=mean,
         std=std,
         manifests=homes,
+        label_places=[manifests[home].label_place for home in homes],
     )
 
 

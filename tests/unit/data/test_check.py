@@ -8,7 +8,6 @@ import os
 import pytest
 
 from data import check, examination, reader
-from data.errors import DataError
 from data.index_file import content_for
 from data.manifest import read_manifest, write_manifest
 from data.shards import resolve
@@ -212,8 +211,24 @@ def test_shards_without_cls_members_are_adopted_and_trained_on(
     batch = next(train_loader(make_config(tmp_path), batch=2, micro=2).batches(0))
     assert sorted(batch["target"].tolist()) == labels
     (tmp_path / "a.tar.index").unlink()
-    with pytest.raises(DataError, match=r"0 samples found \(2 lack an image or a label\)"):
-        next(train_loader(make_config(tmp_path), batch=2, micro=2).batches(0))
+    batch = next(train_loader(make_config(tmp_path), batch=2, micro=2).batches(0))
+    assert sorted(batch["target"].tolist()) == labels
+
+
+def test_labels_are_those_of_the_key_also_where_only_tars_and_manifest_were_copied(tmp_path):
+    members = []
+    for number in (1, 2, 3):
+        fine = json.dumps({"fine": number}).encode()
+        members += [
+            (f"{number}.png", png(number)),
+            (f"{number}.cls", b"0"),
+            (f"{number}.json", fine),
+        ]
+    write_tar(tmp_path / "a.tar", members)
+    assert check.main(["--write-manifest", "--label-key", "json:fine", f"{tmp_path}/*.tar"]) == 0
+    (tmp_path / "a.tar.index").unlink()
+    shards = reader.ShardReader(resolve(str(tmp_path)))
+    assert [shards.read(0, sample).label for sample in range(3)] == [1, 2, 3]
 
 
 def test_a_set_is_adopted_by_reading_every_byte_once(tmp_path, monkeypatch):
