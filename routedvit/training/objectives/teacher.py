@@ -6,7 +6,9 @@ checkpoint. Each rank holds it whole: fp32 weights under autocast to the run's p
 network with batch statistics stands too.
 """
 
-from collections.abc import Sequence
+import json
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ class Teacher:
         network: timm model; it is frozen, put into eval mode and moved to `device`.
         mean, std: what the student's images are normalised with, per channel.
         dtype: 'fp32', 'bf16' or 'fp16', the type of its matrix products.
+        model_kwargs: what the network was made with; an image size among them is what it is fed.
 
     Raises:
         ConfigError: it takes fewer channels than the images have.
@@ -44,10 +47,12 @@ class Teacher:
         std: Sequence[float],
         device: torch.device,
         dtype: str = "fp32",
+        model_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self.network = network.eval().requires_grad_(False).to(device)
         self.dtype = DTYPES[dtype]
-        own: dict[str, Any] = resolve_input_data_config(network)
+        given = {"model_kwargs": dict(model_kwargs or {})}
+        own: dict[str, Any] = resolve_input_data_config(network, given)
         channels, *size = own["input_size"]
         if channels not in (len(mean), 3):
             raise ConfigError(
@@ -106,6 +111,7 @@ def build_teacher(
     if config.checkpoint is not None:  # with `pretrained`, timm would give it a new classifier
         kwargs = {"num_classes": num_classes, **kwargs}
         kwargs |= {"checkpoint_path": config.checkpoint} if trained else {}
+        kwargs = {"pretrained_cfg_overlay": trained_on(Path(config.checkpoint)), **kwargs}
     try:
         network = timm.create_model(config.name, pretrained=config.pretrained and trained, **kwargs)
     except (RuntimeError, TypeError, ValueError, OSError) as error:
@@ -116,4 +122,25 @@ def build_teacher(
             f"objective.teacher {config.name!r} knows {network.num_classes} classes, the student "
             f"{num_classes}; choose a teacher trained on the same classes"
         )
-    return Teacher(network, mean=mean, std=std, device=device, dtype=dtype)
+    return Teacher(
+        network, mean=mean, std=std, device=device, dtype=dtype, model_kwargs=config.kwargs
+    )
+
+
+def trained_on(checkpoint: Path) -> dict[str, Any]:
+    """What timm's `config.json` beside a file of weights says of the images they were trained on.
+
+    Empty, with a warning, where there is none: the architecture's own are used then.
+    """
+    beside = checkpoint.with_name("config.json")
+    try:
+        known = json.loads(beside.read_text(encoding="utf-8"))["pretrained_cfg"]
+    except (OSError, ValueError, KeyError, TypeError):
+        warnings.warn(
+            f"objective.teacher.checkpoint: {beside} does not say what the images of these weights "
+            "were normalised with; timm's mean and std for the architecture are used, unless "
+            "objective.teacher.kwargs.pretrained_cfg_overlay gives others",
+            stacklevel=2,
+        )
+        return {}
+    return {key: known[key] for key in ("input_size", "mean", "std") if key in known}

@@ -1,5 +1,6 @@
 """Distillation: distances, what the teacher sees, and that nobody trains or saves it."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -152,13 +153,35 @@ def checkpoint(tmp_path: Path) -> str:
 KWARGS = {"img_size": 32, "patch_size": 8}
 
 
-def test_a_teacher_is_read_from_a_checkpoint(checkpoint: str) -> None:
+def test_a_teacher_is_fed_what_its_weights_were_trained_on(checkpoint: str) -> None:
+    """By the config.json that timm and an export write beside them."""
+    seen = {"input_size": [3, 32, 32], "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    config = {"architecture": "test_vit", "pretrained_cfg": {**seen, "tag": "mine"}}
+    Path(checkpoint).with_name("config.json").write_text(json.dumps(config))
     teacher = build({"name": "test_vit", "kwargs": KWARGS, "checkpoint": checkpoint})
+    same = Teacher(
+        small_teacher(pretrained_cfg_overlay=seen), mean=[0.5] * 3, std=[0.5] * 3, device=CPU
+    )
+    assert torch.equal(teacher.factor, same.factor)
+    assert torch.equal(teacher.offset, same.offset)
+
+
+@pytest.mark.filterwarnings("ignore:objective.teacher.checkpoint")
+def test_a_teacher_of_any_size_gets_the_size_it_is_made_with(checkpoint: str) -> None:
+    kwargs = {**KWARGS, "dynamic_img_size": True}
+    assert build({"name": "test_vit", "kwargs": kwargs, "checkpoint": checkpoint}).size == (32, 32)
+
+
+def test_a_teacher_is_read_from_a_checkpoint(checkpoint: str) -> None:
+    with pytest.warns(UserWarning, match=r"config.json does not say what the images"):
+        teacher = build({"name": "test_vit", "kwargs": KWARGS, "checkpoint": checkpoint})
     image = torch.randn(2, 3, 32, 32)
-    same = Teacher(small_teacher(), mean=[0.5] * 3, std=[0.5] * 3, device=CPU)
+    even = [0.5] * 3
+    same = Teacher(small_teacher(), mean=even, std=even, device=CPU, model_kwargs=KWARGS)
     assert torch.equal(teacher(image), same(image))
 
 
+@pytest.mark.filterwarnings("ignore:objective.teacher.checkpoint")
 @pytest.mark.parametrize(
     ("config", "words"),
     [
