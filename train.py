@@ -52,6 +52,7 @@ from routedvit.training.interfaces import EvalLoaders
 from routedvit.training.model import create_model
 from routedvit.training.offline import evaluate_offline
 from routedvit.training.out_of_memory import out_of_memory
+from routedvit.training.repeated import Wish, note, still_wanted
 from routedvit.training.run_folder import RunFolder, check_same_data, open_folder, versions
 from routedvit.training.watch.console import Console
 from routedvit.training.watch.report import closing, opening
@@ -142,7 +143,11 @@ def run_in(
         return evaluate_offline(
             config, model, world, held_out, checkpoint=args.evaluate, folder=folder, console=console
         )
-    started = built(lambda: begin_from(model, config.model.warm_start, folder, args))
+    asked = Wish(args.resume, args.fresh)
+    wish = on_rank_zero(lambda: still_wanted(asked, folder, os.environ))
+    if wish != asked:
+        console.print(f"{asked.words} was obeyed by an earlier start; going on from the newest")
+    started = built(lambda: begin_from(model, config.model.warm_start, folder, wish))
     parts = built(lambda: build_loaders(config, model, world, folder.logs))
     loader, eval_loaders, image_format = parts
     read = loader.fingerprint, eval_loaders.val.fingerprint if eval_loaders else ""
@@ -155,7 +160,7 @@ def run_in(
     # Only now, since a run that cannot be built must not claim or move a folder.
     record = config.model_dump(mode="json")
     free = tuple(f"data.{key}" for key in FREE_ON_RESUME)
-    claims = partial(open_folder, folder, record, fresh=args.fresh, free=free, resume=args.resume)
+    claims = partial(open_folder, folder, record, fresh=wish.fresh, free=free, resume=wish.resume)
     opened, owner = on_rank_zero(claims)
     console.print(opened)
     check_shared_folder(folder.path)
@@ -165,7 +170,8 @@ def run_in(
     checkpoints = Checkpoints(
         folder.checkpoints, engine, keep=retention, owner=owner, tell=console.print
     )
-    state = checkpoints.load_named(args.resume) if args.resume else checkpoints.load_newest()
+    state = checkpoints.load_named(wish.resume) if wish.resume else checkpoints.load_newest()
+    on_rank_zero(lambda: note(asked, folder))
     state = state or RunState(warm_start=asdict(started) if started else None)
     check_same_data(folder, (state.data, state.held_out), read)
     # of this start: a resume may change some
@@ -181,7 +187,8 @@ def run_in(
     result = trainer.fit()
     if not result.finished:
         saved = " and saved" if result.step else ""
-        console.print(f"stopped at step {result.step}{saved}; the same command goes on")
+        again = "the same command without --fresh" if args.fresh else "the same command"
+        console.print(f"stopped at step {result.step}{saved}; {again} goes on")
         return REQUEUE_EXIT_CODE
     made = {**config.model.created_from(), "data_config": image_format}
     with patience.busy():
@@ -194,13 +201,13 @@ def run_in(
 
 
 def begin_from(
-    model: nn.Module, source: str | None, folder: RunFolder, args: argparse.Namespace
+    model: nn.Module, source: str | None, folder: RunFolder, wish: Wish
 ) -> WarmStart | None:
     """Load the weights that a run begins from, if it does and does not go on from a checkpoint.
 
     What is wrong with them is the user's to mend.
     """
-    if not source or args.resume or (folder.has_checkpoint() and not args.fresh):
+    if not source or wish.resume or (folder.has_checkpoint() and not wish.fresh):
         return None
     try:
         return warm_start(model, source)

@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from data.errors import DataError
+from data.history import history_of
 from data.mixture import TURNS, order_of, resolve_train
 from data.order import Place
 from data.order_cli import data_config, parse
@@ -67,7 +68,8 @@ def audit(run: Path) -> Audit:
     epochs = _Epochs(train.parts, patience=2 * TURNS * order.streams * config.augment.repeats)
     found = Audit()
     samples = chain([first], samples)
-    count = again = substituted = following = 0
+    begin = following = history_of(run, arguments.batch_size).begins_at
+    count = again = substituted = 0
     while chunk := list(islice(samples, CHUNK)):
         place = order.locate(np.array([position for position, _ in chunk], dtype=np.int64))
         epochs.add(place, chunk[-1][0])
@@ -83,8 +85,8 @@ def audit(run: Path) -> Audit:
             if len(set(keys)) > 1:
                 found.tell(f"position {position} was {' and '.join(sorted(set(keys)))} in turn")
     found.report.append(
-        f"{count} samples taken, positions 0 to {following - 1}; {again} of them again after a "
-        f"restart; {substituted} substitutes for bad ones"
+        f"{count} samples taken, positions {begin} to {following - 1}; {again} of them again after "
+        f"a restart; {substituted} substitutes for bad ones"
     )
     found.report += epochs.lines()
     return found

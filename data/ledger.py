@@ -3,7 +3,8 @@
 One ledger per rank and split, kept by the process that consumes the batches (not by its workers),
 so that it holds exactly what training met. The limit counts different samples: a bad one met again
 in the next epoch is written again and counted once. Samples of a quarantined shard are written one
-by one as well, but what counts there is the shard.
+by one as well, but what counts there is the shard. A disk that takes no more costs lines of the
+files, never the run.
 """
 
 from __future__ import annotations
@@ -41,13 +42,14 @@ class Ledger:
         self.shard_limit = shard_limit
         self.samples: set[tuple[str, str]] = set()
         self.shards: set[str] = set()
+        self._lacking: set[Path] = set()  # files that the disk has refused lines of
 
     def record(self, entries: list[dict[str, Any]]) -> None:
         """Write down bad samples (dicts with shard, key, reason, ...); DataError past the limit."""
         if not entries:
             return
         if self.path is not None:
-            _append(self.path, entries)
+            self._write(self.path, entries)
         for entry in entries:
             if entry.get("quarantined"):
                 self._quarantine(entry)
@@ -59,7 +61,15 @@ class Ledger:
         if self.samples_path is None:
             return
         line = {"position": batch["position"].tolist(), "key": batch["key"]}
-        _append(self.samples_path, [line])
+        self._write(self.samples_path, [line])
+
+    def _write(self, path: Path, lines: list[dict[str, Any]]) -> None:
+        try:
+            _append(path, lines)
+        except OSError as error:
+            if path not in self._lacking:
+                log.warning("%s lacks lines from here on: %s", path, error)
+            self._lacking.add(path)
 
     def _count(self, entry: dict[str, Any]) -> None:
         if not self.samples:

@@ -7,10 +7,11 @@
 
 --steps A:B are steps of the run, A included and B not; with --epoch E they count from the first
 step that begins in epoch E (the "step" of a line is the run's all the same). --config takes sets,
-weights, seed and batch from a run config or a run folder; without it they are given here and must
-be those of the run. With --world-size each line names the rank, and with --workers the loader
-process that made the row in a run begun at step 0 (`--begin` for one resumed later). A sample that
-could not be used has its substitute named in the run's ledger, not here.
+weights, seed and batch from a run config or a run folder, which also tells where the run began and
+went back to; without it they are given here and must be those of the run. With --world-size each
+line names the rank, and with --workers the loader process that made the row in a run begun at step
+0 (`--begin` for one resumed later). A sample that could not be used has its substitute named in the
+run's ledger, not here.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from pydantic import ValidationError
 from data.arguments import whole
 from data.config import DataConfig
 from data.errors import DataError
+from data.history import history_of
 from data.mixture import Mixture, TrainSet, order_of, resolve_train
 from data.order import check_world
 from data.reader import ShardReader
@@ -48,9 +50,13 @@ def rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     micro = arguments.micro_batch_size or batch // world
     reader = ShardReader(train.shards, remote=config.remote)
     source_of = np.repeat(np.arange(len(train.parts)), [len(part.names) for part in train.parts])
-    first = -(-(arguments.epoch or 0) * epoch_length(train, config) // batch)
+    history = history_of(run_folder(arguments.config), batch)
+    first = 0
+    if arguments.epoch:
+        first = history.first_step_from(arguments.epoch * epoch_length(train, config))
     for step in range(first + arguments.steps[0], first + arguments.steps[1]):
-        positions = np.arange(step * batch, (step + 1) * batch, dtype=np.int64)
+        begin = history.position(step)
+        positions = np.arange(begin, begin + batch, dtype=np.int64)
         place = order.locate(positions)
         for position, epoch, shard, sample in zip(positions.tolist(), *place, strict=True):
             rank = position // turn % world
@@ -58,7 +64,7 @@ def rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 continue
             line = {"step": step, "position": position, "epoch": int(epoch), "rank": rank}
             if arguments.workers:
-                made = (position - arguments.begin * batch) // (world * micro)
+                made = (position - history.position(arguments.begin)) // (world * micro)
                 line["worker"] = made % arguments.workers
             if isinstance(order, Mixture):
                 line["source"] = int(source_of[shard])
@@ -67,6 +73,13 @@ def rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 "label": reader.label(int(shard), int(sample)),
                 "shard": train.shards.names[int(shard)],
             }
+
+
+def run_folder(config: Path | None) -> Path | None:
+    """The folder of the run that a --config names, if it names one."""
+    if config is None or config.is_dir():
+        return config
+    return config.parent if config.name == "config.json" else None
 
 
 def epoch_length(train: TrainSet, config: DataConfig) -> int:

@@ -1,6 +1,6 @@
 """When each evaluator runs, on which weights, and what of it the run remembers."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from routedvit.training.checkpoints.retention import Retention
@@ -42,6 +42,8 @@ class Evaluation:
         self.writer = writer
         self.progress = progress
         self.folder = folder
+        self._ran: set[str] = set()
+        self._found: set[str] = set()  # names of all values, of this start
 
     def due(self, state: RunState) -> list[Evaluator]:
         """Those that belong to the present step and have not come to their end there yet."""
@@ -71,7 +73,22 @@ class Evaluation:
                 before = state.best.get(best, values[best])
                 state.best[best] = self.retention.better(values[best], before)
         self.progress.message(evaluation_line(state.step, values))
+        self._miss_the_decisive(evaluator, values)
         self.writer.flush()  # what the state says was evaluated is not evaluated again
+
+    def _miss_the_decisive(self, evaluator: Evaluator, values: Iterable[str]) -> None:
+        """Say once, when every evaluator has run, that none gave the metric of the best ones."""
+        before = len(self._ran)
+        self._ran.add(kind_of(evaluator))
+        self._found |= {*values}
+        if before == len(self._ran) or len(self._ran) < len(self.evaluators):
+            return
+        if self.retention.keep_best and self.retention.metric not in self._found:
+            self.progress.message(
+                f"warning: checkpoint.best_metric = {self.retention.metric!r} is not among what "
+                f"was evaluated, so none of the best is kept; there are: "
+                f"{', '.join(sorted(self._found))}"
+            )
 
     def _measure(self, evaluator: Evaluator, prefix: str, step: int) -> dict[str, float]:
         """What an evaluator says about the present weights, by 'prefix/metric'."""

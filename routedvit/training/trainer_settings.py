@@ -6,6 +6,8 @@ from pathlib import Path
 
 from routedvit.training.checkpoints.manifest import replace_text
 
+STATUS = "status.json"
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainerSettings:
@@ -43,4 +45,13 @@ def write_status(folder: Path, status: str, step: int) -> None:
     is 1 for both); 'running' without a process is a run that was killed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    replace_text(folder / "status.json", json.dumps({"status": status, "step": step}) + "\n")
+    replace_text(folder / STATUS, json.dumps({"status": status, "step": step}) + "\n")
+
+
+def has_finished(folder: Path) -> bool:
+    """Whether the newest start of the run in `folder` came to its end."""
+    try:
+        status = json.loads((folder / STATUS).read_text(encoding="utf-8"))["status"]
+        return bool(status == "finished")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False

@@ -6,7 +6,7 @@
                               evaluation.json  what was measured later, see run_state.py
                 latest                         the name of the newest one
                 run_id                         whose they are: another run's is not loaded
-                rollbacks.json                 where the run went back to, see rollbacks.py
+                origin.json, rollbacks.json    where it began and went back to, see rollbacks.py
     ../owner.json                              which start of the run may write, see ownership.py
 
 A checkpoint appears by one rename (commit.py). `latest` is replaced after that, so at every instant
@@ -26,7 +26,13 @@ from routedvit.training.checkpoints.fence import Fence
 from routedvit.training.checkpoints.manifest import step_name
 from routedvit.training.checkpoints.ownership import Owner
 from routedvit.training.checkpoints.retention import Retention
-from routedvit.training.checkpoints.rollbacks import forget_jumps, last_jump, note_jump, read_jumps
+from routedvit.training.checkpoints.rollbacks import (
+    forget_jumps,
+    last_jump,
+    note_jump,
+    note_origin,
+    read_jumps,
+)
 from routedvit.training.checkpoints.run_state import RunState, read_run_state, write_evaluation
 from routedvit.training.checkpoints.shelf import Shelf
 from routedvit.training.checkpoints.verification import find_fault
@@ -175,6 +181,10 @@ class Checkpoints:
             forget_jumps(self.folder, after=int(folder.name.removeprefix("step_")))
         state = self._load(folder)
         state.guard |= {"returns": 0}
+        if not self._is_own(folder):  # what another run measured, maybe on other images
+            state.best, state.metrics, state.evaluated = {}, {}, []
+            if self.engine.rank == 0:
+                note_origin(self.folder, folder, state.step, state.samples_seen)
         return state
 
     def roll_back(self, before: int, resume_at: int, returns: int = 1) -> RunState | None:

@@ -1,4 +1,5 @@
-"""Where a run went back to and which data it passed over: rollbacks.json beside its checkpoints.
+"""Where a run began and went back to, and which data it passed over: two files beside its
+checkpoints, origin.json and rollbacks.json, which `data.order` and `data.audit` read too.
 
 The file and not the checkpoint says so, since a checkpoint is never written twice. Whoever loads
 one goes on behind the data that spoiled what came after it, another run that begins from it too.
@@ -9,7 +10,14 @@ from pathlib import Path
 
 from routedvit.training.checkpoints.manifest import replace_text
 
-ROLLBACKS = "rollbacks.json"
+ROLLBACKS, ORIGIN = "rollbacks.json", "origin.json"
+
+
+def note_origin(folder: Path, checkpoint: Path, step: int, position: int) -> None:
+    """The run begins from another's checkpoint, at a step and a position that are not 0."""
+    folder.mkdir(parents=True, exist_ok=True)
+    origin = {"checkpoint": str(checkpoint), "step": step, "position": position}
+    replace_text(folder / ORIGIN, json.dumps(origin) + "\n")
 
 
 def read_jumps(folder: Path) -> list[dict[str, int]]:

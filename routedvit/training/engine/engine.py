@@ -35,7 +35,7 @@ from routedvit.training.engine.native_check import check_native
 from routedvit.training.engine.processes import bound_all_waits
 from routedvit.training.images import as_floats
 from routedvit.training.interfaces import Batch
-from routedvit.training.recipe.weight_average import exchange
+from routedvit.training.recipe.weight_average import drop_unless_kept, exchange
 from routedvit.training.watch.stragglers import DeviceClock
 
 T = TypeVar("T")
@@ -324,6 +324,7 @@ class Engine:
                 value.detach().copy_(file.get_tensor(name))
         self._layout.set_counters(json.loads((folder / COUNTERS).read_text(encoding="utf-8")))
         self._layout.share_weights()
+        drop_unless_kept(self.optimizer)
 
     def _replicated(self, *, change: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
         """Frozen parameters and saved buffers, whole, one after the other. Collective."""

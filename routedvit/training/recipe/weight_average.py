@@ -52,6 +52,7 @@ class WeightAverage:
         )
         self.decay = 0.0
         optimizer.register_step_post_hook(self._update)
+        optimizer.weight_average = self  # type: ignore[attr-defined]
 
     def turn(self, step: int) -> None:
         """Choose the decay of step `step` (0-based) from its number alone."""
@@ -75,6 +76,13 @@ class WeightAverage:
             averages.append(state[KEY])
         if averages:
             torch._foreach_lerp_(averages, weights, weight=1.0 - self.decay)
+
+
+def drop_unless_kept(optimizer: torch.optim.Optimizer) -> None:
+    """Forget averages that came with another run's checkpoint and that nobody updates here."""
+    if not hasattr(optimizer, "weight_average"):
+        for state in optimizer.state.values():
+            state.pop(KEY, None)
 
 
 @torch.no_grad()

@@ -37,7 +37,8 @@ class TensorBoardWriter:
         # Imported here: it takes a second, and only rank 0 needs it.
         from torch.utils.tensorboard import SummaryWriter
 
-        purge_step = resume_step + 1 if resume_step else None
+        # also at step 0: a start that died before its first checkpoint may have written there
+        purge_step = resume_step + 1 if resume_step else 0
         self._events = SummaryWriter(str(folder), purge_step=purge_step, flush_secs=10)
 
     def scalar(self, name: str, value: float, step: int) -> None:

@@ -130,6 +130,20 @@ def test_what_was_lost_doubled_or_exchanged_is_named(make_set, make_config, run,
     assert "3 findings" in said
 
 
+def test_a_run_that_began_from_anothers_checkpoint_owes_nothing_before_it(
+    make_set, make_config, run, capsys
+):
+    config = make_config(make_set(SIZES), streams=4, log_samples=True)
+    write_config(run, config)
+    run_steps(run, config, 2, 2, 4)
+    assert audit.main([str(run)]) == 1  # samples are missing, as far as it knows
+    (run / "checkpoints").mkdir()
+    origin = {"checkpoint": "old", "step": 9, "position": 2 * BATCH}
+    (run / "checkpoints" / "origin.json").write_text(json.dumps(origin))
+    assert audit.main([str(run)]) == 0
+    assert f"positions {2 * BATCH} to {4 * BATCH - 1}" in capsys.readouterr().out
+
+
 def test_a_gap_is_one_line_and_counts_whole(make_set, make_config, run, capsys):
     config = make_config(make_set(SIZES), streams=4, log_samples=True)
     write_config(run, config)

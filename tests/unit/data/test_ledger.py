@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from data.errors import DataError
 from data.ledger import Ledger
 
 BAD = {"shard": "0.tar", "key": "a", "reason": "none", "position": 3}
@@ -28,3 +29,14 @@ def test_half_a_line_of_a_killed_process_costs_no_other(tmp_path, name):
     write()
     assert path.read_text().splitlines() == [line, line[:9], line]
     assert json.loads(line)["position"] in (3, [1, 2])
+
+
+def test_a_full_disk_costs_lines_and_not_the_run(tmp_path, caplog):
+    (tmp_path / "logs").write_text("no folder can be made here")
+    ledger = Ledger(tmp_path / "logs", "train", rank=0, limit=1, log_samples=True)
+    for _ in range(2):
+        ledger.record([BAD])
+        ledger.took(BATCH)
+    assert caplog.text.count("lacks lines from here on") == 2  # once a file
+    with pytest.raises(DataError, match="2 bad train samples"):
+        ledger.record([{**BAD, "key": "b"}])

@@ -107,6 +107,24 @@ def test_a_run_config_says_everything(make_set, tmp_path, capsys, where):
     assert lines[0]["step"] == rows[0][0] // BATCH
 
 
+def test_steps_are_where_the_run_took_them_after_it_began_elsewhere_and_went_back(
+    make_set, tmp_path, capsys
+):
+    run = {"seed": 7, "data": {"train": {"shards": str(make_set([10, 11]))}, "streams": 2}}
+    run["train"] = {"batch_size": 4}
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"config": run}))
+    origin = {"checkpoint": "old", "step": 10, "position": 200}
+    (tmp_path / "run" / "checkpoints" / "origin.json").write_text(json.dumps(origin))
+    jumps = [{"step": 12, "from": 208, "to": 240}, {"step": 12, "from": 208, "to": 280}]
+    (tmp_path / "run" / "checkpoints" / "rollbacks.json").write_text(json.dumps(jumps))
+    for given in (tmp_path / "run", tmp_path / "run" / "config.json"):
+        rows, _ = printed(capsys, "--config", given, "--steps", "10:14")
+        assert [row[0] for row in rows[::4]] == [200, 204, 280, 284]
+    _, lines = printed(capsys, "--config", given, "--steps", "0:1", "--epoch", 12)
+    assert (lines[0]["step"], lines[0]["position"]) == (12, 280)  # 252 was passed over
+
+
 def test_the_quickstart_can_be_asked(capsys):
     config = Path(__file__).parents[3] / "configs" / "quickstart.json"
     if not (config.parents[1] / "shards/mnist/train").exists():

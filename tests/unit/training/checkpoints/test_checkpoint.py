@@ -301,10 +301,23 @@ def test_a_checkpoint_of_another_run_begins_a_new_one_only(engine, tmp_path):
     other = save(engine, tmp_path / "other", 5)
     state = Checkpoints(tmp_path / "own", engine, keep=3).load_named(other)
     assert state.step == 5
-    assert not (tmp_path / "own").exists()
+    assert [path.name for path in (tmp_path / "own").iterdir()] == ["origin.json"]
     save(engine, tmp_path / "own", 6)
     with pytest.raises(ConfigError, match="--fresh"):
         Checkpoints(tmp_path / "own", engine, keep=3).load_named(other)
+
+
+def test_what_another_run_measured_is_not_the_new_ones(engine, tmp_path):
+    """It may have been measured on other images, and its best is no checkpoint of this run."""
+    state = RunState(5, 40, best={"val/top1": 90.0}, metrics={"val/top1": 90.0}, evaluated=["x"])
+    Checkpoints(tmp_path / "old", engine, keep=3).save(state)
+    own = Checkpoints(tmp_path / "old", engine, keep=3).load_named(Path("step_00000005"))
+    assert own.best == {"val/top1": 90.0}
+    source = tmp_path / "old" / "step_00000005"
+    fork = Checkpoints(tmp_path / "new", engine, keep=3).load_named(source)
+    assert (fork.best, fork.metrics, fork.evaluated) == ({}, {}, [])
+    origin = json.loads((tmp_path / "new" / "origin.json").read_text())
+    assert origin == {"checkpoint": str(source), "step": 5, "position": 40}
 
 
 def test_a_named_checkpoint_that_is_damaged_is_refused(engine, tmp_path):

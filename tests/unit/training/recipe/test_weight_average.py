@@ -12,7 +12,13 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from routedvit.training.config.run import ConfigError
-from routedvit.training.recipe.weight_average import KEY, WeightAverage, check_offload, exchange
+from routedvit.training.recipe.weight_average import (
+    KEY,
+    WeightAverage,
+    check_offload,
+    drop_unless_kept,
+    exchange,
+)
 
 
 def train(model, optimizer, average, steps, reference=None):
@@ -72,6 +78,19 @@ def test_it_is_saved_with_the_optimiser():
     resumed.load_state_dict(saved[1])
     train(other, resumed, WeightAverage(resumed, decay=0.5), range(3, 6))
     assert torch.equal(resumed.state[other.weight][KEY], optimizer.state[model.weight][KEY])
+
+
+def test_averages_that_nobody_updates_are_dropped():
+    """As they come with a checkpoint of a run that kept them into one that does not."""
+    model = nn.Linear(4, 3)
+    optimizer = timm.optim.create_optimizer_v2(model.parameters(), "adamw", lr=0.01)
+    train(model, optimizer, WeightAverage(optimizer, decay=0.8), range(2))
+    drop_unless_kept(optimizer)
+    assert all(KEY in state for state in optimizer.state.values())
+    other = timm.optim.create_optimizer_v2(model.parameters(), "adamw", lr=0.01)
+    other.load_state_dict(optimizer.state_dict())
+    drop_unless_kept(other)
+    assert all({*state} == {"step", "exp_avg", "exp_avg_sq"} for state in other.state.values())
 
 
 def test_exchanging_twice_changes_no_bit():

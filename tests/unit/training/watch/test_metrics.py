@@ -165,16 +165,19 @@ def test_a_missing_wandb_says_what_to_install(
     assert "pip install routedvit[wandb]" in report
 
 
-def test_a_resume_replaces_what_was_written_beyond_its_step(tmp_path: Path) -> None:
+@pytest.mark.parametrize("step", [5, 0])
+def test_a_start_replaces_what_was_written_beyond_its_step(step: int, tmp_path: Path) -> None:
+    """Also at step 0: a start with another recipe, after one that died before it saved."""
     first = build_writer(tmp_path, LogConfig(), rank=0)
-    for step in range(1, 8):
-        first.scalar("train/loss", 1.0, step)
+    for earlier in range(1, 8):
+        first.scalar("train/loss", 1.0, earlier)
     first.close()
-    second = build_writer(tmp_path, LogConfig(), rank=0, resume_step=5)
-    second.scalar("train/loss", 2.0, 6)
+    second = build_writer(tmp_path, LogConfig(), rank=0, resume_step=step)
+    second.scalar("train/loss", 2.0, step + 1)
     second.close()
     points = read(tmp_path).Scalars("train/loss")
-    assert [(p.step, p.value) for p in points] == [(s, 1.0) for s in range(1, 6)] + [(6, 2.0)]
+    kept = [(s, 1.0) for s in range(1, step + 1)]
+    assert [(p.step, p.value) for p in points] == [*kept, (step + 1, 2.0)]
 
 
 @pytest.mark.parametrize(("rank", "tensorboard"), [(1, True), (0, False)])
