@@ -1,9 +1,12 @@
 """Scores of tokens for their routers: dot products in fp32, whatever type the tokens have.
 
 A router is one vector, so this is a matrix-vector product: it is worth no more than the read of its
-tokens. In PyTorch that takes an fp32 copy of bf16 tokens for each router, kept for the backward
-pass: more memory than the rest of the block saves. The kernel casts in registers.
+tokens. In PyTorch bf16 tokens are copied to fp32 for each router; kept for the backward pass, the
+copies would be more memory than the rest of the block saves, so they are made again there. The
+kernel casts in registers. (On a GPU the reference's products are TF32 where torch allows that.)
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,4 +40,30 @@ def router_logits(x: Tensor, weight: Tensor, scale: float, num_prefix: int) -> T
 def _products(x: Tensor, weight: Tensor, scale: float, num_prefix: int) -> Tensor:
     """The prefix is cut off the narrow result: cutting it off x would copy all of x."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return F.linear(x.to(dtype), weight.to(dtype) * scale)[:, num_prefix:].transpose(1, 2)
+    weight = weight.to(dtype) * scale
+    if not torch.jit.is_scripting():  # noqa: SIM102 -- TorchScript wants it alone
+        if x.dtype != dtype and x.requires_grad and not _traced():
+            products: Tensor = _ProductsInFull.apply(x, weight)
+            return products[:, num_prefix:].transpose(1, 2)
+    return F.linear(x.to(dtype), weight)[:, num_prefix:].transpose(1, 2)
+
+
+@torch.jit.ignore
+def _traced() -> bool:
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+class _ProductsInFull(torch.autograd.Function):
+    """x [B, T, D] of a low precision, weight [R, D] fp32 -> their products [B, T, R] in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x.float(), weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        flat = grad.flatten(0, 1)
+        return (grad @ weight).to(x.dtype), flat.t() @ x.flatten(0, 1).float()

@@ -47,7 +47,7 @@ def router_logits_backward_kernel(
     column = tl.arange(0, BLOCK_D)
     route = tl.program_id(1)
     share = tl.zeros((BLOCK_D,), tl.float32)
-    num_tokens = (num_prefix + num_patches).to(tl.int64)
+    num_tokens = tl.full((), num_prefix, tl.int64) + num_patches  # either may be a constant, if 1
     total = num_tokens * num_images
     first = tl.program_id(0).to(tl.int64) * ROWS
     while first < total:

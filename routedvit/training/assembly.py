@@ -36,7 +36,7 @@ from routedvit.training.recipe.optim import (
     build_optimizer,
     build_schedule,
 )
-from routedvit.training.recipe.resolution import ResolutionDial
+from routedvit.training.recipe.resolution import ResolutionDial, check_resampling
 from routedvit.training.recipe.schedules import Dial, Schedules
 from routedvit.training.recipe.weight_average import WeightAverage, check_offload
 from routedvit.training.recipe.weight_decay import WeightDecayDial
@@ -136,6 +136,8 @@ def build_schedules(
             factor = capacity.sample(factors, config.seed)
         dials.append(capacity.CapacityDial(engine.model, factor))
     if config.resolution.stages:
+        if config.precision.deterministic:
+            check_resampling(engine.model, engine.device)
         stages = [(round(s.until * total_steps), s.size) for s in config.resolution.stages]
         made = {"model_kwargs": config.model.kwargs}
         _, height, width = resolve_input_data_config(engine.model, made)["input_size"]

@@ -30,7 +30,8 @@ from routedvit.training.checkpoints.shelf import names_in
 from routedvit.training.config.run import ConfigError
 
 # Keys a resumed run may change: they alter what is seen, kept or how the work is split over
-# machines, never which numbers the run computes (up to rounding).
+# machines, never which numbers the run computes (up to rounding, and to which images drop-path and
+# dropout draw).
 FREE_ON_RESUME = (
     "about", "output_dir", "eval", "checkpoint", "guard", "log", "deepspeed",
     "train.micro_batch_size", "train.grad_checkpointing",

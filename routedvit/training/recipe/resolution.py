@@ -12,6 +12,7 @@ Training at a lower resolution than testing: FixRes, 1906.06423; progressive: 21
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -60,6 +61,20 @@ class ResolutionDial:
             return None
         image = F.interpolate(image, self.size, mode="bilinear", antialias=True)
         return (image, *others)
+
+
+def check_resampling(model: nn.Module, device: torch.device) -> None:
+    """Refuse what has no deterministic backward pass on a GPU.
+
+    Raises:
+        ConfigError: the model resamples learned positions (timm: antialiased bicubic).
+    """
+    if device.type == "cuda" and getattr(model, "pos_embed", None) is not None:
+        raise ConfigError(
+            "resolution.stages with precision.deterministic: the gradient of resampled learned "
+            "positions is not deterministic on a GPU; set model.kwargs.pos_embed = 'sincos', or "
+            "precision.deterministic = false"
+        )
 
 
 def check_stages(

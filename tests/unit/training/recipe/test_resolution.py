@@ -8,7 +8,7 @@ from torch.nn import functional as F
 import routedvit  # noqa: F401  (registers the models)
 from routedvit.training.config.run import ConfigError
 from routedvit.training.objectives import SupervisedObjective, build_loss
-from routedvit.training.recipe.resolution import ResolutionDial
+from routedvit.training.recipe.resolution import ResolutionDial, check_resampling
 
 STAGES = [(2, 32), (5, 48)]
 
@@ -61,3 +61,11 @@ def test_the_model_learns_on_the_shrunk_image(kwargs):
 def test_what_cannot_be_is_refused_with_the_mend(stages, kwargs, size, words):
     with pytest.raises(ConfigError, match=words):
         ResolutionDial(objective(**kwargs), stages, size)
+
+
+def test_learned_positions_are_refused_where_their_resampling_has_no_order() -> None:
+    learned, fixed = (objective(pos_embed=kind).model for kind in ("learn", "sincos"))
+    check_resampling(learned, torch.device("cpu"))
+    check_resampling(fixed, torch.device("cuda"))
+    with pytest.raises(ConfigError, match="pos_embed = 'sincos'"):
+        check_resampling(learned, torch.device("cuda"))
