@@ -29,6 +29,7 @@ from routedvit.training.checkpoints.shards import (
 from routedvit.training.checkpoints.zero_layout import ZeroLayout
 from routedvit.training.config.native import zero_stage
 from routedvit.training.config.run import ConfigError
+from routedvit.training.device_clock import DeviceClock
 from routedvit.training.distributed.collective import WorldMean
 from routedvit.training.distributed.world import World
 from routedvit.training.engine.native_check import check_native
@@ -36,7 +37,6 @@ from routedvit.training.engine.processes import bound_all_waits
 from routedvit.training.images import as_floats
 from routedvit.training.interfaces import Batch
 from routedvit.training.recipe.weight_average import drop_unless_kept, exchange
-from routedvit.training.watch.stragglers import DeviceClock
 
 T = TypeVar("T")
 SHARDS, REPLICATED, COUNTERS = "shards", "replicated.safetensors", "counters.json"

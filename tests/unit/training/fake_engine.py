@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from routedvit.training.device_clock import DeviceClock
 from routedvit.training.engine import StepResult
-from routedvit.training.watch.stragglers import DeviceClock
 
 
 class FakeEngine:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import pytest
-import torch
 
-from routedvit.training.watch.stragglers import LOOKS, DeviceClock, RankTimes, Stragglers
+from routedvit.training.watch.stragglers import LOOKS, RankTimes, Stragglers
 
 EVEN = [RankTimes(f"rank {i} on node{i // 2}", 0.1, 0.01) for i in range(4)]
 
@@ -81,12 +79,3 @@ def test_the_first_look_and_a_world_of_one_say_nothing():
     recorder.world_size = 1
     stragglers.look(1, 0.1, 0.9)
     assert not recorder.scalars
-
-
-def test_a_clock_gives_the_mean_of_the_blocks_since_the_last_read():
-    clock = DeviceClock(torch.device("cpu"))
-    for seconds in (0.01, 0.03):
-        with clock.timed():
-            time.sleep(seconds)
-    assert 0.02 <= clock.read() < 0.2
-    assert clock.read() == 0.0
