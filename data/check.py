@@ -113,6 +113,22 @@ def _adopt(
     print(f"  wrote     {folder / MANIFEST_NAME}")
 
 
+def _refuse_part(folder: Path, names: set[str]) -> None:
+    """DataError where a manifest stands that knows other shards of the folder too: a new one would
+    be for these alone, and nobody would vouch for the others.
+    """
+    try:
+        known = {entry.name for entry in read_manifest(folder / MANIFEST_NAME).shards}
+    except DataError:
+        return
+    if others := sorted(name for name in known - names if (folder / name).exists()):
+        raise DataError(
+            f"{folder / MANIFEST_NAME} is for other shards too ({others[0]} and {len(others) - 1} "
+            "more); move one set to a folder of its own, name all shards of the folder in one "
+            "command, or delete the manifest"
+        )
+
+
 def _earlier(folder: Path, notes: list[dict[str, Any]]) -> Manifest | None:
     """The manifest of a folder, where it can be read and knows the shards that `notes` describe.
 
@@ -165,6 +181,8 @@ def run(arguments: argparse.Namespace) -> int:
     folders = dict.fromkeys(path.parent for path in paths)
     labels = {folder: arguments.labels or _labels_of(folder) for folder in folders}
     write = arguments.write_manifest
+    for folder in folders if write else []:
+        _refuse_part(folder, {path.name for path in paths if path.parent == folder})
     tasks = [Task(path, labels[path.parent], not arguments.headers_only, write) for path in paths]
     try:
         performed = each(examine, tasks, arguments.jobs)

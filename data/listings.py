@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ def list_splits(
     images, labels = [], []
     for number, row in enumerate(_rows(path)):
         for column in (image_column, label_column):
-            if row.get(column) in (None, ""):
+            if row.get(column) in (None, "") or row[column] != row[column]:  # NaN is none either
                 known = ", ".join(str(name) for name in row)
                 raise DataError(
                     f"{path}: row {number + 1} has no {column!r} (columns: {known}); name the "
@@ -49,6 +50,10 @@ def list_splits(
         labels.append(str(row[label_column]))
     if not images:
         raise DataError(f"{path} lists no images; expected a header line and a row per image")
+    if held_out:
+        _refuse_twice(path, images)
+    if not labels_are_names and all(re.fullmatch(r"-?[0-9]+\.0+", label) for label in labels):
+        labels = [label.partition(".")[0] for label in labels]  # whole numbers that pandas wrote
     if labels_are_names or not all(re.fullmatch(r"-?[0-9]+", label) for label in labels):
         names = sorted(set(labels))
         number_of = {name: number for number, name in enumerate(names)}
@@ -64,6 +69,19 @@ def list_splits(
         for image, label in zip(images, numbers, strict=True)
     ]
     return divide(Split(references, names), held_out)
+
+
+def _refuse_twice(path: Path, images: list[str]) -> None:
+    """DataError where an image is listed twice: it could be in train and be held out too."""
+    first: dict[str, int] = {}
+    for number, image in enumerate(images):
+        before = first.setdefault(os.path.normpath(path.parent / image), number)
+        if before != number:
+            raise DataError(
+                f"{path}: row {number + 1} lists {image} again (row {before + 1}), and --held-out "
+                "might put it on both sides; list each image once, or write train and val from two "
+                "lists"
+            )
 
 
 def _numbered(labels: list[int], where: str, mend: str) -> list[str]:

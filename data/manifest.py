@@ -7,6 +7,7 @@ its presence means that the set is complete.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -117,11 +118,17 @@ def write_atomically(path: Path, payload: bytes) -> None:
 
 
 def publish(temporary: Path, path: Path) -> None:
-    """Rename a flushed file to its final name and flush the folder, so the name survives too."""
+    """Rename a flushed file to its final name and flush the folder, so the name survives too.
+
+    Some file systems (FUSE, CIFS) cannot flush a folder.
+    """
     os.replace(temporary, path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(folder)
 

@@ -16,7 +16,7 @@ import struct
 import unicodedata
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -79,6 +79,13 @@ class FileReference:
     def read(self) -> bytes:
         with open(os.path.join(self.root, self.name), "rb") as file:
             return file.read()
+
+
+def whereabouts(reference: Reference) -> str:
+    """The path of an image file, from the root of this machine; '' of what is no file."""
+    if not isinstance(reference, FileReference):
+        return ""
+    return os.path.abspath(os.path.join(reference.root, reference.name))
 
 
 def mnist_splits() -> dict[str, Split]:
@@ -157,7 +164,10 @@ def _kind(path: Path) -> str:
 
 
 def _image_folder(root: Path, label_names: list[str] | None) -> Split:
-    found = sorted(path.name for path in root.iterdir() if path.is_dir())
+    folders = sorted(path.name for path in root.iterdir() if path.is_dir())
+    found = [name for name in folders if not name.startswith(".")]
+    if odd := [name for name in found if not _is_text(name)]:
+        raise DataError(f"{root}: the folder name {odd[0]!r} is no UTF-8; rename that class")
     label_names = label_names or found
     if unknown := set(found) - set(label_names):
         raise DataError(f"{root} has classes that train lacks: {', '.join(sorted(unknown)[:5])}")
@@ -166,10 +176,10 @@ def _image_folder(root: Path, label_names: list[str] | None) -> Split:
     ignored: Counter[str] = Counter()
     if beside := _number_of(root.iterdir()):
         ignored["beside the class folders"] = beside
+    if hidden := len(folders) - len(found):
+        ignored["hidden folders"] = hidden
     for label, name in enumerate(label_names):
-        for path in sorted((root / name).rglob("*")):
-            if not path.is_file():
-                continue
+        for path in sorted(_files_below(root / name)):
             if path.suffix.lower() not in SUFFIXES:
                 ignored[_kind(path)] += 1
                 continue
@@ -183,6 +193,29 @@ def _image_folder(root: Path, label_names: list[str] | None) -> Split:
             f"{' '.join(sorted(SUFFIXES))}{there}"
         )
     return Split(references, label_names, ignored)
+
+
+def _is_text(name: str) -> bool:
+    """Whether a name that the file system gave is UTF-8."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """All files, through links to folders too, as torchvision goes; each folder once."""
+    entered: set[tuple[int, int]] = set()
+    for inside, folders, files in os.walk(folder, followlinks=True):
+        here = os.stat(inside)
+        if (here.st_dev, here.st_ino) in entered:
+            folders.clear()
+            continue
+        entered.add((here.st_dev, here.st_ino))
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        paths = (Path(inside, name) for name in files)
+        yield from (path for path in paths if path.is_file())
 
 
 def listed(ignored: Counter[str]) -> str:

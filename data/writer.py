@@ -37,7 +37,7 @@ from data.manifest import (
 )
 from data.pool import each
 from data.skipped import DEFAULT_SHARE, Skipped
-from data.sources import Reference, Split
+from data.sources import Reference, Split, whereabouts
 from data.statistics import ShardStatistics, combine
 
 PARTS = ".parts"
@@ -76,7 +76,7 @@ def write_split(
     (folder / PARTS).mkdir(parents=True, exist_ok=True)
     _refuse_strangers(folder, {f"{number:06d}.tar" for number in range(len(chunks))})
     (folder / MANIFEST_NAME).unlink(missing_ok=True)  # it would vouch for shards we replace
-    _forget_other_plans(folder / PARTS, chunks, encoding)
+    _forget_other_plans(folder / PARTS, chunks, encoding, recipe)
     skipped = Skipped(folder, len(references), max_skipped)
     work = [
         _Job(folder / f"{number:06d}.tar", chunk, encoding) for number, chunk in enumerate(chunks)
@@ -108,11 +108,17 @@ def _refuse_strangers(folder: Path, ours: set[str]) -> None:
         )
 
 
-def _forget_other_plans(parts: Path, chunks: list[list[Reference]], encoding: Encoding) -> None:
-    """Drop the notes of a run with other samples, shard size or encoding: they do not fit ours."""
-    digest = hashlib.sha256(repr(encoding).encode())
+def _forget_other_plans(
+    parts: Path, chunks: list[list[Reference]], encoding: Encoding, recipe: dict[str, str] | None
+) -> None:
+    """Drop the notes of a run with other samples, shard size or encoding: they do not fit ours.
+
+    The same names in another folder are other samples.
+    """
+    digest = hashlib.sha256(repr((encoding, sorted((recipe or {}).items()))).encode())
     for chunk in chunks:
-        digest.update(repr([(reference.key, reference.label) for reference in chunk]).encode())
+        samples = [(one.key, one.label, whereabouts(one)) for one in chunk]
+        digest.update(repr(samples).encode())
     plan = parts / "plan"
     if not plan.exists() or plan.read_text() != digest.hexdigest():
         shutil.rmtree(parts)

@@ -51,15 +51,25 @@ def load_model(name: str | None, checkpoint: Path | None) -> nn.Module:
     if checkpoint is not None and checkpoint.is_dir():
         if not (checkpoint / "config.json").is_file():
             raise ValueError(f"--checkpoint {checkpoint} has no config.json; name a weights folder")
-        return timm.create_model(f"local-dir:{checkpoint.resolve()}", pretrained=True).eval()
+        model = timm.create_model(f"local-dir:{checkpoint.resolve()}", pretrained=True)
+        return _drawable(model.eval())
     if name is None:
         raise ValueError("give --model NAME, or a --checkpoint folder that holds a config.json")
     if checkpoint is not None and not checkpoint.is_file():
         raise ValueError(f"--checkpoint {checkpoint} does not exist")
     try:
-        return timm.create_model(name, checkpoint_path=str(checkpoint or "")).eval()
+        return _drawable(timm.create_model(name, checkpoint_path=str(checkpoint or "")).eval())
     except RuntimeError as error:  # an unknown name, or weights of another model
         raise ValueError(str(error)) from None
+
+
+def _drawable(model: nn.Module) -> nn.Module:
+    if not hasattr(model, "routing"):
+        raise ValueError(f"{type(model).__name__} does not route; name a colt5_vit model")
+    channels = resolve_model_data_config(model)["input_size"][0]
+    if channels not in (1, 3):
+        raise ValueError(f"the model takes {channels} channels; only grey and RGB can be drawn")
+    return model
 
 
 def load_images(paths: Sequence[Path], model: nn.Module) -> Tensor:
@@ -102,6 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sheet = draw(model, images, router=args.router, title=title, size=args.size)
     except ValueError as error:
         parser.error(str(error))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     drawing.to_pil(sheet).save(args.out, format="PNG")
     print(f"{args.out}: {sheet.shape[2]} x {sheet.shape[1]} pixels, router {args.router}")
 

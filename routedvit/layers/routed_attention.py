@@ -260,6 +260,8 @@ class RoutedAttention(nn.Module):
         if self.kv_router.takes_all():
             rows = keep_in_graph(rows, kv_gate)
         light = None if self.light is None else self.light(tokens, grid, rope, same_window)
+        if self.light is None and not self.shared_norm and self.q_router.takes_all():
+            rows = keep_in_graph(rows, tokens)  # of the norm that nobody may read now
         if self.q_router.takes_all() and self.null_token is None:
             rows = keep_in_graph(rows, q_gate)
             rows = rows if light is None else rows + light

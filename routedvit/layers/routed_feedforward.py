@@ -157,6 +157,8 @@ class RoutedFeedForward(nn.Module):
             residual = source
         if self.router.takes_all():
             rows = keep_in_graph(rows, gate)
+            if self.light is None and not self.shared_norm:
+                rows = keep_in_graph(rows, tokens)  # of the norm that nobody reads now
             rows = rows if self.light is None else rows + self.light(tokens)
             return rows if residual is None else residual + rows
         base = torch.zeros_like(x) if self.light is None else self.light(tokens)

@@ -17,6 +17,7 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
+from routedvit.models.dense_check import check_blocks, check_heads
 from routedvit.models.dense_weights import from_dense, source_grid, unwrap
 from routedvit.models.routed_vit import RoutedVisionTransformer
 
@@ -62,7 +63,7 @@ def convert_dense(
     grid = None if module is None else module.patch_embed.grid_size
     state, transfer = from_dense(weights, model, grid)
     if module is not None:
-        _check_heads(module, model)
+        check_heads(module, model)
         model.train(module.training)
     model.load_state_dict(state)
     if report is not None:
@@ -78,6 +79,7 @@ def _vision_transformer(dense: nn.Module) -> VisionTransformer:
             f"dense is a {type(inner).__name__}, and only timm's VisionTransformer can be"
             " converted; create one, such as timm.create_model('vit_small_patch16_224')"
         )
+    check_blocks(inner)
     return inner
 
 
@@ -164,15 +166,6 @@ def _activation(activation: nn.Module) -> str:
         f"the activation {type(activation).__name__} of the dense model cannot be converted;"
         f" only {', '.join(ACTIVATIONS)} can"
     )
-
-
-def _check_heads(module: Any, model: RoutedVisionTransformer) -> None:
-    dense, routed = module.blocks[0].attn.num_heads, model._routed_blocks()[0].attn.heavy.num_heads
-    if dense != routed:
-        raise ValueError(
-            f"the dense model has num_heads={dense}, the routed one num_heads={routed}:"
-            f" pass num_heads={dense}, or choose the model of the same size"
-        )
 
 
 def _plain(size: Any) -> int | tuple[int, int]:

@@ -6,17 +6,27 @@ are taken as they are. Patch kernels and position tables are resampled to the mo
 classifier of other classes is left out and the model keeps its own fresh one.
 """
 
+import json
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import timm
 import timm.models
+import torch
 from safetensors import SafetensorError
+from timm.layers import resample_abs_pos_embed
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from routedvit.models.dense_weights import Transfer, checkpoint_filter_fn, from_dense, unwrap
+from routedvit.models.dense_check import check_blocks, check_heads
+from routedvit.models.dense_weights import (
+    Transfer,
+    checkpoint_filter_fn,
+    from_dense,
+    source_grid,
+    unwrap,
+)
 from routedvit.models.routed_vit import RoutedVisionTransformer
 
 __all__ = ["WarmStart", "warm_start"]
@@ -56,18 +66,23 @@ def warm_start(model: nn.Module, source: str) -> WarmStart:
             f"{type(model).__name__} is not a routed model; give its weights by"
             " model.kwargs.checkpoint_path or model.kwargs.pretrained"
         )
-    weights, grid = _read(source)
+    weights, other = _read(source)
+    grid = getattr(getattr(other, "patch_embed", None), "grid_size", None)
     if "blocks.0.attn.qkv.weight" in weights:
+        if isinstance(other, VisionTransformer):
+            check_blocks(other)
+            if other.embed_dim == model.embed_dim:  # else that is what is said
+                check_heads(other, model)
         kind, (state, transfer) = "dense", from_dense(weights, model, grid)
     else:
-        kind, (state, transfer) = "routed", _from_routed(weights, model)
+        kind, (state, transfer) = "routed", _from_routed(weights, model, grid)
     model.load_state_dict(state)
     fresh = [target for kind, _, target in transfer.rows if kind in ("initialised", "zero")]
     return WarmStart(source, kind, fresh, str(transfer))
 
 
-def _read(source: str) -> tuple[dict[str, Tensor], tuple[int, int] | None]:
-    """State dict under timm's names, and the patch grid where it is known."""
+def _read(source: str) -> tuple[dict[str, Tensor], nn.Module | None]:
+    """State dict under timm's names, and a model that it is of, maybe without values."""
     path = Path(source)
     if path.is_dir():
         path = path / "model.safetensors"
@@ -75,28 +90,47 @@ def _read(source: str) -> tuple[dict[str, Tensor], tuple[int, int] | None]:
         if not path.is_file():
             raise ValueError(f"{path} does not exist")
         try:
-            return unwrap(timm.models.load_state_dict(str(path))), None
+            weights = unwrap(timm.models.load_state_dict(str(path)))
         except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ValueError(f"{path} cannot be read: {reason}") from error
+        return weights, _described(path.with_name("config.json"))
     if not source.startswith(FOREIGN) and not timm.is_model(source):
         raise ValueError(f"{source} is no file, no folder with model.safetensors, no timm model")
     try:
-        other: Any = timm.create_model(source, pretrained=True)
+        other = timm.create_model(source, pretrained=True)
     except (OSError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"timm cannot give the weights of {source}: {reason}") from error
-    embed = getattr(other, "patch_embed", None)
-    return unwrap(other.state_dict()), getattr(embed, "grid_size", None)
+    return unwrap(other.state_dict()), other
+
+
+def _described(config: Path) -> nn.Module | None:
+    """The model that timm's config.json beside weights tells of, on `meta`; None if none does.
+
+    What weights do not say: the grid of their positions, heads, the order of operations.
+    """
+    try:
+        known = json.loads(config.read_text(encoding="utf-8"))
+        with torch.device("meta"):
+            arguments = {"num_classes": known["num_classes"], **known.get("model_args", {})}
+            return timm.create_model(known["architecture"], **arguments)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError):
+        return None
 
 
 def _from_routed(
-    weights: dict[str, Tensor], model: RoutedVisionTransformer
+    weights: dict[str, Tensor], model: RoutedVisionTransformer, grid: tuple[int, int] | None
 ) -> tuple[dict[str, Tensor], Transfer]:
     """A complete state dict of `model`; only its classifier may be missing, or of other classes."""
     own, transfer = model.state_dict(), Transfer()
     state: dict[str, Tensor] = {}
-    for name, tensor in checkpoint_filter_fn(weights, model).items():
+    table = weights.get("pos_embed")
+    fitted = {name: tensor for name, tensor in weights.items() if name != "pos_embed"}
+    fitted = checkpoint_filter_fn(fitted, model)
+    if table is not None:
+        fitted["pos_embed"] = _fit_positions(table, weights, model, grid)
+    for name, tensor in fitted.items():
         # the last norm stands before or after the pool
         moved = {"norm": "fc_norm", "fc_norm": "norm"}.get(name.split(".")[0])
         target = f"{moved}.{name.split('.')[-1]}" if moved and name not in own else name
@@ -111,3 +145,32 @@ def _from_routed(
             state[name] = own[name]
             transfer.add("initialised", target=name)
     return state, transfer
+
+
+def _fit_positions(
+    table: Tensor,
+    weights: dict[str, Tensor],
+    model: RoutedVisionTransformer,
+    grid: tuple[int, int] | None,
+) -> Tensor:
+    """The position table [1, P + N, D] of another routed model, at this one's grid.
+
+    Where its grid is not known, one of as many rows is taken for this model's, others for square.
+
+    Raises:
+        ValueError: it has other rows for prefix tokens.
+    """
+    if model.pos_embed is None:
+        return table  # the load says that there is no place for it
+    new = model.patch_embed.grid_size
+    wanted = model.pos_embed.shape[1]
+    old = grid or (new if table.shape[1] == wanted else source_grid(weights))
+    prefix = table.shape[1] - old[0] * old[1]
+    if prefix != wanted - new[0] * new[1]:
+        raise ValueError(
+            f"pos_embed has {prefix} rows for prefix tokens, this model {wanted - new[0] * new[1]};"
+            " set class_token, reg_tokens and no_embed_class as in the model of the weights"
+        )
+    if tuple(old) == tuple(new):
+        return table
+    return resample_abs_pos_embed(table, list(new), list(old), num_prefix_tokens=prefix)

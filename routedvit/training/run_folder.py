@@ -145,11 +145,12 @@ def claim(folder: RunFolder, config: dict[str, Any], *, free: tuple[str, ...] = 
         free = FREE_ON_RESUME + free
         differing = [key for key in differences(before, config) if not _is_free(key, free)]
         if differing:
+            place = "output_dir" if config.get("output_dir") else "name"
+            newest = folder.checkpoints / names_in(folder.checkpoints)[-1]
             raise ConfigError(
                 f"{folder.path} holds another run: {_describe(differing, before, config)}; "
-                "give this one another name (--set name=...), and to begin where that one is add "
-                f"--resume {folder.checkpoints / names_in(folder.checkpoints)[-1]}; or start over "
-                "with --fresh"
+                f"give this one another {place} (--set {place}=...), and to begin where that one "
+                f"is add --resume {newest}; or start over with --fresh"
             )
     folder.path.mkdir(parents=True, exist_ok=True)
     record = {"config": config, "git_revision": git_revision(), "versions": versions()}

@@ -262,8 +262,12 @@ class Trainer:
 
     def note(self, status: str) -> None:
         """Leave a word in the run folder, see `write_status`."""
-        if self.engine.rank == 0:
+        if self.engine.rank != 0:
+            return
+        try:
             write_status(self.folder, status, self.state.step)
+        except OSError as error:
+            self.progress.message(f"status.json does not say {status!r}: {error}")
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

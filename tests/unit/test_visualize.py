@@ -73,6 +73,7 @@ def test_images_are_prepared_for_the_model_and_shown_as_prepared(
         (["{photo}", "--model", "colt5_vit_test", "--router", "v"], "it has ffn, kv0, q"),
         (["{photo}", "--model", "colt5_vit_test", "--checkpoint", "no.safetensors"], "not exist"),
         (["{photo}", "--checkpoint", "{folder}"], "has no config.json"),
+        (["{photo}", "--model", "test_vit"], "VisionTransformer does not route"),
         (["missing.jpg", "--model", "colt5_vit_test"], "missing.jpg cannot be read"),
         (["{text}", "--model", "colt5_vit_test"], "cannot be read as an image"),
     ],

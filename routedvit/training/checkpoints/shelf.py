@@ -5,6 +5,7 @@ Nothing here is collective: every rank may look, rank 0 alone changes.
 
 import contextlib
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +15,13 @@ from routedvit.training.checkpoints.retention import Retention
 from routedvit.training.checkpoints.run_state import read_run_state
 
 LATEST = "latest"
+STEP = re.compile(r"step_\d{8,}")  # `step_name`
 
 
 def names_in(folder: Path) -> list[str]:
     """The complete checkpoints in `folder`, oldest first; they may be damaged.
+
+    A copy that somebody made beside them under a name of its own is none.
 
     Raises:
         OSError: it is there and cannot be listed. (`Path.glob` would find nothing instead, and the
@@ -25,7 +29,7 @@ def names_in(folder: Path) -> list[str]:
     """
     try:
         with os.scandir(folder) as entries:
-            return sorted(e.name for e in entries if e.name.startswith("step_") and e.is_dir())
+            return sorted(e.name for e in entries if STEP.fullmatch(e.name) and e.is_dir())
     except FileNotFoundError:
         return []
 

@@ -104,7 +104,9 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     *sections, key = dotted.split(".")
     node = raw
     for section in sections:
-        node = node.setdefault(section, {})
+        if node.get(section) is None:  # a run's config.json has null where a section is off
+            node[section] = {}
+        node = node[section]
         if not isinstance(node, dict):
             raise ConfigError(f"--set {override}: {section!r} is a value, not a section")
     node[key] = value

@@ -9,6 +9,7 @@ which the launcher and the peers see that it is gone.
 gloo disconnects on its own and must: its threads abort a process that ends while still connected.
 """
 
+import contextlib
 import logging
 import os
 import sys
@@ -30,7 +31,8 @@ def leave(code: int) -> NoReturn:
     if code not in TOGETHER and connected_by_nccl():
         logging.shutdown()
         for stream in (sys.stdout, sys.stderr):
-            stream.flush()
+            with contextlib.suppress(OSError):  # a full disk must not change the exit code
+                stream.flush()
         os._exit(code)
     sys.exit(code)
 

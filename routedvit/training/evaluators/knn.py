@@ -83,5 +83,6 @@ def vote(
     with torch.autocast(queries.device.type, enabled=False):
         similarity = queries @ keys.T
     similarity, nearest = similarity.topk(min(neighbours, len(keys)), dim=1)
-    weights = (similarity / temperature).exp()
+    # the nearest counts 1: at a low temperature its own exponential would be infinite
+    weights = ((similarity - similarity[:, :1]) / temperature).exp()
     return weights.new_zeros(len(queries), num_classes).scatter_add_(1, target[nearest], weights)

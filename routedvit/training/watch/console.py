@@ -21,6 +21,7 @@ Standard library only, so that it can be in force before the slow, talkative imp
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import shutil
@@ -118,7 +119,8 @@ class Console:
         if isinstance(error, KeyboardInterrupt):
             self.print("interrupted")
             self._leave(INTERRUPT_CODE)
-        traceback.print_exception(kind, error, trace)  # into the log
+        with contextlib.suppress(OSError):  # a full disk must not swallow what is said below
+            traceback.print_exception(kind, error, trace)  # into the log
         _flush()
         self._wait_for_rank_0()
         if isinstance(error, self._user_errors):
@@ -162,5 +164,7 @@ def _redirect(target: int) -> None:
 
 
 def _flush() -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
+    """What a full disk does not take of the log is lost; the run is not."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()

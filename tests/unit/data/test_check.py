@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import stat
 
 import pytest
 
@@ -95,6 +97,27 @@ def test_a_manifest_made_anew_keeps_what_no_shard_says(good):
     assert check.main(["--write-manifest", str(good / "*.tar")]) == 0
     again = read_manifest(good / "manifest.json")
     assert (again.recipe, again.label_names) == (None, None)
+
+
+def test_a_manifest_for_other_shards_of_the_folder_too_is_not_replaced(good, capsys):
+    (first, *_) = sorted(good.glob("*.tar"))
+    before = (good / "manifest.json").read_text()
+    assert check.main(["--write-manifest", str(first)]) == 2
+    assert "is for other shards too (" in capsys.readouterr().err
+    assert (good / "manifest.json").read_text() == before
+    assert check.main(["--write-manifest", f"{good}/*.tar"]) == 0
+
+
+def test_a_file_system_that_cannot_flush_folders_serves(good, monkeypatch):
+    flush = os.fsync
+
+    def refuse_folders(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    assert check.main(["--write-manifest", f"{good}/*.tar"]) == 0
 
 
 def test_no_manifest_is_made_for_damaged_shards(make_set, capsys):

@@ -54,6 +54,32 @@ def test_what_is_wrong_with_a_list_is_said_in_a_line(said, content, words):
     assert (code, words in error, error.count("\n")) == (2, True, 1)
 
 
+def test_an_image_listed_twice_is_not_held_out(tmp_path, said):
+    """It might be in train and in val; without --held-out it may weigh double."""
+    for name in "ab":
+        (tmp_path / f"{name}.png").write_bytes(png(0))
+    content = b"image,label\na.png,0\nb.png,0\n./a.png,0\n"
+    code, error = said(content, "--held-out", "0.5")
+    assert (code, "row 3 lists ./a.png again (row 1)" in error) == (2, True)
+    assert said(content) == (0, "")
+
+
+def test_whole_numbers_that_pandas_made_fractions_are_classes(tmp_path, said):
+    for name in "abc":
+        (tmp_path / f"{name}.png").write_bytes(png(0))
+    assert said(b"image,label\na.png,2.0\nb.png,10.0\nc.png,0.0\n") == (0, "")
+    assert manifest_in(tmp_path).class_counts == [1, 0, 1, *[0] * 7, 1]
+
+
+def test_a_label_that_is_no_number_at_all_is_missing(tmp_path, capsys):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pytest.importorskip("pyarrow").table({"image": ["a.png"], "label": [float("nan")]})
+    parquet.write_table(table, tmp_path / "list.parquet")
+    command = ["--source", "list", "--path", str(tmp_path / "list.parquet")]
+    assert write.main([*command, "--out", str(tmp_path / "out")]) == 2
+    assert "row 1 has no 'label'" in capsys.readouterr().err
+
+
 def test_a_folder_as_list_is_said_in_a_line(tmp_path, capsys):
     command = ["--source", "list", "--path", str(tmp_path), "--out", str(tmp_path / "out")]
     assert write.main(command) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import struct
 import tracemalloc
 from collections import Counter
@@ -39,6 +40,27 @@ def test_train_without_val_is_what_is_held_out_from(tree):
     splits = folder_splits(root, 0.25)
     assert sizes(splits) == {"train": 6, "val": 2}
     assert splits["train"].ignored == Counter({"in test/": 4})
+
+
+def test_links_to_folders_are_followed_once_and_hidden_folders_are_no_classes(tree, tmp_path):
+    root = tree("a", ".ipynb_checkpoints")
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "x.png").write_bytes(png(1))
+    (root / "a" / "more").symlink_to(tmp_path / "more")
+    (tmp_path / "more" / "round").symlink_to(root / "a")
+    split = folder_splits(root, 0)["train"]
+    assert sorted(reference.key for reference in split.references) == [
+        "a/0", "a/1", "a/2", "a/3", "a/more/x",
+    ]  # fmt: skip
+    assert split.label_names == ["a"]
+    assert split.ignored == Counter({"hidden folders": 1})
+
+
+def test_a_class_whose_name_is_no_text_is_refused_before_anything_is_written(tree):
+    root = tree("a")
+    os.mkdir(os.fsencode(root) + b"/caf\xe9")
+    with pytest.raises(DataError, match=r"'caf\\udce9' is no UTF-8; rename that class"):
+        folder_splits(root, 0)
 
 
 def test_holding_out_beside_a_val_folder_is_refused(tree):

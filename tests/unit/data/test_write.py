@@ -179,6 +179,31 @@ def test_a_stopped_writer_goes_on_and_leaves_finished_shards_alone(
     ]
 
 
+def test_a_stopped_writer_does_not_go_on_with_images_of_another_folder(
+    photographs, tmp_path, monkeypatch
+):
+    """Though they have the same names and classes."""
+    import data.writer
+
+    other = tmp_path / "other"
+    for path in photographs.rglob("*.*g"):
+        (other / path.relative_to(photographs)).parent.mkdir(parents=True, exist_ok=True)
+        (other / path.relative_to(photographs)).write_bytes(png(7))
+    command = [*from_folder(photographs, tmp_path / "out"), "--shard-size", "3"]
+    with monkeypatch.context() as patch:
+        patch.setattr(data.writer, "write_manifest", lambda *_: _interrupt())
+        assert write.main(command) == 130
+    command[command.index("--path") + 1] = str(other)
+    assert write.main(command) == 0
+    with tarfile.open(tmp_path / "out" / "train" / "000000.tar") as tar:
+        images = [tar.extractfile(member).read() for member in tar if "cls" not in member.name]
+    assert {*images} == {png(7)}
+
+
+def _interrupt() -> None:
+    raise KeyboardInterrupt
+
+
 def test_resize_shrinks_the_shorter_side_and_keeps_small_images(photographs, tmp_path):
     out = tmp_path / "out"
     command = from_folder(photographs, out)

@@ -12,8 +12,8 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from timm.layers import SwiGLU, SwiGLUPacked
-from timm.models.vision_transformer import VisionTransformer
+from timm.layers import GluMlp, SwiGLU, SwiGLUPacked
+from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
 import routedvit
@@ -186,6 +186,21 @@ def test_a_model_of_another_kind_is_refused_by_its_class() -> None:
     dense = timm.create_model("eva02_tiny_patch14_224", depth=1)
     with pytest.raises(ValueError, match="dense is a Eva, and only timm's VisionTransformer"):
         convert(dense)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "part"),
+    [
+        ({"block_fn": ResPostBlock, "init_values": 0.5}, "blocks.0 of .* ResPostBlock"),
+        ({"mlp_layer": GluMlp, "act_layer": "silu"}, "blocks.0.mlp of .* GluMlp"),
+        ({"norm_layer": partial(nn.LayerNorm, bias=False)}, "blocks.0.norm1 of .* LayerNorm"),
+        ({"norm_layer": "simplenorm"}, "blocks.0.norm1 of .* SimpleNorm"),
+    ],
+)
+def test_blocks_that_compute_something_else_are_refused(kwargs, part) -> None:
+    """Though names and shapes of their weights fit."""
+    with pytest.raises(ValueError, match=part):
+        convert(make_dense(**kwargs))
 
 
 def test_a_compiled_model_is_converted_as_the_one_inside() -> None:

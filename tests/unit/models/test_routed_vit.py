@@ -272,6 +272,14 @@ def test_bfloat16_model_and_autocast_agree_with_float32():
     assert (low.float() - exact).abs().max() < 0.1 * exact.abs().max()
 
 
+def test_a_norm_that_nobody_reads_at_full_capacity_still_has_a_gradient():
+    """Under ZeRO-3 a parameter without one would be given that of an earlier step."""
+    model = create(separate_norms=True, light_heads=0, light_mlp_ratio=0).train()
+    model.set_capacity(1)
+    model(images()).sum().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
 def test_fix_init_scales_what_deep_blocks_add():
     model = create(fix_init=True)
     first, last = (model.blocks[i].mlp.heavy.fc2.weight.std() for i in (0, 2))

@@ -129,3 +129,57 @@ def test_what_cannot_be_used_is_said_in_words(source: str, words: str, tmp_path:
 def test_only_routed_models_are_started_this_way() -> None:
     with pytest.raises(ValueError, match=r"VisionTransformer is not a routed model.*pretrained"):
         warm_start(dense(), "x.pth")
+
+
+def export(model: nn.Module, folder: Path) -> str:
+    """As timm and an export of this project lay weights down."""
+    timm.models.save_for_hf(
+        model, folder, model_args=timm.models.get_model_args(model), safe_serialization=True
+    )
+    return str(folder)
+
+
+@pytest.mark.parametrize("size", [(32, 128), (64, 256), (72, 128)])
+@pytest.mark.parametrize("way", ["folder", "file", "local-dir"])
+def test_positions_keep_their_places_on_grids_that_are_not_square(way, size, tmp_path) -> None:
+    """4 x 16 patches are as many as 8 x 8; config.json beside the weights tells them apart."""
+    source = routed(img_size=(32, 128))
+    nn.init.normal_(source.pos_embed)
+    folder = export(source, tmp_path / "wide")
+    expected = routed(img_size=(32, 128))
+    expected.load_state_dict(source.state_dict())
+    expected.set_input_size(size)
+    name = {"file": f"{folder}/model.safetensors", "local-dir": f"local-dir:{folder}"}
+    model = routed(seed=2, img_size=size)
+    warm_start(model, name.get(way, folder))
+    torch.testing.assert_close(model.pos_embed, expected.pos_embed)
+
+
+def test_without_a_word_of_the_grid_as_many_positions_are_the_same_ones(tmp_path: Path) -> None:
+    source = routed(img_size=(32, 128))
+    model = routed(seed=2, img_size=(32, 128))
+    warm_start(model, save(source, tmp_path / "w.safetensors"))
+    assert torch.equal(model.pos_embed, source.pos_embed)
+
+
+def test_a_dense_grid_is_read_from_beside_the_weights(tmp_path: Path) -> None:
+    twin = timm.create_model("test_vit", **{**SHAPE, "img_size": (32, 128)}, num_classes=5).eval()
+    nn.init.normal_(twin.pos_embed)
+    model = routed(**FULL, img_size=(32, 128))
+    warm_start(model, export(twin, tmp_path / "dense"))
+    x = torch.randn(2, 3, 32, 128)
+    torch.testing.assert_close(model(x), twin(x), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("prefix", ["", "local-dir:"])
+def test_other_heads_are_refused_where_anything_tells_them(prefix: str, tmp_path: Path) -> None:
+    """Shapes do not."""
+    folder = export(dense(), tmp_path / "dense")
+    with pytest.raises(ValueError, match=r"num_heads=2, the routed one num_heads=4"):
+        warm_start(routed(num_heads=4), prefix + folder)
+
+
+def test_other_prefix_tokens_are_refused_in_words(tmp_path: Path) -> None:
+    folder = export(routed(reg_tokens=1), tmp_path / "one")
+    with pytest.raises(ValueError, match="2 rows for prefix tokens, this model 3; set class_token"):
+        warm_start(routed(reg_tokens=2), folder)

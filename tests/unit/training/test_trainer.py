@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import os
@@ -605,3 +606,14 @@ def test_patience_hears_of_every_step_and_of_what_takes_longer(tmp_path, monkeyp
         "evaluator": {(True, True)},
     }
     assert gc.isenabled()
+
+
+def test_a_disk_too_full_for_a_word_does_not_end_a_run_that_saved(tmp_path, monkeypatch):
+    sink = Sink()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("routedvit.training.trainer.write_status", full)
+    assert trainer(tmp_path, FakeEngine(), sink, RunState()).fit().finished
+    assert any("status.json does not say 'finished'" in message for message in sink.messages)

@@ -307,6 +307,18 @@ def test_a_checkpoint_of_another_run_begins_a_new_one_only(engine, tmp_path):
         Checkpoints(tmp_path / "own", engine, keep=3).load_named(other)
 
 
+def test_a_copy_beside_the_checkpoints_is_none_of_them(engine, tmp_path):
+    for step in (1, 2):
+        save(engine, tmp_path, step)
+    for copy in ("step_00000001.bak", "step_00000002_1"):
+        shutil.copytree(tmp_path / "step_00000001", tmp_path / copy)
+    save(engine, tmp_path, 3, keep=2)
+    assert sorted(path.name for path in tmp_path.glob("step_*")) == [
+        "step_00000001.bak", "step_00000002", "step_00000002_1", "step_00000003",
+    ]  # fmt: skip
+    assert load(tmp_path)[0].step == 3
+
+
 def test_what_another_run_measured_is_not_the_new_ones(engine, tmp_path):
     """It may have been measured on other images, and its best is no checkpoint of this run."""
     state = RunState(5, 40, best={"val/top1": 90.0}, metrics={"val/top1": 90.0}, evaluated=["x"])

@@ -40,6 +40,14 @@ def test_the_record_in_a_run_folder_is_that_run_once_more(path: str, tmp_path: P
     assert (again.name, again.optim.lr) == ("again", 0.5)
 
 
+def test_a_section_that_a_record_says_is_off_can_be_switched_on(path: str, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "x")
+    claim(folder, load_config(RunConfig, path, []).model_dump(mode="json"))
+    config = load_config(RunConfig, str(folder.config), ["log.wandb.project=digits"])
+    assert config.log.wandb is not None
+    assert config.log.wandb.project == "digits"
+
+
 def test_set_overrides_nested_keys_with_json_values(path: str) -> None:
     overrides = ["optim.betas=[0.9, 0.95]", "deepspeed.zero_optimization.stage=3", "name=other"]
     config = load_config(RunConfig, path, overrides)

@@ -179,3 +179,12 @@ def test_several_ranks_find_what_one_finds(tmp_path: Path) -> None:
     for rank in range(3):  # in the order of the set, without padding
         features = torch.from_numpy(np.load(tmp_path / f"{rank}.npy"))
         torch.testing.assert_close(features, plain_features(loaders()[0].images))
+
+
+def test_a_low_temperature_counts_the_nearest_alone():
+    """exp(s / T) itself is beyond fp32 from s / T = 89 on."""
+    keys = F.normalize(torch.tensor([[1.0, 0.0], [1.0, 0.1], [1.0, 0.2]]), dim=1)
+    target = torch.tensor([2, 1, 0])
+    votes = vote(keys[:1], keys, target, num_classes=3, neighbours=3, temperature=1e-4)
+    assert votes.isfinite().all()
+    assert votes.argmax() == 2

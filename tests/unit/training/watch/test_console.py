@@ -97,6 +97,21 @@ def test_a_user_error_is_one_line_and_exit_code_2(tmp_path: Path, log: str) -> N
     assert (result.stdout, result.returncode) == ("", 2)
 
 
+def test_a_full_disk_under_the_log_hides_no_mistake(tmp_path: Path) -> None:
+    result = run(
+        """
+        with Console(0, user_errors=(Mistake,)) as console:
+            console.log_to(Path("log"))
+            full = os.open("/dev/full", os.O_WRONLY)
+            os.dup2(full, 1), os.dup2(full, 2)
+            raise Mistake("the last save failed: make room")
+        """,
+        tmp_path,
+    )
+    assert "error: the last save failed: make room\n" in result.stderr
+    assert result.returncode == 2
+
+
 def test_a_crash_points_to_its_traceback_in_the_log(tmp_path: Path) -> None:
     result = run(
         """
