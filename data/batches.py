@@ -158,11 +158,15 @@ class TrainBatches(_Batches):
     ) -> tuple[Sample, torch.Tensor]:
         """The next good sample of the same stream; bad ones on the way are added to `bad`.
 
-        Where a quarantined shard is all that the stream has, the next streams are asked: they are
-        those of the positions that follow.
+        Where a quarantined shard is all that the stream has, or this sample is, the next streams
+        are asked: they are those of the positions that follow.
         """
-        for other in range(position, position + (self.order.streams if self.quarantine else 1)):
+        alone = len(self.order.substitutes(position).shard) == 0
+        streams = self.order.streams if self.quarantine or alone else 1
+        for other in range(position, position + streams):
             place = self.order.substitutes(other)
+            if alone and other > position and len(place.shard) == 0:
+                place = self.order.locate(np.array([other], dtype=np.int64))
             for shard, sample in zip(place.shard.tolist(), place.sample.tolist(), strict=True):
                 if shard in self.reader.damaged:
                     continue

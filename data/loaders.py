@@ -70,6 +70,11 @@ def build_train_loader(
             f"mixup and cutmix pair the images of a micro-batch, and {micro_batch_size} is odd; "
             "choose an even train.micro_batch_size"
         )
+    if pairs and order.streams == 1 and config.augment.repeats > 1:
+        raise DataError(
+            "with one stream data.augment.repeats puts copies of an image side by side, and mixup "
+            "and cutmix would pair it with itself; set data.streams to 2 or more"
+        )
     mean, std = normalization(config, shards, mean, std, channels=input_size[0])
     transform = train_transform(
         config.augment, size=input_size[1:], mean=mean, std=std, interpolation=interpolation

@@ -79,6 +79,8 @@ def wrap_objective(
 ) -> tuple[Engine, WeightAverage | None]:
     """An objective under its optimiser and ZeRO, and the average of its weights. Collective."""
     model: nn.Module = objective.model  # type: ignore[assignment]
+    if world.size > 1:
+        check_statistics(objective)
     micro_batch_size, _ = split_batch(
         config.train.batch_size, config.train.micro_batch_size, world.size
     )
@@ -103,6 +105,21 @@ def wrap_objective(
         check_offload(native)
         average = WeightAverage(optimizer, **config.ema.model_dump())
     return Engine(world, objective, optimizer, native), average
+
+
+def check_statistics(objective: nn.Module) -> None:
+    """Refuse running statistics, which each rank would gather from its own images and keep.
+
+    Raises:
+        ConfigError: names the layer.
+    """
+    for name, module in objective.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
+            raise ConfigError(
+                f"model.name: {name.removeprefix('model.')} is a {type(module).__name__}, whose "
+                "running statistics would differ between ranks; choose a model without batch "
+                "norm, or train on one rank"
+            )
 
 
 def build_schedules(

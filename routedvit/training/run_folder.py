@@ -97,7 +97,7 @@ def open_folder(
             checkpoint `resume` is not there or would be moved, or see `claim`.
     """
     if resume is not None:
-        check_resume(folder, resume, fresh=fresh)
+        check_resume(folder, resume, config, fresh=fresh)
     try:
         refuse_beside_the_living(folder.path)
         moved = move_aside(folder) if fresh else None
@@ -112,8 +112,12 @@ def open_folder(
     return f"run folder {folder.path}{kept}", owner
 
 
-def check_resume(folder: RunFolder, checkpoint: Path, *, fresh: bool) -> None:
-    """Before the folder is touched: is the checkpoint there, and will it stay?"""
+def check_resume(
+    folder: RunFolder, checkpoint: Path, config: dict[str, Any], *, fresh: bool
+) -> None:
+    """Before the folder is touched: is the checkpoint there, will it stay, and is the state in it
+    of the same optimiser?
+    """
     own = folder.checkpoints / checkpoint
     found = own if own.is_dir() else checkpoint
     if not found.is_dir():
@@ -126,6 +130,19 @@ def check_resume(folder: RunFolder, checkpoint: Path, *, fresh: bool) -> None:
             f"--resume {checkpoint} goes on with the run in {folder.path}, which --fresh would "
             "move aside; leave --fresh out, or give the new run another name (--set name=...)"
         )
+
+    try:
+        saved = json.loads((found / "run_state.json").read_text(encoding="utf-8"))["config"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # the load says what is wrong with it
+    for key in ("name", "options"):
+        before, now = (tree.get("optim", {}).get(key) for tree in (saved, config))
+        if before != now and saved.get("optim"):
+            raise ConfigError(
+                f"--resume {checkpoint} holds the state of another optimiser: optim.{key} was "
+                f"{json.dumps(before)}, is {json.dumps(now)}; set it back, or begin from the "
+                "weights alone: --export them and set model.warm_start to that folder"
+            )
 
 
 def claim(folder: RunFolder, config: dict[str, Any], *, free: tuple[str, ...] = ()) -> None:

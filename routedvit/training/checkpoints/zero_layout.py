@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from routedvit.training.config.run import ConfigError
+
 LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
@@ -130,8 +132,20 @@ class ZeroLayout:
         }
 
     def set_counters(self, saved: dict[str, Any]) -> None:
-        """Put back what `counters` gave."""
-        for group, step in zip(self.optimizer.param_groups, saved["group_steps"], strict=True):
+        """Put back what `counters` gave.
+
+        Raises:
+            ConfigError: there are other groups now, and those had counted differently.
+        """
+        groups, steps = self.optimizer.param_groups, saved["group_steps"]
+        if len(groups) != len(steps):
+            if len({*steps}) > 1:
+                raise ConfigError(
+                    f"the optimiser had {len(steps)} groups that counted their steps differently, "
+                    f"and now has {len(groups)}; set optim.layer_decay and weight_decay back"
+                )
+            steps = steps[:1] * len(groups)
+        for group, step in zip(groups, steps, strict=True):
             if step is None:
                 group.pop("step", None)
             else:

@@ -144,6 +144,24 @@ def test_a_bad_sample_met_every_epoch_counts_once(tmp_path, make_config):
     assert len(list(itertools.islice(train_loader(config, batch=4).batches(0), 12))) == 12
 
 
+def test_a_bad_sample_alone_in_its_stream_is_replaced_from_the_next_ones(tmp_path, make_config):
+    folder = shards_with(tmp_path, BAD_SAMPLES["html"][0])
+    config = make_config(folder, streams=8, shuffle_buffer=1)  # four of the streams hold one
+    loader = train_loader(config, batch=8, micro=8, ledger_dir=tmp_path / "ledger")
+    keys = [key for batch in itertools.islice(loader.batches(0), 15) for key in batch["key"]]
+    assert len(keys) == 120
+    assert "bad" not in keys
+    lines = (tmp_path / "ledger" / "bad_samples.train.rank0.jsonl").read_text().splitlines()
+    assert all(json.loads(line)["replaced_by"].startswith("good") for line in lines)
+
+
+def test_copies_of_an_image_are_not_mixed_with_each_other(tmp_path, make_set, make_config):
+    config = make_config(make_set([8]), streams=1, augment={"repeats": 2})
+    with pytest.raises(DataError, match=r"set data.streams to 2 or more"):
+        train_loader(config, pairs=True)
+    train_loader(config)
+
+
 def test_a_stream_without_a_good_sample_is_an_error(tmp_path, make_config):
     folder = tmp_path / "train"
     folder.mkdir()

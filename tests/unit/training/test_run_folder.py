@@ -1,6 +1,7 @@
 """One folder holds one run: another recipe is refused, and starting over deletes nothing."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -147,3 +148,22 @@ def test_a_checkpoint_that_is_not_there_or_would_go_leaves_the_folder_alone(tmp_
     open_folder(folder, {}, fresh=False, free=(), resume=Path("step_5"))
     told, _ = open_folder(folder, {}, fresh=True, free=(), resume=other)
     assert "the earlier run is kept in" in told
+
+
+@pytest.mark.parametrize(
+    ("optim", "words"),
+    [
+        ({"name": "lion", "options": {}}, 'optim.name was "adamw", is "lion"'),
+        ({"name": "adamw", "options": {"amsgrad": True}}, 'optim.options was {}, is {"amsgrad"'),
+    ],
+)
+def test_the_state_of_another_optimiser_is_not_begun_from(optim, words, tmp_path: Path) -> None:
+    folder, other = RunFolder(tmp_path / "run"), tmp_path / "other" / "checkpoints" / "step_5"
+    other.mkdir(parents=True)
+    saved = {"optim": {"name": "adamw", "options": {}, "lr": 0.1}}
+    (other / "run_state.json").write_text(json.dumps({"config": saved}))
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        open_folder(folder, {"optim": optim}, fresh=False, free=(), resume=other)
+    assert not folder.path.exists()
+    same = {"optim": {"name": "adamw", "options": {}, "lr": 0.2}}
+    open_folder(folder, same, fresh=False, free=(), resume=other)
