@@ -171,7 +171,7 @@ def run_in(
         folder.checkpoints, engine, keep=retention, owner=owner, tell=console.print
     )
     state = checkpoints.load_named(wish.resume) if wish.resume else checkpoints.load_newest()
-    on_rank_zero(lambda: note(asked, folder))
+    on_rank_zero(lambda: note(asked, folder, os.environ))
     state = state or RunState(warm_start=asdict(started) if started else None)
     check_same_data(folder, (state.data, state.held_out), read)
     # of this start: a resume may change some

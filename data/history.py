@@ -33,10 +33,18 @@ class History:
         """The run's first position."""
         return self.stretches[0].position
 
+    @property
+    def first_step(self) -> int:
+        """0, or that of another run's checkpoint."""
+        return self.stretches[0].step
+
     def position(self, step: int) -> int:
-        """Where step `step` begins, counted from 0."""
-        begun = [own for own in self.stretches if own.step <= step] or self.stretches[:1]
-        last = begun[-1]
+        """Where step `step` begins, counted from 0. DataError before the run's first."""
+        if step < self.first_step:
+            raise DataError(
+                f"the run began at step {self.first_step}, and step {step} was another run's"
+            )
+        last = [own for own in self.stretches if own.step <= step][-1]
         return last.position + (step - last.step) * self.batch_size
 
     def first_step_from(self, position: int) -> int:

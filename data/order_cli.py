@@ -64,7 +64,8 @@ def rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 continue
             line = {"step": step, "position": position, "epoch": int(epoch), "rank": rank}
             if arguments.workers:
-                made = (position - history.position(arguments.begin)) // (world * micro)
+                resumed = max(arguments.begin, history.first_step)
+                made = (position - history.position(resumed)) // (world * micro)
                 line["worker"] = made % arguments.workers
             if isinstance(order, Mixture):
                 line["source"] = int(source_of[shard])

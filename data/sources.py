@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import numpy as np
 from PIL import Image
@@ -205,17 +205,26 @@ def _is_text(name: str) -> bool:
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
-    """All files, through links to folders too, as torchvision goes; each folder once."""
+    """All files, through links to folders too, as torchvision goes; each folder once, by its own
+    name where it has one here.
+
+    Raises:
+        OSError: a folder cannot be listed.
+    """
     entered: set[tuple[int, int]] = set()
-    for inside, folders, files in os.walk(folder, followlinks=True):
+    for inside, folders, files in os.walk(folder, onerror=_raise, followlinks=True):
         here = os.stat(inside)
         if (here.st_dev, here.st_ino) in entered:
             folders.clear()
             continue
         entered.add((here.st_dev, here.st_ino))
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders.sort(key=lambda name: (os.path.islink(os.path.join(inside, name)), name))
         paths = (Path(inside, name) for name in files)
         yield from (path for path in paths if path.is_file())
+
+
+def _raise(error: OSError) -> NoReturn:
+    raise error
 
 
 def listed(ignored: Counter[str]) -> str:

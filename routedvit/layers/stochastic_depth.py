@@ -35,7 +35,7 @@ def add_to_kept_images(
         update: given K images [K, N, D] and which they are, int64 [K], ascending: what to add,
             [K, N, D]. Its factor B / K keeps the expectation, like timm's `scale_by_keep`.
     """
-    batch = x.shape[0]
+    batch = int(x.shape[0])  # a tensor to torch.jit.trace
     count = num_kept(batch, drop_prob)
     if count == batch:
         return x + update(x, torch.arange(batch, device=x.device))

@@ -32,6 +32,7 @@ from routedvit.models.routed_vit import RoutedVisionTransformer
 __all__ = ["WarmStart", "warm_start"]
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+SHAPED = ("pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")  # by the config
 FOREIGN = ("hf-hub:", "local-dir:")  # sources that timm reads by itself
 
 
@@ -94,7 +95,7 @@ def _read(source: str) -> tuple[dict[str, Tensor], nn.Module | None]:
         except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ValueError(f"{path} cannot be read: {reason}") from error
-        return weights, _described(path.with_name("config.json"))
+        return weights, _described(path.with_name("config.json"), weights)
     if not source.startswith(FOREIGN) and not timm.is_model(source):
         raise ValueError(f"{source} is no file, no folder with model.safetensors, no timm model")
     try:
@@ -105,8 +106,9 @@ def _read(source: str) -> tuple[dict[str, Tensor], nn.Module | None]:
     return unwrap(other.state_dict()), other
 
 
-def _described(config: Path) -> nn.Module | None:
-    """The model that timm's config.json beside weights tells of, on `meta`; None if none does.
+def _described(config: Path, weights: dict[str, Tensor]) -> nn.Module | None:
+    """The model that timm's config.json beside weights tells of, on `meta`; None if none does, or
+    it tells of another.
 
     What weights do not say: the grid of their positions, heads, the order of operations.
     """
@@ -114,9 +116,12 @@ def _described(config: Path) -> nn.Module | None:
         known = json.loads(config.read_text(encoding="utf-8"))
         with torch.device("meta"):
             arguments = {"num_classes": known["num_classes"], **known.get("model_args", {})}
-            return timm.create_model(known["architecture"], **arguments)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError):
+            model = timm.create_model(known["architecture"], **arguments)
+    except Exception:  # whatever somebody's file makes timm raise: it describes nothing
         return None
+    told = model.state_dict()
+    same = (told[n].shape == weights[n].shape for n in SHAPED if n in told and n in weights)
+    return model if all(same) else None
 
 
 def _from_routed(

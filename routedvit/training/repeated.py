@@ -4,10 +4,10 @@ Both are wishes about the first start. Obeyed at each, they would throw away wha
 between. So the start that obeys them leaves a note in the run folder, and its repetition goes on
 from the newest checkpoint:
 
-- `--resume X` is done if the newest start had it too and the run has not finished since. A start
-  without it clears the note; then the same words mean going back once more.
-- `--fresh` is done if a scheduler says that it restarts (`RESTARTS`). People who type it again mean
-  it.
+- `--resume X` is done if the newest start had it too. A start without it clears the note; then the
+  same words mean going back once more, and so they do when people type them after the run's end.
+- `--fresh` is done if a scheduler says that it restarts the job of the note. People who type it
+  again mean it.
 """
 
 import json
@@ -21,6 +21,7 @@ from routedvit.training.trainer_settings import has_finished
 
 NOTE = "begun.json"
 RESTARTS = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
+JOBS = ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID")
 
 
 class Wish(NamedTuple):
@@ -40,26 +41,34 @@ def still_wanted(wish: Wish, folder: RunFolder, environment: Mapping[str, str]) 
     """What of `wish` an earlier start of the same command has not done yet. Rank 0."""
     if not folder.has_checkpoint():
         return wish
-    done = _noted(folder)
+    done, job = _noted(folder)
     restarted = any(environment.get(name, "0") not in ("", "0") for name in RESTARTS)
     resume, fresh = wish
-    if fresh and done.fresh and restarted:
+    if fresh and done.fresh and restarted and job == _job(environment):
         fresh = False
-    if resume is not None and resume == done.resume and not fresh and not has_finished(folder.path):
-        resume = None
+    if resume is not None and resume == done.resume and not fresh:
+        own = (folder.checkpoints / resume).is_dir()
+        if restarted or not own or not has_finished(folder.path):
+            resume = None
     return Wish(resume, fresh)
 
 
-def note(wish: Wish, folder: RunFolder) -> None:
+def note(wish: Wish, folder: RunFolder, environment: Mapping[str, str]) -> None:
     """The start has done what `wish` says, or a start before it has. Rank 0."""
     resume = None if wish.resume is None else str(wish.resume)
-    content = json.dumps({"resume": resume, "fresh": wish.fresh})
-    replace_text(folder.path / NOTE, content + "\n")
+    content = {"resume": resume, "fresh": wish.fresh, "job": _job(environment)}
+    replace_text(folder.path / NOTE, json.dumps(content) + "\n")
 
 
-def _noted(folder: RunFolder) -> Wish:
+def _noted(folder: RunFolder) -> tuple[Wish, str]:
+    """What was noted, and in which job."""
     try:
         found = json.loads((folder.path / NOTE).read_text(encoding="utf-8"))
-        return Wish(Path(found["resume"]) if found["resume"] else None, bool(found["fresh"]))
+        resume = Path(found["resume"]) if found["resume"] else None
+        return Wish(resume, bool(found["fresh"])), str(found["job"])
     except (OSError, ValueError, KeyError, TypeError):
-        return Wish(None, False)
+        return Wish(None, False), ""
+
+
+def _job(environment: Mapping[str, str]) -> str:
+    return next((environment[name] for name in JOBS if name in environment), "")

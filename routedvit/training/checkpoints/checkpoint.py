@@ -28,6 +28,7 @@ from routedvit.training.checkpoints.ownership import Owner
 from routedvit.training.checkpoints.retention import Retention
 from routedvit.training.checkpoints.rollbacks import (
     forget_jumps,
+    forget_origin,
     last_jump,
     note_jump,
     note_origin,
@@ -144,6 +145,8 @@ class Checkpoints:
             ConfigError: all checkpoints are damaged, or it cannot be right under this stage.
         """
         names = self.names()
+        if not names and self.engine.rank == 0:
+            forget_origin(self.folder)  # of a start that came to no checkpoint of its own
         state = self._load_newest_of(names)
         if state is None and names:
             raise ConfigError(
@@ -183,9 +186,15 @@ class Checkpoints:
         state.guard |= {"returns": 0}
         if not self._is_own(folder):  # what another run measured, maybe on other images
             state.best, state.metrics, state.evaluated = {}, {}, []
-            if self.engine.rank == 0:
-                note_origin(self.folder, folder, state.step, state.samples_seen)
+            self._note_origin(folder, state)
         return state
+
+    def _note_origin(self, checkpoint: Path, state: RunState) -> None:
+        if self.engine.rank == 0:
+            try:
+                note_origin(self.folder, checkpoint, state.step, state.samples_seen)
+            except OSError as error:  # data.order and data.audit alone read it
+                self.tell(f"{self.folder} does not say where the run began: {error}")
 
     def roll_back(self, before: int, resume_at: int, returns: int = 1) -> RunState | None:
         """Restore the newest whole checkpoint from before step `before`; None if there is none.

@@ -20,6 +20,11 @@ def note_origin(folder: Path, checkpoint: Path, step: int, position: int) -> Non
     replace_text(folder / ORIGIN, json.dumps(origin) + "\n")
 
 
+def forget_origin(folder: Path) -> None:
+    """The run begins at 0."""
+    (folder / ORIGIN).unlink(missing_ok=True)
+
+
 def read_jumps(folder: Path) -> list[dict[str, int]]:
     """Each time the run went back: to which 'step', past the data from position 'from' to 'to'.
 

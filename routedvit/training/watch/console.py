@@ -164,7 +164,13 @@ def _redirect(target: int) -> None:
 
 
 def _flush() -> None:
-    """What a full disk does not take of the log is lost; the run is not."""
+    """What a full disk does not take of the log is lost; the run is not, nor its exit code: the
+    interpreter flushes once more at its end, and exits with 120 where that fails.
+    """
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):
+        try:
             stream.flush()
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)

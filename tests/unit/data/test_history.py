@@ -20,6 +20,8 @@ def test_a_run_that_goes_straight_on_multiplies(tmp_path):
 def test_a_return_ends_the_stretch_that_it_leaves():
     history = History([Stretch(5, 100), Stretch(7, 300)], 10)
     assert [history.position(step) for step in (5, 6, 7, 8)] == [100, 110, 300, 310]
+    with pytest.raises(DataError, match="began at step 5, and step 4 was another run's"):
+        history.position(4)
     found = [history.first_step_from(position) for position in (0, 101, 111, 150, 300, 301)]
     assert found == [5, 6, 7, 7, 7, 8]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import os
 import struct
@@ -54,6 +55,19 @@ def test_links_to_folders_are_followed_once_and_hidden_folders_are_no_classes(tr
     ]  # fmt: skip
     assert split.label_names == ["a"]
     assert split.ignored == Counter({"hidden folders": 1})
+
+
+def test_a_folder_that_cannot_be_listed_is_no_empty_one(tree, monkeypatch):
+    root, listing = tree("a/b"), os.scandir
+
+    def stale(path):
+        if str(path).endswith("b"):
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return listing(path)
+
+    monkeypatch.setattr(os, "scandir", stale)
+    with pytest.raises(OSError, match="Stale file handle"):
+        folder_splits(root, 0)
 
 
 def test_a_class_whose_name_is_no_text_is_refused_before_anything_is_written(tree):

@@ -1,5 +1,6 @@
 """A run begins from weights of a dense ViT or of a routed one, or says why it cannot."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -177,6 +178,17 @@ def test_other_heads_are_refused_where_anything_tells_them(prefix: str, tmp_path
     folder = export(dense(), tmp_path / "dense")
     with pytest.raises(ValueError, match=r"num_heads=2, the routed one num_heads=4"):
         warm_start(routed(num_heads=4), prefix + folder)
+
+
+@pytest.mark.parametrize("model_args", [{}, {"img_size": 64, "patch_size": 0}, {"strange": 1}])
+def test_a_config_that_tells_of_another_model_says_nothing(model_args, tmp_path: Path) -> None:
+    source = routed()
+    folder = Path(export(source, tmp_path / "odd"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_args": model_args}))
+    model = routed(seed=2)
+    warm_start(model, str(folder))
+    assert torch.equal(model.pos_embed, source.pos_embed)
 
 
 def test_other_prefix_tokens_are_refused_in_words(tmp_path: Path) -> None:

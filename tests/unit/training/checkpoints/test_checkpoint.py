@@ -330,6 +330,8 @@ def test_what_another_run_measured_is_not_the_new_ones(engine, tmp_path):
     assert (fork.best, fork.metrics, fork.evaluated) == ({}, {}, [])
     origin = json.loads((tmp_path / "new" / "origin.json").read_text())
     assert origin == {"checkpoint": str(source), "step": 5, "position": 40}
+    Checkpoints(tmp_path / "new", engine, keep=3).load_newest()  # a start that begins at 0
+    assert not (tmp_path / "new" / "origin.json").exists()
 
 
 def test_a_named_checkpoint_that_is_damaged_is_refused(engine, tmp_path):
