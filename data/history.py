@@ -2,7 +2,7 @@
 
 Step s begins at s times the batch, unless the run began from another's checkpoint (`origin.json`
 beside its checkpoints) or went back past bad data (`rollbacks.json` there). Both files are the
-trainer's: lists of objects, and an object, of which the keys below are read.
+trainer's: an object and a list of objects, of which the keys below are read.
 """
 
 from __future__ import annotations

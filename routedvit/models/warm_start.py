@@ -143,7 +143,7 @@ def _from_routed(
             transfer.add("unused", name)
         else:
             state[target] = tensor
-            whole = name in weights and weights[name].shape == tensor.shape
+            whole = weights.get(name) is tensor  # another grid may have as many places
             transfer.add("copied" if whole else "resampled", name, target)
     for name in own:
         if name not in state and name.startswith("head."):

@@ -47,7 +47,8 @@ def still_wanted(wish: Wish, folder: RunFolder, environment: Mapping[str, str]) 
     if fresh and done.fresh and restarted and job == _job(environment):
         fresh = False
     if resume is not None and resume == done.resume and not fresh:
-        own = (folder.checkpoints / resume).is_dir()
+        here = folder.checkpoints.resolve()
+        own = (here / resume).is_dir() or resume.resolve().parent == here
         if restarted or not own or not has_finished(folder.path):
             resume = None
     return Wish(resume, fresh)

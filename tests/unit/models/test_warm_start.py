@@ -140,7 +140,7 @@ def export(model: nn.Module, folder: Path) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize("size", [(32, 128), (64, 256), (72, 128)])
+@pytest.mark.parametrize("size", [(32, 128), (64, 256), (72, 128), (64, 64)])
 @pytest.mark.parametrize("way", ["folder", "file", "local-dir"])
 def test_positions_keep_their_places_on_grids_that_are_not_square(way, size, tmp_path) -> None:
     """4 x 16 patches are as many as 8 x 8; config.json beside the weights tells them apart."""
@@ -152,7 +152,8 @@ def test_positions_keep_their_places_on_grids_that_are_not_square(way, size, tmp
     expected.set_input_size(size)
     name = {"file": f"{folder}/model.safetensors", "local-dir": f"local-dir:{folder}"}
     model = routed(seed=2, img_size=size)
-    warm_start(model, name.get(way, folder))
+    started = warm_start(model, name.get(way, folder))
+    assert ("resampled   pos_embed" in started.report) == (size != (32, 128))
     torch.testing.assert_close(model.pos_embed, expected.pos_embed)
 
 
