@@ -233,7 +233,7 @@ def git_revision() -> str | None:
 def versions() -> dict[str, str]:
     """Versions of Python and of every package that can change a run's numbers."""
     names = ("torch", "torchvision", "timm", "deepspeed", "triton", "webdataset", "numpy", "pillow")
-    installed = {dist.metadata["Name"].lower() for dist in metadata.distributions()}
+    installed = {(dist.name or "").lower() for dist in metadata.distributions()}
     found = {name: metadata.version(name) for name in names if name in installed}
     return {"python": platform.python_version(), **found}
 

@@ -169,6 +169,25 @@ def test_nothing_else_goes_back_into_the_queue(
     assert requeued(config) == before
 
 
+@pytest.mark.parametrize(
+    ("saved", "state"), [(True, "RUNNING"), (False, "RUNNING"), (True, "COMPLETING")]
+)
+def test_a_crash_is_tried_again_where_the_job_got_further(
+    config: Path, tmp_path: Path, saved: bool, state: str
+) -> None:
+    before = requeued(config)
+    python = tmp_path / "python"
+    touch = 'touch "$ROUTEDVIT_PROGRESS"\n' if saved else ""
+    python.write_text(f"#!/bin/sh\n{touch}exit 134\n")
+    python.chmod(0o755)
+    code, printed = finish(sbatch(config, PYTHON=str(python), FAKE_SLURM_STATE=state))
+    assert code == 134
+    again = saved and state == "RUNNING"
+    assert requeued(config) == [*before, *([str(os.getpid())] if again else [])]
+    assert ("crashed (134) after it had saved" in printed) == again
+    (config.parent / "requeued").unlink(missing_ok=True)
+
+
 def test_a_pod_that_is_evicted_stops_all_of_them_with_a_checkpoint(config: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -10,7 +10,8 @@ import torch
 import train
 from data.order import check_world, default_streams
 from routedvit.training.config.file import describe_keys, json_schema, load_config
-from routedvit.training.config.native import check_keys, split_batch
+from routedvit.training.config.native import split_batch
+from routedvit.training.config.native_keys import check_keys
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 RECIPES = sorted(path for path in CONFIGS.glob("*.json") if path.name != "schema.json")

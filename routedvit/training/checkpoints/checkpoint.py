@@ -20,11 +20,13 @@ system.
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 from routedvit.training.checkpoints.commit import Commit
 from routedvit.training.checkpoints.fence import Fence
 from routedvit.training.checkpoints.manifest import step_name
 from routedvit.training.checkpoints.ownership import Owner
+from routedvit.training.checkpoints.progress import note_progress
 from routedvit.training.checkpoints.retention import Retention
 from routedvit.training.checkpoints.rollbacks import (
     forget_jumps,
@@ -39,6 +41,8 @@ from routedvit.training.checkpoints.shelf import Shelf
 from routedvit.training.checkpoints.verification import find_fault
 from routedvit.training.config.base import ConfigError
 from routedvit.training.engine import Engine
+
+T = TypeVar("T")
 
 
 class Checkpoints:
@@ -82,11 +86,13 @@ class Checkpoints:
         """
         final = self.path_of(state.step)
         self.fence.check()
-        if self.engine.broadcast(final.exists()):
+        # Rank 0 alone looks: NFS would go on telling the others for a minute that it is not there.
+        if self.engine.broadcast(self.engine.rank == 0 and final.exists()):
             return final
         Commit(self.engine, self.shelf, self.fence, state).run()
         if self.engine.rank == 0:
             self.shelf.welcome(final.name, bad_since)
+            note_progress()
         self.engine.barrier()
         return final
 
@@ -133,7 +139,12 @@ class Checkpoints:
         value = state.metrics.get(self.retention.metric)
         if value is None or not self.retention.keep_best:
             return False
-        wanted = self.engine.rank == 0 and self.retention.is_among_best(value, self.shelf.values())
+        wanted = False
+        if self.engine.rank == 0:
+            try:
+                wanted = self.retention.is_among_best(value, self.shelf.values())
+            except OSError as error:
+                self.tell(f"whether step {state.step} is among the best cannot be told: {error}")
         return self.engine.broadcast(wanted)
 
     def load_newest(self) -> RunState | None:
@@ -220,7 +231,7 @@ class Checkpoints:
 
     def rollbacks(self) -> list[dict[str, int]]:
         """Each time this run went back, see `read_jumps`."""
-        return self.engine.broadcast(read_jumps(self.folder))
+        return self._from_rank_0(read_jumps, self.folder)
 
     def _load_newest_of(self, names: list[str]) -> RunState | None:
         """The newest whole one; those after it are set aside, but if none is whole all stay."""
@@ -249,13 +260,19 @@ class Checkpoints:
             self.tell(f"checkpoint {name} is damaged ({fault}){moved}")
 
     def _load(self, folder: Path) -> RunState:
-        state = self.engine.broadcast(read_run_state(folder))
+        state = self._from_rank_0(read_run_state, folder)
         self.engine.load_state(folder)
-        jumps = self.engine.broadcast(read_jumps(folder.parent))
+        jumps = self._from_rank_0(read_jumps, folder.parent)
         if jump := last_jump(jumps, state.step, state.samples_seen):
             state.samples_seen = jump["to"]
             state.guard |= {"returns": jump.get("returns", 0), "good_steps": 0}
         return state
+
+    def _from_rank_0(self, read: Callable[[Path], T], path: Path) -> T:
+        """What it reads there: one question to the file system instead of one of every rank."""
+        value: Any = read(path) if self.engine.rank == 0 else None
+        found: T = self.engine.broadcast(value)
+        return found
 
     def _is_own(self, folder: Path) -> bool:
         return folder.parent.resolve() == self.folder.resolve()

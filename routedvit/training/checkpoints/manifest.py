@@ -9,7 +9,7 @@ import itertools
 import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,9 +43,9 @@ def read_manifest(folder: Path, run: str = "") -> dict[str, Fingerprint]:
         run: whose it must be, if the manifest says; empty: anyone's.
 
     Raises:
-        ValueError: it is not a manifest of this format, step and run, or it does not list every
-            file that lies there (a load would read any that carries the right name). Hidden ones
-            are read by none, nor are later additions that stand for themselves.
+        ValueError: it is not a manifest of this format, step and run, or it does not list the files
+            that lie there, all of them (a load would read any that carries the right name) and no
+            others. Hidden ones are read by none, nor are later additions that stand for themselves.
     """
     try:
         manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
@@ -59,6 +59,8 @@ def read_manifest(folder: Path, run: str = "") -> dict[str, Fingerprint]:
     present = {str(path.relative_to(folder)) for path in files}
     if unlisted := present - manifest.files.keys() - {MANIFEST, EVALUATION}:
         raise ValueError(f"{min(unlisted)} is not listed")
+    if missing := manifest.files.keys() - present:
+        raise ValueError(f"{min(missing)} is missing")
     return manifest.files
 
 
@@ -67,11 +69,15 @@ def step_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def first_fault(folder: Path, files: dict[str, Fingerprint]) -> str | None:
+def first_fault(
+    folder: Path,
+    files: dict[str, Fingerprint],
+    is_there: Callable[[Path], bool] = Path.is_file,
+) -> str | None:
     """The first of `files` that is missing or differs from its manifest entry, in words."""
     for name, expected in files.items():
         path = folder / name
-        if not path.is_file():
+        if not is_there(path):
             return f"{name} is missing"
         size = path.stat().st_size
         if size != expected.size:

@@ -1,5 +1,7 @@
 """Whether a checkpoint is whole, found by all ranks together: each hashes a share of the files."""
 
+import os
+import time
 from pathlib import Path
 
 from routedvit.training.checkpoints.manifest import (
@@ -12,6 +14,8 @@ from routedvit.training.checkpoints.manifest import (
 from routedvit.training.config.base import ConfigError
 from routedvit.training.engine import Engine
 
+SECONDS_TO_APPEAR = 60.0  # NFS's acdirmax
+
 
 def find_fault(engine: Engine, folder: Path) -> str | None:
     """What is wrong with a checkpoint, in words; None if it is whole. Collective.
@@ -23,11 +27,17 @@ def find_fault(engine: Engine, folder: Path) -> str | None:
     trouble: str | None = None
     files: dict[str, Fingerprint] = {}
     if engine.rank == 0:  # it lists the whole folder, which all ranks at once are not to do
+        look_anew(folder)
         fault, trouble, files = _read(folder)
     fault, trouble, files = engine.broadcast((fault, trouble, files))
     try:
         share = list(files)[engine.rank :: engine.world_size]
-        fault = fault or first_fault(folder, {name: files[name] for name in share})
+        own = {name: files[name] for name in share}
+        if engine.rank == 0:
+            fault = fault or first_fault(folder, own)
+        elif fault is None:
+            look_anew(folder)
+            fault = first_fault(folder, own, is_there=_appears)
     except FileNotFoundError as error:
         fault = f"{MANIFEST}: {error}"
     except OSError as error:
@@ -39,6 +49,30 @@ def find_fault(engine: Engine, folder: Path) -> str | None:
             "the disk and its rights and start again, or move it elsewhere to go without it"
         )
     return next((fault for fault, _ in outcomes if fault), None)
+
+
+def look_anew(folder: Path) -> None:
+    """Make a client of NFS ask its server what is in a folder and where it stands.
+
+    Who has once looked for a name in vain is told so again from a cache, for up to a minute, unless
+    the folder that should have it is opened (close-to-open consistency, nfs(5)).
+    """
+    for path in (folder.parent, folder):
+        try:
+            os.scandir(path).close()
+        except OSError:
+            return  # whoever reads it tells
+
+
+def _appears(path: Path) -> bool:
+    """Whether this rank comes to see a file that rank 0 has seen."""
+    deadline = time.monotonic() + SECONDS_TO_APPEAR
+    while not path.is_file():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.5)
+        look_anew(path.parent)
+    return True
 
 
 def _read(folder: Path) -> tuple[str | None, str | None, dict[str, Fingerprint]]:

@@ -1,65 +1,15 @@
 """The `deepspeed` section: native keys as the user wrote them, completed with what the run owns.
 
-DeepSpeed ignores an unknown top-level key without a word (a typo in `zero_optimization` trains at
-stage 0), takes "auto" in some places, and lets batch sizes and precision be given twice. Here every
-such case is an error that names the keys and the mend, before anything is built. Keys inside the
-blocks are checked by DeepSpeed itself when the engine starts. Nothing here imports deepspeed.
+DeepSpeed lets batch sizes and precision be given twice. Here every contradiction is an error that
+names both keys and the mend, before anything is built; which keys may be given at all stands in
+native_keys.py. Nothing here imports deepspeed.
 """
 
 import copy
-import json
 from typing import Any
 
-from routedvit.training.config.file import nearest
+from routedvit.training.config.native_keys import check_blocks, check_keys, check_values
 from routedvit.training.config.run import ConfigError
-
-# Top-level keys that DeepSpeed 0.19 reads and that may be given.
-NATIVE_KEYS = (
-    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
-    "steps_per_print", "dump_state", "disable_python_gc", "disable_allgather",
-    "communication_data_type", "prescale_gradients", "gradient_predivide_factor",
-    "gradient_allreduce_op", "zero_optimization", "comms_logger", "tensorboard", "wandb",
-    "csv_monitor", "comet", "gradient_clipping", "fp16", "bf16", "bfloat16", "torch_autocast",
-    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "flops_profiler",
-    "wall_clock_breakdown", "memory_breakdown", "checkpoint", "data_types", "aio", "log_level",
-    "compile", "timers",
-)  # fmt: skip
-
-# Keys that DeepSpeed reads but that would work against this trainer, and what to use instead.
-REFUSED_KEYS = {
-    "optimizer": "the optimiser is configured in the section 'optim'",
-    "scheduler": "the learning rate is configured in the section 'schedule'",
-    "activation_checkpointing": "it does nothing by itself; set train.grad_checkpointing",
-    "managed_gradient_accumulation": "the trainer relies on DeepSpeed counting the micro-batches",
-    "dataloader_drop_last": "the loader is configured in the section 'data'",
-    "data_efficiency": "the loader is configured in the section 'data'",
-    "datastates_ckpt": "checkpoints are configured in the section 'checkpoint'",
-    "autotuning": "it starts runs of its own; choose the values by hand",
-    "weight_quantization": "it is for inference; this trainer does not use it",
-    "hybrid_engine": "it is for text generation; this trainer does not use it",
-    "pipeline": "this trainer is data-parallel only",
-    "tensor_parallel": "this trainer is data-parallel only",
-    "expert_parallel": "this trainer is data-parallel only",
-    "use_data_before_expert_parallelism": "this trainer is data-parallel only",
-    "sequence_parallel_size": "this trainer is data-parallel only",
-    "seq_parallel_communication_data_type": "this trainer is data-parallel only",
-    "data_parallel_size": "this trainer is data-parallel only",
-    "vocabulary_size": "it is for language models",
-}
-
-# Removed from DeepSpeed by 0.19, which raises on them even when they are switched off.
-REMOVED_KEYS = (
-    "amp", "compression_training", "curriculum_learning", "eigenvalue", "elasticity",
-    "graph_harvesting", "nebula", "progressive_layer_drop", "quantize_training",
-    "sparse_attention", "sparse_gradients",
-)  # fmt: skip
-
-# Blocks that are read or completed here, under which key.
-BLOCKS = (
-    "zero_optimization", "zero_optimization.offload_optimizer", "zero_optimization.offload_param",
-    "bf16", "bfloat16", "fp16", "torch_autocast", "data_types", "checkpoint", "timers",
-    "timers.throughput",
-)  # fmt: skip
 
 PRECISIONS = {"fp32": None, "bf16": "bf16", "fp16": "fp16"}
 MAX_BUCKET = 500_000_000  # elements: DeepSpeed's own default, larger than most ViTs
@@ -113,11 +63,7 @@ def resolve_native_config(
     """
     check_keys(user)
     check_blocks(user)
-    if user.get("zero_optimization", {}).get("round_robin_gradients"):
-        raise ConfigError(
-            "deepspeed.zero_optimization.round_robin_gradients = true: DeepSpeed 0.19 then takes "
-            "one parameter's master weights for another's when they are exported; delete it"
-        )
+    check_values(user)
     native = copy.deepcopy(user)
     accumulation = batch_size // (micro_batch_size * world_size)
     _own(native, "train_batch_size", batch_size, "train.batch_size")
@@ -135,50 +81,6 @@ def zero_stage(native: dict[str, Any]) -> int:
     """The ZeRO stage that a native dict asks for; DeepSpeed's default is 0."""
     stage: int = native.get("zero_optimization", {}).get("stage", 0)
     return stage
-
-
-def check_keys(user: dict[str, Any]) -> None:
-    """Refuse top-level keys that are unknown, removed or not ours to pass on, and any "auto"."""
-    for key in user:
-        if key in REMOVED_KEYS:
-            raise ConfigError(f"deepspeed.{key} was removed from DeepSpeed 0.19; delete it")
-        if key in REFUSED_KEYS:
-            raise ConfigError(f"deepspeed.{key}: {REFUSED_KEYS[key]}; delete it")
-        if key not in NATIVE_KEYS:
-            raise ConfigError(f"unknown DeepSpeed key 'deepspeed.{key}'{nearest(key, NATIVE_KEYS)}")
-    _refuse_auto(user, "deepspeed")
-
-
-def check_blocks(user: dict[str, Any]) -> None:
-    """Refuse a value where DeepSpeed has an object of keys, and a ZeRO stage that is none."""
-    for path in BLOCKS:
-        *outer, key = path.split(".")
-        parent = user.get(outer[0], {}) if outer else user
-        block = parent.get(key, {})
-        if block is None and outer == ["zero_optimization"]:  # DeepSpeed's way to offload nothing
-            continue
-        if not isinstance(block, dict):
-            example = "stage" if key == "zero_optimization" else "KEY"
-            raise ConfigError(
-                f"deepspeed.{path} = {json.dumps(block)} is no object of keys; write "
-                f"deepspeed.{path}.{example} = ..., or delete it"
-            )
-    stage = user.get("zero_optimization", {}).get("stage", 0)
-    if isinstance(stage, bool) or stage not in (0, 1, 2, 3) or not isinstance(stage, int):
-        raise ConfigError(
-            f"deepspeed.zero_optimization.stage = {json.dumps(stage)} is no ZeRO stage; write 0 "
-            "(nothing is sharded), 1 (optimiser state), 2 (and gradients) or 3 (and weights)"
-        )
-
-
-def _refuse_auto(value: Any, path: str) -> None:
-    if value == "auto":
-        raise ConfigError(
-            f'{path} = "auto": only Hugging Face trainers resolve it; write a value or delete it'
-        )
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            _refuse_auto(inner, f"{path}.{key}")
 
 
 def _own(native: dict[str, Any], key: str, value: Any, owner: str) -> None:
@@ -217,7 +119,7 @@ def _own_autocast(native: dict[str, Any], autocast: bool) -> None:
 
 
 def _own_precision(native: dict[str, Any], dtype: str) -> None:
-    """Switch on the block of `dtype` and refuse the other's, and what would hide a bad step."""
+    """Switch on the block of `dtype` and refuse the other's."""
     wanted = PRECISIONS[dtype]
     if "bfloat16" in native:  # DeepSpeed's older name of the same block
         native["bf16"] = native.pop("bfloat16")
@@ -230,11 +132,6 @@ def _own_precision(native: dict[str, Any], dtype: str) -> None:
             )
         if block == wanted:
             native.setdefault(block, {})["enabled"] = True
-    if native.get("bf16", {}).get("check_grad_overflow") is False:
-        raise ConfigError(
-            "deepspeed.bf16.check_grad_overflow = false would apply steps that are not finite; "
-            "delete it"
-        )
     if wanted and zero_stage(native) == 0:
         raise ConfigError(
             f"precision.dtype = {dtype} with deepspeed.zero_optimization.stage = 0 accumulates "

@@ -32,7 +32,7 @@ from routedvit.training.config.run import ConfigError
 from routedvit.training.device_clock import DeviceClock
 from routedvit.training.distributed.collective import WorldMean
 from routedvit.training.distributed.world import World
-from routedvit.training.engine.native_check import check_native
+from routedvit.training.engine.native_check import check_native, mistakes_in_words
 from routedvit.training.engine.processes import bound_all_waits
 from routedvit.training.images import as_floats
 from routedvit.training.interfaces import Batch
@@ -91,9 +91,10 @@ class Engine:
             native = native | {"gradient_clipping": 0.0}  # clipped in _finish_step_unsharded
         self.model: nn.Module = objective.model  # type: ignore[assignment]
         self.num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        self._engine, *_ = deepspeed.initialize(
-            model=objective, optimizer=optimizer, config=native, dist_init_required=False
-        )
+        with mistakes_in_words():
+            self._engine, *_ = deepspeed.initialize(
+                model=objective, optimizer=optimizer, config=native, dist_init_required=False
+            )
         bound_all_waits()
         self.forward_clock = DeviceClock(self.device)
         self._send_ahead = Ahead(self.device)

@@ -1,6 +1,7 @@
 """What DeepSpeed says about its config, in one line that names the key."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
@@ -8,6 +9,7 @@ import pydantic
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.runtime.config_utils import DeepSpeedConfigModel
+from deepspeed.runtime.zero.utils import ZeRORuntimeException
 
 from routedvit.training.config.file import nearest
 from routedvit.training.config.run import ConfigError
@@ -23,6 +25,21 @@ def check_native(native: dict[str, Any]) -> None:
         raise ConfigError(_first_mistake(error, native)) from None
     except (DeepSpeedConfigError, AssertionError, TypeError, AttributeError) as error:
         raise ConfigError(f"deepspeed: {error}") from None
+
+
+@contextmanager
+def mistakes_in_words() -> Iterator[None]:
+    """What DeepSpeed finds in its config only when it starts is a mistake too, no crash."""
+    try:
+        yield
+    except (
+        AssertionError, ImportError, KeyError, NotImplementedError, TypeError, ValueError,
+        ZeRORuntimeException,
+    ) as error:  # fmt: skip
+        raise ConfigError(
+            f"deepspeed: DeepSpeed does not start with this config ({type(error).__name__}: "
+            f"{' '.join(str(error).split())}); see the section 'deepspeed'"
+        ) from error
 
 
 def _first_mistake(error: pydantic.ValidationError, native: dict[str, Any]) -> str:

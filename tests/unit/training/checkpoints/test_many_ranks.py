@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from routedvit.training.checkpoints import verification
 from routedvit.training.checkpoints.checkpoint import Checkpoints
 from routedvit.training.checkpoints.commit import files_of
-from routedvit.training.checkpoints.manifest import sync
+from routedvit.training.checkpoints.manifest import Fingerprint, fingerprint, sync
 from routedvit.training.checkpoints.run_state import RunState
 from routedvit.training.checkpoints.verification import find_fault
 from tests.unit.training.fake_engine import FakeEngine
@@ -98,3 +100,57 @@ def test_a_folder_is_synced_where_the_file_system_can(
             sync(tmp_path)
     else:
         sync(tmp_path)
+
+
+class OtherRank(FakeEngine):
+    """Rank 1 of two; rank 0 has found these files and no fault."""
+
+    rank, world_size = 1, 2
+
+    def __init__(self, files: dict[str, Fingerprint]) -> None:
+        super().__init__()
+        self.files = files
+
+    def broadcast(self, value: Any) -> Any:
+        return (None, None, self.files)
+
+
+@pytest.mark.parametrize(("lookups", "fault"), [(3, None), (10**9, "weights is missing")])
+def test_a_file_that_nfs_still_denies_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lookups: int, fault: str | None
+) -> None:
+    """A client caches that there was no such file, though rank 0, elsewhere, has seen it."""
+    folder = tmp_path / "step_00000001"
+    folder.mkdir()
+    (folder / "weights").write_bytes(b"1")
+    files = {name: fingerprint(folder / "weights") for name in ("of rank 0", "weights")}
+    asked = 0
+
+    def is_file(path: Path) -> bool:
+        nonlocal asked
+        asked += 1
+        return asked > lookups
+
+    monkeypatch.setattr(Path, "is_file", is_file)
+    monkeypatch.setattr(verification, "SECONDS_TO_APPEAR", 0.1 if fault else 60)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    assert find_fault(OtherRank(files), folder) == fault
+
+
+def test_only_rank_0_looks_whether_a_step_is_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else NFS would go on telling the others for a minute that it is not there."""
+
+    class Done(Exception):
+        pass
+
+    class Rank1(FakeEngine):
+        rank = 1
+
+        def broadcast(self, value: Any) -> Any:
+            raise Done
+
+    monkeypatch.setattr(Path, "exists", lambda path: pytest.fail(f"looked for {path}"))
+    with pytest.raises(Done):
+        Checkpoints(tmp_path, Rank1(), keep=1).save(RunState(step=1, samples_seen=8))

@@ -3,6 +3,7 @@
 import pytest
 
 from routedvit.training.config.native import resolve_native_config, split_batch
+from routedvit.training.config.native_keys import REFUSED_VALUES
 from routedvit.training.config.run import ConfigError
 
 
@@ -169,3 +170,32 @@ def test_a_batch_is_split_into_micro_batches_and_accumulation():
 def test_a_batch_that_does_not_divide_is_refused_with_one_that_does(batch, micro, world, mend):
     with pytest.raises(ConfigError, match=mend):
         split_batch(batch, micro, world)
+
+
+@pytest.mark.parametrize("path", REFUSED_VALUES)
+def test_what_would_do_harm_or_nothing_is_refused_with_the_reason(path):
+    harmful = {
+        "zero_optimization.compute_grad_norm": False,
+        "bf16.check_grad_overflow": False,
+        "fp16.loss_scale": 4096,
+        "zero_optimization.offload_optimizer.ratio": 0.5,
+    }
+    user = harmful.get(path, True)
+    for name in reversed(path.split(".")):
+        user = {name: user}
+    user.setdefault("zero_optimization", {})["stage"] = 3
+    with pytest.raises(ConfigError, match=rf"deepspeed\.{path} = .*: .*; delete it"):
+        resolve(user)
+
+
+@pytest.mark.parametrize(
+    "user",
+    [
+        {"zero_optimization": {"stage": 2, "compute_grad_norm": True, "cpu_offload": False}},
+        {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 1.0}}},
+        {"compile": {"deepcompile": False}, "zero_optimization": {"offload_optimizer": None}},
+        {"fp16": {"loss_scale": 0}, "checkpoint": {"tag_validation": "Fail"}},
+    ],
+)
+def test_values_that_do_no_harm_pass(user):
+    assert resolve(user)
