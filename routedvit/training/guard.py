@@ -7,6 +7,9 @@ to the last checkpoint before them and on with the data after them, as PaLM did 
 section 5.1: back about 100 steps, past 200 to 500 batches; spikes came from that data meeting those
 weights, so other data helped). The data between are lost to the run; the ledger names them.
 
+Losses are compared with those of steps of the same setting (image size, capacity) only, each over a
+window of its own: else larger images or a smaller capacity would be a spike that never ends.
+
 In fp16 an overflow with a finite loss is how the loss scale is found, and no bad step.
 
 Costs nothing while all is well: it looks at numbers that are on the host already. Only a bad step
@@ -63,7 +66,8 @@ class Guard:
         self.returns = 0  # to a checkpoint, since the run was last well for long
         self._spikes = 0  # among the present bad steps
         self._good_steps = 0  # since the last return
-        self._losses: deque[float] = deque(maxlen=spike_window)  # of good steps
+        self._spike_window = spike_window
+        self._losses: dict[str, deque[float]] = {}  # of good steps, by their setting
 
     @property
     def alarm(self) -> bool:
@@ -77,7 +81,7 @@ class Guard:
             "spikes": self._spikes,
             "returns": self.returns,
             "good_steps": self._good_steps,
-            "losses": list(self._losses),
+            "losses": {setting: list(losses) for setting, losses in self._losses.items()},
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -86,19 +90,29 @@ class Guard:
         self._spikes = state.get("spikes", 0)
         self.returns = state.get("returns", 0)
         self._good_steps = state.get("good_steps", 0)
-        self._losses.clear()
-        self._losses.extend(state.get("losses", []))
+        losses = state.get("losses", {})
+        if isinstance(losses, list):  # of an older checkpoint, without settings
+            losses = {"": losses}
+        self._losses = {setting: self._window(values) for setting, values in losses.items()}
 
-    def watch(self, result: StepResult, batches: Sequence[Batch], step: int) -> None:
-        """Judge the step that made `step` finished ones out of these micro-batches."""
+    def watch(
+        self, result: StepResult, batches: Sequence[Batch], step: int, setting: str = ""
+    ) -> None:
+        """Judge the step that made `step` finished ones out of these micro-batches.
+
+        `setting`: see `recipe.schedules.Dial.setting`.
+        """
         if result.skipped and self.engine.scales_loss and math.isfinite(result.loss):
             self.tell(
                 f"step {step} skipped: a gradient overflowed fp16; loss scale {result.loss_scale:g}"
             )
             return
-        reason = self._reason(result)
+        losses = self._losses.setdefault(setting, self._window())
+        reason = self._reason(result, losses)
         if reason is None:
-            self._note_good(result.loss)
+            self._note_good()
+            if self.spike_sigmas:
+                losses.append(result.loss)
             return
         self.bad_steps.append(step)
         self._spikes += not result.skipped
@@ -135,23 +149,24 @@ class Guard:
             f"{passed_over[1] - passed_over[0]} samples from position {passed_over[0]} on"
         )
 
-    def _note_good(self, loss: float) -> None:
+    def _window(self, losses: Sequence[float] = ()) -> deque[float]:
+        return deque(losses, maxlen=self._spike_window)
+
+    def _note_good(self) -> None:
         self.bad_steps.clear()
         self._spikes = 0
         self._good_steps += 1
         if self._good_steps >= self.forgive_after:
             self.returns = 0
-        if self.spike_sigmas:
-            self._losses.append(loss)
 
-    def _reason(self, result: StepResult) -> str | None:
+    def _reason(self, result: StepResult, losses: deque[float]) -> str | None:
         if result.skipped:
             return "loss or gradient is not finite"
-        if not self.spike_sigmas or len(self._losses) < (self._losses.maxlen or 0):
+        if not self.spike_sigmas or len(losses) < self._spike_window:
             return None
-        median = statistics.median(self._losses)
+        median = statistics.median(losses)
         # The median deviation is not moved by the outliers it must find; 1.48 of it is a sigma.
-        deviation = 1.48 * statistics.median(abs(loss - median) for loss in self._losses)
+        deviation = 1.48 * statistics.median(abs(loss - median) for loss in losses)
         bound = median + self.spike_sigmas * max(deviation, 0.01 * abs(median))
         return f"loss {result.loss:.4g} is above {bound:.4g}" if result.loss > bound else None
 

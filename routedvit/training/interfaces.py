@@ -137,6 +137,9 @@ class MetricWriter(Protocol):
     def hparams(self, values: dict[str, Any], metrics: Sequence[str]) -> None:
         """What the run was started with, once, and the scalars that tell how good it was."""
 
+    def rewind(self, step: int) -> None:
+        """The run has gone back to `step`: what was written of later steps is not to be shown."""
+
     def flush(self) -> None: ...
 
     def close(self) -> None: ...

@@ -95,6 +95,7 @@ class Trainer:
         self.state = state
         self.profiler = profiler
         self.began = 0.0
+        self.save_is_due = False  # since a step that had to be passed over
         self.signals = signals
         self.patience = patience or Patience()  # a new one waits for ever
         self.meter = Meter(settings.batch_size)
@@ -139,7 +140,8 @@ class Trainer:
                 self.step_log.log(result, self.state)
             if is_multiple(step, settings.gradients_every):
                 self.step_log.log_slowly(step)
-            if last or (step % settings.checkpoint_every == 0 and not self.guard.bad_steps):
+            self.save_is_due |= step % settings.checkpoint_every == 0
+            if last or (self.save_is_due and not self.guard.bad_steps):
                 self.save(must=last)
             stop = stop or self.evaluate_due()
             if not stop and (step % settings.routing_every == 0 or step == first or last):
@@ -176,7 +178,7 @@ class Trainer:
         state.skipped_steps += result.skipped
         state.metrics, state.evaluated = {}, []
         self.meter.add(time.perf_counter() - began, waited)
-        self.guard.watch(result, micro_batches, state.step)
+        self.guard.watch(result, micro_batches, state.step, self.schedules.setting())
         return result
 
     def go_back(self) -> Iterator[Batch]:
@@ -192,6 +194,8 @@ class Trainer:
         first = self.checkpoints.rollbacks()[-1]["from"]
         self.guard.went_back(state.step, (first, resume_at))
         self.guard.restore(state.guard)
+        self.writer.rewind(state.step)
+        self.save_is_due = False
         self.state = dataclasses.replace(
             state,
             skipped_steps=before.skipped_steps,
@@ -202,6 +206,7 @@ class Trainer:
 
     def save(self, *, must: bool) -> None:
         """Save a checkpoint; if the disk refuses one that need not be, warn and go on."""
+        self.save_is_due = False
         self.writer.flush()  # a resume from here goes on where the curves end
         self.state.guard = self.guard.state()
         try:

@@ -134,9 +134,9 @@ def test_two_machines_train_what_one_trains(
 
 def test_a_job_at_its_time_limit_saves_and_goes_on(cluster: Cluster, folder: Path) -> None:
     """Slurm's own warning, as `#SBATCH --signal` asks for it; it looks every half minute."""
-    limit = ["--time=1", "--signal=B:USR1@40"]
+    limit = ["--time=2", "--signal=B:USR1@70"]
     job = Job(cluster, folder, "limit", *limit, setting="train.steps=100000")
-    job.wait_for_the_queue()
+    job.wait_for_the_queue(seconds=150)
     assert "stopped; job" in job.printed()
     step = json.loads((job.run / "status.json").read_text())["step"]
     cluster.run("scontrol", "update", f"jobid={job.number}", "timelimit=60")

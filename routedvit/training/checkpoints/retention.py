@@ -15,7 +15,8 @@ class Retention:
 
     Args:
         keep: so many of the newest stay, at least one.
-        keep_every: those whose step is a multiple stay for good; None: none of them.
+        keep_every: the first at or after each multiple stays for good (a bad step is not saved, and
+            the one after it is); None: none of them.
         keep_best: so many of the best stay, by the value of `metric` at their step.
         metric: name of an evaluation's value, such as 'val/top1'.
         mode: 'max' if a higher value is better, else 'min'.
@@ -37,7 +38,7 @@ class Retention:
         stay = set(sorted(values)[-self.keep :])
         if before is not None:
             stay |= set(sorted(step for step in values if step < before)[-1:])
-        stay |= {step for step in values if self.keep_every and step % self.keep_every == 0}
+        stay |= self._milestones(values)
         stay |= set(self._best(values))
         return sorted(values.keys() - stay)
 
@@ -51,6 +52,15 @@ class Retention:
         if not (math.isfinite(one) and math.isfinite(other)):
             return one if math.isfinite(one) else other
         return max(one, other) if self.mode == "max" else min(one, other)
+
+    def _milestones(self, values: Mapping[int, float | None]) -> set[int]:
+        if self.keep_every is None:
+            return set()
+        first: dict[int, int] = {}
+        for step in sorted(values):
+            first.setdefault(step // self.keep_every, step)
+        first.pop(0, None)
+        return set(first.values())
 
     def _best(self, values: Mapping[int, float | None]) -> list[int]:
         """Best first; of equal ones the older."""

@@ -107,7 +107,8 @@ class CheckpointConfig(Section):
     keep: int = Field(2, gt=0)
     """How many of the newest checkpoints to keep."""
     keep_every: int | None = Field(None, gt=0)
-    """Keep every checkpoint whose step is a multiple of this for good."""
+    """Keep every checkpoint whose step is a multiple of this for good, or the one that was saved in
+    its place where that step was bad."""
     keep_best: int = Field(0, ge=0)
     """How many checkpoints to keep for their best_metric; an evaluation that belongs among them
     saves one at once."""

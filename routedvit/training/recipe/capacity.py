@@ -57,6 +57,9 @@ class CapacityDial:
     def scalars(self) -> dict[str, float]:
         return {"train/capacity_factor": float(self.factor)}
 
+    def setting(self) -> str:
+        return f"capacity x {self.factor}"
+
     def _apply(self, factor: Fraction) -> None:
         for router, nominal in self._routers:
             router.set_capacity(min(Fraction(1), factor * nominal))

@@ -55,6 +55,9 @@ class ResolutionDial:
     def scalars(self) -> dict[str, float]:
         return {"train/image_size": float(self._latest[0])}
 
+    def setting(self) -> str:
+        return f"{self._latest[0]} px"
+
     def _shrink(self, objective: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
         image, *others = inputs
         if self.size == self.full_size:

@@ -25,6 +25,9 @@ class Dial(Protocol):
     def scalars(self) -> dict[str, float]:
         """Its value in the latest step, by the name of its curve."""
 
+    def setting(self) -> str:
+        """What two steps must share for their losses to be comparable; '' if it matters not."""
+
 
 class Schedules:
     """The learning rate and all dials of a run.
@@ -53,3 +56,7 @@ class Schedules:
     def scalars(self) -> dict[str, float]:
         """The dials' values in the latest step."""
         return {name: value for dial in self.dials for name, value in dial.scalars().items()}
+
+    def setting(self) -> str:
+        """Of the latest step, see `Dial.setting`."""
+        return " ".join(filter(None, (dial.setting() for dial in self.dials)))

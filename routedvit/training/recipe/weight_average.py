@@ -63,6 +63,9 @@ class WeightAverage:
     def scalars(self) -> dict[str, float]:
         return {"train/ema_decay": self.decay}
 
+    def setting(self) -> str:
+        return ""
+
     @torch.no_grad()
     def _update(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """After a step of the groups that the optimiser holds now: ZeRO shows them one by one."""

@@ -37,3 +37,6 @@ class WeightDecayDial:
     def scalars(self) -> dict[str, float]:
         """None: every logged step has the optimiser's `train/weight_decay` already."""
         return {}
+
+    def setting(self) -> str:
+        return ""

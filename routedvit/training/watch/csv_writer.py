@@ -28,7 +28,12 @@ class CsvWriter:
 
     def __init__(self, path: Path, resume_step: int = 0) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = _lines_up_to(path, resume_step) if path.exists() else []
+        self._path = path
+        self._open(resume_step)
+
+    def _open(self, step: int) -> None:
+        path = self._path
+        kept = _lines_up_to(path, step) if path.exists() else []
         part = path.with_suffix(".part")
         with part.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([COLUMNS, *kept])
@@ -46,6 +51,10 @@ class CsvWriter:
     def histogram(self, name: str, values: Sequence[float], step: int) -> None: ...
 
     def hparams(self, values: dict[str, Any], metrics: Sequence[str]) -> None: ...
+
+    def rewind(self, step: int) -> None:
+        self._file.close()
+        self._open(step)
 
     def flush(self) -> None:
         self._file.flush()

@@ -34,12 +34,16 @@ class TensorBoardWriter:
     """
 
     def __init__(self, folder: Path, resume_step: int = 0) -> None:
+        self._folder = folder
+        self._events = self._open(resume_step)
+
+    def _open(self, step: int) -> Any:
         # Imported here: it takes a second, and only rank 0 needs it.
         from torch.utils.tensorboard import SummaryWriter
 
         # also at step 0: a start that died before its first checkpoint may have written there
-        purge_step = resume_step + 1 if resume_step else 0
-        self._events = SummaryWriter(str(folder), purge_step=purge_step, flush_secs=10)
+        purge_step = step + 1 if step else 0
+        return SummaryWriter(str(self._folder), purge_step=purge_step, flush_secs=10)
 
     def scalar(self, name: str, value: float, step: int) -> None:
         self._events.add_scalar(name, value, step)
@@ -67,6 +71,10 @@ class TensorBoardWriter:
 
         for summary in hparams(values, dict.fromkeys(metrics, 0.0))[:2]:
             self._events._get_file_writer().add_summary(summary)
+
+    def rewind(self, step: int) -> None:
+        self._events.close()
+        self._events = self._open(step)
 
     def flush(self) -> None:
         self._events.flush()
@@ -110,6 +118,9 @@ class FanOutWriter:
 
     def hparams(self, values: dict[str, Any], metrics: Sequence[str]) -> None:
         self._each(lambda sink: sink.hparams(values, metrics))
+
+    def rewind(self, step: int) -> None:
+        self._each(lambda sink: sink.rewind(step))
 
     def flush(self) -> None:
         self._each(lambda sink: sink.flush())

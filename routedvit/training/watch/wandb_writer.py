@@ -64,6 +64,8 @@ class WandbWriter:
     def hparams(self, values: dict[str, Any], metrics: Sequence[str]) -> None:
         self._run.config.update(values, allow_val_change=True)
 
+    def rewind(self, step: int) -> None: ...  # its x axis may go back, see above
+
     def flush(self) -> None:
         if self._row:
             self._run.log(self._row)

@@ -174,3 +174,24 @@ def test_a_ledger_that_cannot_be_written_does_not_end_the_run(tmp_path, told):
     (tmp_path / "logs").write_text("in the way")
     guard(tmp_path, told).watch(bad(), [batch("a")], 1)
     assert any("cannot be written" in text for text in told)
+
+
+def test_each_setting_has_a_window_of_its_own(tmp_path, told):
+    """Sampled capacities: the small one is always worse than the large one, and no spike."""
+    watch = guard(tmp_path, told, spike_sigmas=6.0, spike_window=16)
+    level = {"x 1": 1.0, "x 1/4": 3.0}
+    for step in range(64):
+        setting = ("x 1", "x 1/4")[step % 2]
+        watch.watch(good(noisy(step) + level[setting]), [batch("a")], step, setting)
+    assert not told
+    resumed = guard(tmp_path, told, spike_sigmas=6.0, spike_window=16)
+    resumed.restore(json.loads(json.dumps(watch.state())))
+    resumed.watch(good(noisy(64) + 3.0), [batch("spiky")], 64, "x 1")
+    assert "step 64 suspicious" in told[0]
+
+
+def test_a_window_of_an_older_checkpoint_is_taken_over(tmp_path, told):
+    watch = guard(tmp_path, told, spike_sigmas=6.0, spike_window=16)
+    watch.restore({"losses": [noisy(step) for step in range(16)]})
+    watch.watch(good(20.0), [batch("a")], 30)
+    assert "step 30 suspicious" in told[0]

@@ -57,6 +57,9 @@ class Sink:
 
     def start(self, step: int, total: int) -> None: ...
     def update(self, step: int, loss: float, lr: float, images_per_second: float) -> None: ...
+    def rewind(self, step: int) -> None:
+        self.scalars = {key: value for key, value in self.scalars.items() if key[1] <= step}
+
     def flush(self) -> None: ...
     def close(self) -> None: ...
 
@@ -192,6 +195,9 @@ def test_dials_turn_in_the_step_and_their_values_are_logged(tmp_path):
 
         def scalars(self) -> dict[str, float]:
             return {"train/dial": float(self.latest)}
+
+        def setting(self) -> str:
+            return ""
 
     dial, sink, engine = Dial(), Sink(), FakeEngine()
     seen, original = [], engine.train_step
@@ -360,11 +366,53 @@ def test_without_a_checkpoint_to_go_back_to_the_run_ends_in_words(tmp_path):
     assert run.state.step == 3
 
 
-def test_a_checkpoint_is_not_taken_amid_bad_steps(tmp_path):
+def test_a_checkpoint_is_not_taken_amid_bad_steps_but_after_them(tmp_path):
     engine = FakeEngine()
-    engine.losses = {12: float("nan")}  # step 4, which would save
+    engine.losses = dict.fromkeys((12, 16), float("nan"))  # step 4, which would save, and 5
     trainer(tmp_path, engine, Sink(), RunState(), total_steps=9, keep=9).fit()
-    assert sorted(path.name[-1] for path in tmp_path.glob("checkpoints/step_*")) == ["8", "9"]
+    assert sorted(path.name[-1] for path in tmp_path.glob("checkpoints/step_*")) == ["6", "8", "9"]
+
+
+def test_curves_go_back_with_the_run(tmp_path):
+    """Else they would have the steps after it twice."""
+    engine, sink = FakeEngine(), Sink()
+    engine.losses = dict.fromkeys((20, 24, 28), float("nan"))  # steps 6, 7 and 8
+    run = trainer(tmp_path, engine, sink, RunState(), total_steps=9)
+    back = []
+    run.writer.rewind = back.append
+    run.fit()
+    assert back == [4]
+
+
+def test_a_larger_image_is_no_spike(tmp_path):
+    """Losses of another image size or capacity are another matter."""
+    watch = {"spike_sigmas": 6.0, "spike_window": 16, "max_bad_steps": 2}
+
+    class Dial:
+        def turn(self, step):
+            self.large = step >= 30
+
+        def rest(self): ...
+
+        def scalars(self):
+            return {}
+
+        def setting(self):
+            return str(self.large)
+
+    for dials, returns in ([Dial()], 0), ([], 1):
+        engine, sink = FakeEngine(), Sink()
+        engine.losses = dict.fromkeys(range(120, 200, 4), 1.5)  # from step 30 on
+        run = trainer(
+            tmp_path / str(returns), engine, sink, RunState(), total_steps=40, guard=watch
+        )
+        run.schedules.dials = tuple(dials)
+        if returns:
+            with pytest.raises(ConfigError, match="gone back"):
+                run.fit()
+        else:
+            assert run.fit().finished
+        assert any("back to step" in message for message in sink.messages) == bool(returns)
 
 
 def test_a_best_amid_bad_steps_is_not_kept_as_one(tmp_path):

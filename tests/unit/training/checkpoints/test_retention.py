@@ -62,3 +62,8 @@ def test_whatever_the_rule_the_newest_stays(values, keep, every, best, mode):
     if best and finite:
         kept = [values[step] for step in values.keys() - set(surplus)]
         assert (max if mode == "max" else min)(finite) in kept
+
+
+def test_what_was_saved_in_place_of_a_bad_milestone_stays_for_good():
+    values = dict.fromkeys((40, 52, 60, 100, 110, 120))
+    assert Retention(keep=1, keep_every=50).surplus(values) == [40, 60, 110]

@@ -180,6 +180,19 @@ def test_a_start_replaces_what_was_written_beyond_its_step(step: int, tmp_path: 
     assert [(p.step, p.value) for p in points] == [*kept, (step + 1, 2.0)]
 
 
+def test_a_run_that_goes_back_has_each_step_once(tmp_path: Path) -> None:
+    writer = build_writer(tmp_path, LogConfig(csv=True), rank=0)
+    for step, value in ((1, 1.0), (2, 2.0), (3, 3.0)):
+        writer.scalar("train/loss", value, step)
+    writer.rewind(1)
+    writer.scalar("train/loss", 20.0, 2)
+    writer.close()
+    points = read(tmp_path).Scalars("train/loss")
+    assert [(point.step, point.value) for point in points] == [(1, 1.0), (2, 20.0)]
+    lines = (tmp_path / "metrics.csv").read_text().split()
+    assert lines[1:] == ["1,train/loss,1.0", "2,train/loss,20.0"]
+
+
 @pytest.mark.parametrize(("rank", "tensorboard"), [(1, True), (0, False)])
 def test_nothing_is_written_by_other_ranks_or_when_switched_off(
     tmp_path: Path, rank: int, tensorboard: bool
@@ -212,6 +225,7 @@ class Recorder:
     def histogram(self, name: str, values: Sequence[float], step: int) -> None: ...
 
     def hparams(self, values: dict[str, Any], metrics: Sequence[str]) -> None: ...
+    def rewind(self, step: int) -> None: ...
 
     def flush(self) -> None: ...
 
