@@ -16,9 +16,12 @@ folder, `evaluated/WHAT.1/` the next time. Nothing else in the folder is touched
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from routedvit.training.assembly_watch import build_run_evaluators
@@ -33,6 +36,7 @@ from routedvit.training.run_folder import RunFolder, first_free
 from routedvit.training.watch.console import Console
 from routedvit.training.watch.metrics import FanOutWriter
 
+T = TypeVar("T")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -63,17 +67,34 @@ def evaluate_offline(
         console.print(what_is_missing(config, path, evaluators))
     numbers: dict[str, float] = {}
     out: Path | None = None
-    for suffix, weights in weights_in(path, config.eval.weights):
+    for suffix, weights in still_there(weights_in(path, config.eval.weights), path):
         load(objective, weights, path)
         out = out or on_rank_zero(lambda: first_free(folder.evaluated / title(path, folder)))
         place(objective, config.precision, world)
         tables = out if world.rank == 0 else None
-        numbers |= measure(evaluators, model, suffix, config.precision, world, tables)
-    console.print(table(numbers))
-    if out is not None and world.rank == 0:
-        write_report(out, config, path, world, loaders.val.num_samples, numbers)
+        found = measure(evaluators, model, suffix, config.precision, world, tables)
+        console.print(table(found))
+        numbers |= found
+        if world.rank == 0:  # now: the averages may be gone before they are read
+            write_report(out, config, path, world, loaders.val.num_samples, numbers)
+    if out is not None:
         console.print(f"written to {out}")
     return 0
+
+
+def still_there(weights: Iterator[T], path: Path) -> Iterator[T]:
+    """The same, read while the run may go on and delete what it no longer keeps.
+
+    Raises:
+        ConfigError: it did.
+    """
+    try:
+        yield from weights
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(
+            f"{path} can no longer be read ({error}); if its run goes on and has deleted it "
+            "(checkpoint.keep), name a newer one, or copy one elsewhere first"
+        ) from error
 
 
 def stored_objective(config: RunConfig, model: nn.Module, path: Path) -> tuple[nn.Module, bool]:

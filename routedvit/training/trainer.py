@@ -251,6 +251,7 @@ class Trainer:
             self.profiler.close()
         self.progress.close()
         self.writer.flush()
+        self.engine.close()
         state = self.state
         finished = state.step >= self.settings.total_steps and not self.evaluation.due(state)
         self.note("finished" if finished else "stopped")

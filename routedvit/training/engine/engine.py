@@ -350,6 +350,11 @@ class Engine:
         dist.broadcast_object_list(values, src=0)
         return values[0]
 
+    def close(self) -> None:
+        """Let DeepSpeed tell what it has counted, if `comms_logger` asks for it. Collective."""
+        if self._engine.config.get("comms_logger", {}).get("enabled"):
+            deepspeed.comm.log_summary()
+
     def barrier(self) -> None:
         """Wait for all ranks. Collective."""
         dist.barrier()

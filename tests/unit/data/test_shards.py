@@ -13,7 +13,7 @@ from data.errors import DataError
 from data.manifest import read_manifest
 from data.mixture import resolve_train
 from data.reader import ShardReader
-from data.shards import expand_braces, resolve
+from data.shards import expand_braces, match, resolve
 
 
 @pytest.mark.parametrize(
@@ -24,6 +24,17 @@ def test_manifest_folder_glob_and_braces_name_the_same_shards(make_set, pattern)
     found = resolve(str(folder) + pattern)
     assert [Path(name).name for name in found.names] == ["000.tar", "001.tar", "002.tar"]
     assert (found.sizes, found.num_samples, found.num_classes) == ([4, 2, 3], 9, 3)
+
+
+def test_a_folder_is_listed_once_for_all_names_of_a_pattern(make_set, monkeypatch):
+    """Ranks by the hundred would each ask about tens of thousands of shards, one by one."""
+    folder = make_set([4, 2, 3])
+    monkeypatch.setattr(Path, "is_file", lambda path: pytest.fail(f"asked about {path}"))
+    assert len(match(f"{folder}/{{000..002}}.tar")) == 3
+    monkeypatch.chdir(folder)
+    assert match("00{0,2}.tar") == ["000.tar", "002.tar"]
+    with pytest.raises(DataError, match=r"003\.tar is missing of"):
+        match("{000..003}.tar")
 
 
 @pytest.mark.parametrize(

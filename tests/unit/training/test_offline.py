@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import routedvit  # noqa: F401  (registers the models)
+from routedvit.training import offline
 from routedvit.training.assembly import build_engine
 from routedvit.training.assembly_watch import build_run_evaluators
 from routedvit.training.checkpoints.checkpoint import Checkpoints
@@ -198,3 +200,25 @@ def test_weights_of_another_model_are_refused(tmp_path: Path, world: World) -> N
     with pytest.raises(ConfigError, match=r"other\.safetensors does not fit .*blocks\.1"):
         evaluate(tmp_path / "other.safetensors", tmp_path, world, config())
     assert not (tmp_path / "evaluated").exists()
+
+
+def test_a_checkpoint_that_its_run_deletes_meanwhile_leaves_what_was_found(
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    what = config(ema={"decay": 0.5}, deepspeed={"zero_optimization": {"stage": 1}})
+    engine = trained(what, world)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", engine, keep=1)
+    checkpoints.save(RunState(step=1))
+    measure = offline.measure
+
+    def and_delete(*args: Any) -> dict[str, float]:
+        found = measure(*args)
+        shutil.rmtree(checkpoints.path_of(1))
+        return found
+
+    monkeypatch.setattr(offline, "measure", and_delete)
+    with pytest.raises(
+        ConfigError, match=r"step_00000001 can no longer be read .*checkpoint\.keep"
+    ):
+        evaluate(checkpoints.path_of(1), tmp_path, world, what)
+    assert "val/loss" in metrics(tmp_path / "evaluated" / "step_00000001")
