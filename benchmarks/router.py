@@ -5,7 +5,7 @@
 A quarter of the tokens is selected, gates sum to 9/8 of that. Baselines in the same run: 20
 iterations of `colt5-attention` with the top-k that follows them (its Python; on a GPU its Triton
 kernel too, which is the baseline there), `torch.topk` with the sort of its indices, and on a GPU
-two floors: an empty launch, and a copy of the bytes that routing must move.
+two floors: empty launches, one each way, and a copy of the bytes that routing must move.
 
 On a machine without a GPU it times the PyTorch implementation.
 """
@@ -15,9 +15,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from colt5_attention.coor_descent import coor_descent
 from torch import Tensor
 
+from benchmarks.original import original
 from benchmarks.timing import interleave, report
 from routedvit.ops import coordinate_descent, route, route_all
 
@@ -54,11 +54,13 @@ def routing(batch: int, n: int, device: str, backward: bool) -> dict[str, Callab
     functions = {
         "exact": lambda s: route(s, k, RATIO)[1],
         "coordinate descent": ours_by_descent,
-        "colt5-attention": lambda s: (
-            coor_descent(s, n_iters=20, k=total, **SCHEDULE).topk(k).values
-        ),
     }
-    if device == "cuda":
+    if theirs := original():
+        coor_descent = theirs.coor_descent
+        functions["colt5-attention"] = lambda s: (
+            coor_descent(s, n_iters=20, k=total, **SCHEDULE).topk(k).values
+        )
+    if theirs and device == "cuda":
         from colt5_attention.triton_coor_descent import triton_coor_descent
 
         functions["colt5-attention Triton"] = lambda s: (
@@ -86,13 +88,18 @@ def pair(batch: int, n: int, device: str) -> dict[str, Callable[[], object]]:
 
 
 def floors(batch: int, n: int, k: int, backward: bool) -> dict[str, Callable[[], object]]:
-    """An empty launch, and a copy that reads and writes as many bytes as routing."""
+    """Empty launches, one each way, and a copy that reads and writes as many bytes as routing."""
     forward = batch * (n * 8 + k * 12)  # logits in; all gates, picked gates and indices out
     gradient = batch * (n * 8 + k * 12)  # gates, indices and gradient in; gradient out
     moved = forward + gradient if backward else forward
     source = torch.empty(moved // 2, dtype=torch.uint8, device="cuda")
     target, one = torch.empty_like(source), torch.empty(1, device="cuda")
-    return {"empty launch": one.zero_, "copy of the same bytes": lambda: target.copy_(source)}
+
+    def launches() -> None:
+        for _ in range(1 + backward):
+            one.zero_()
+
+    return {"empty launches": launches, "copy of the same bytes": lambda: target.copy_(source)}
 
 
 def main() -> None:
@@ -108,7 +115,8 @@ def main() -> None:
         report("router", f"{batch} x {n}, q and kv,", seconds, "one after the other")
         cases = routing(batch, n, device, not arguments.forward)
         seconds = interleave(cases, arguments.rounds, device)
-        report(name, f"{batch} x {n}", seconds, baseline)
+        beside = baseline if baseline in seconds else "torch.topk and sort"
+        report(name, f"{batch} x {n}", seconds, beside)
 
 
 if __name__ == "__main__":

@@ -4,12 +4,13 @@
 
 ViT-B at 224 and 512 px, a quarter of the tokens routed. The baseline is the copy: a ratio of 1.25
 is 80 % of copy bandwidth. "PyTorch" is the reference implementation on the same device. Without a
-GPU only that is timed. There each call takes the next of a few sets of tensors: together they are
-several times as large as the L2 cache, so that what is timed is memory.
+GPU only that is timed. There each call takes the next of a few sets of tensors, and as many results
+are kept: together they are several times as large as the L2 cache, so that what is timed is memory.
 """
 
 import argparse
 import itertools
+from collections import deque
 from collections.abc import Callable, Sequence
 
 import torch
@@ -71,7 +72,9 @@ def rotating(sets: Sequence[Operators]) -> Operators:
 
     def in_turn(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
         turn = itertools.cycle(calls)
-        return lambda: next(turn)()
+        # else each call would write where the one before it wrote, which the cache still holds
+        results: deque[object] = deque(maxlen=len(calls))
+        return lambda: results.append(next(turn)())
 
     return {
         operator: {case: in_turn([own[operator][case] for own in sets]) for case in calls}

@@ -17,12 +17,12 @@ once after it was timed.
 
 import argparse
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import colt5_attention
 import timm
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import routedvit
+from benchmarks.original import original
 from benchmarks.profiles import write_profiles
 from benchmarks.results import append_result
 from benchmarks.timing import interleave
@@ -70,7 +71,10 @@ class Step:
         self.images = torch.randn(batch, 3, size, size, device=self.device, dtype=dtype)
         self.labels = torch.randint(1000, (batch,), device=self.device)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-        self.model: Callable[..., Any] = torch.compile(model) if compiled else model
+        # one graph, of these shapes alone
+        self.model: Callable[..., Any] = (
+            torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
+        )
 
     def __call__(self) -> None:
         F.cross_entropy(self.model(self.images).float(), self.labels).backward()
@@ -118,9 +122,37 @@ def compare(
             "train_step", f"{case} {name}", [1e3 * t for t in times],
             unit="ms", baseline=baseline, ratio=1 / speed_up,
         )  # fmt: skip
+    if device == "cuda":
+        for name, step in steps.items():
+            watch_the_host(f"{case} {name}", step, median[name])
     if profile is not None:
         write_profiles(profile, f"train_step {case}", timed)
     return {name: median[baseline] / own for name, own in median.items()}
+
+
+def watch_the_host(case: str, step: Step, whole: float) -> None:
+    """How long the host is busy with a step of a GPU, which takes `whole` seconds, and whether it
+    compiles or waits in it.
+    """
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - start)
+        torch.cuda.synchronize()
+    print(f"train_step {case} host {1e3 * statistics.median(seconds):.1f} ms", flush=True)
+    append_result(
+        "train_step", f"{case} host", [1e3 * t for t in seconds],
+        unit="ms", baseline="step", ratio=statistics.median(seconds) / whole,
+    )  # fmt: skip
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            step()
+    except RuntimeError as error:
+        print(f"NOT MET, train_step {case}: {str(error).splitlines()[0]}", flush=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def synchronised(step: Callable[[], object], device: str) -> Callable[[], None]:
@@ -164,9 +196,12 @@ def all_heavy(batch: int, options: Options) -> None:
 
 def against_seed(batch: int, options: Options) -> None:
     """`ConditionalRoutedViT`, theirs and ours, with the same arguments and weights."""
+    package = original()
+    if package is None:
+        return
     for dim, (heavy, light) in SEED_WIDTHS.items():
         arguments = {**SEED, "dim": dim, "attn_heavy_heads": heavy, "attn_light_heads": light}
-        theirs = colt5_attention.ConditionalRoutedViT(**arguments)
+        theirs = package.ConditionalRoutedViT(**arguments)
         ours = routedvit.ConditionalRoutedViT(**arguments)
         ours.load_state_dict(theirs.state_dict())
         steps = {"colt5-attention": Step(theirs, batch, 224), "ours": Step(ours, batch, 224)}

@@ -151,7 +151,8 @@ def _scatter_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     index, rows, gate = ctx.saved_tensors
     if rows is None:
         taken = torch.ops.routedvit.gather_tokens(grad, index.unsqueeze(1)).squeeze(1)
-        grad_rows, grad_gate = (taken * gate.unsqueeze(-1)).to(ctx.rows_dtype), None
+        # in place: out of place fp32 gates would make an fp32 copy of bf16 rows
+        grad_rows, grad_gate = taken.mul_(gate.unsqueeze(-1)).to(ctx.rows_dtype), None
     else:
         backward = torch.ops.routedvit.scatter_add_tokens_backward
         grad_rows, grad_gate = backward(index, rows, gate, grad)

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from colt5_attention.coor_descent import coor_descent
 
 from routedvit.ops import coordinate_descent, soft_topk
+
+# a machine without network, such as one with a GPU may be, can lack it
+coor_descent = pytest.importorskip("colt5_attention").coor_descent
 
 GRID = [(1, 1.0), (27, 1.0), (54, 1.125), (196, 1.0)]
 
