@@ -52,6 +52,22 @@ def test_inductor_with_kernels_has_the_gradients_of_the_eager_reference(policy):
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
 
 
+def test_sublayers_that_drop_images_compile_with_recomputation():
+    """The images are drawn on the device and, recomputed, drawn alike."""
+    torch.manual_seed(0)
+    options = {"drop_path_rate": 0.5, "efficient_drop_path": True}
+    model = timm.create_model("colt5_vit_test", img_size=96, **options).to("cuda").train()
+    x = torch.randn(8, 3, 96, 96, device="cuda")
+    set_backend("triton")
+    found = []
+    for policy in ("none", "block"):
+        torch._dynamo.reset()
+        model.set_grad_checkpointing(policy=policy)
+        torch.manual_seed(1)
+        found.append(gradients(model, torch.compile(model, fullgraph=True), x))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-5)
+
+
 def test_bfloat16_loses_no_more_with_the_kernels_than_without():
     model, x = build()
     set_backend("torch")

@@ -20,6 +20,8 @@ def test_gates_and_gradients_are_as_exact_as_the_reference(masked, n, spread, ep
         draw(3, n) * spread,
         torch.tensor([[1.0], [0.3 * n], [0.9 * n]]),
         device=device,
+        # of one entry the reference is exact, while a GPU's exponential and division are within 2
+        last_places=8.0 if n == 1 else 2.0,
     )
 
 
