@@ -10,6 +10,7 @@ from timm.layers import LayerNorm, apply_rot_embed_cat, register_notrace_functio
 from torch import Tensor, nn
 from torch.jit import Final
 
+from routedvit.layers.wrapped import is_plain
 from routedvit.ops import merge_windows, partition_windows, window_padding_mask
 from routedvit.ops.windows import needs_padding
 
@@ -254,8 +255,15 @@ class HeavyAttention(nn.Module):
             kv = self.kv(context.squeeze(1)).view(batch, num_keys, self.num_heads, 2, self.head_dim)
             k, v = kv.unbind(3)
             return k.transpose(1, 2), v.transpose(1, 2)
-        # one batched GEMM, a slice of the weight for each route
         heads = self.num_heads // self.kv_routes
+        if not torch.jit.is_scripting():  # noqa: SIM102 -- TorchScript wants it alone
+            if not is_plain(self.kv, nn.Linear):
+                # the module itself, for all heads of each route, of which the route keeps its own
+                kv = self.kv(context).unflatten(-1, (self.kv_routes, heads, 2, self.head_dim))
+                kv = torch.stack([kv[:, r, :, r] for r in range(self.kv_routes)], 1)
+                k, v = kv.permute(4, 0, 1, 3, 2, 5).flatten(2, 3).unbind(0)
+                return k, v
+        # one batched GEMM, a slice of the weight for each route
         weight = self.kv.weight.view(self.kv_routes, -1, dim)
         rows = context.transpose(0, 1).reshape(self.kv_routes, -1, dim)
         if self.kv.bias is None:

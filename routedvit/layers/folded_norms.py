@@ -8,6 +8,7 @@ b costs no product of its own: that of W holds it. For the first reader of a tok
 else reads.
 
 Each owns all of its parameters, so that ZeRO-3, which gathers them module by module, finds them.
+None is an nn.Linear: an adapter (LoRA) put around one would see tokens that are not normalised.
 """
 
 from typing import cast
@@ -21,7 +22,7 @@ from routedvit.ops import rms_norm_linear
 __all__ = ["LayerNormLinear", "RmsNormLinear"]
 
 
-class LayerNormLinear(nn.Linear):
+class LayerNormLinear(nn.Module):
     """LayerNorm, then a linear layer with bias.
 
     Args:
@@ -30,7 +31,10 @@ class LayerNormLinear(nn.Linear):
     """
 
     def __init__(self, in_features: int, out_features: int, eps: float = 1e-5) -> None:
-        super().__init__(in_features, out_features)
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        linear = nn.Linear(in_features, out_features)
+        self.weight, self.bias = linear.weight, linear.bias
         self.norm_weight = nn.Parameter(torch.ones(in_features))
         self.norm_bias = nn.Parameter(torch.zeros(in_features))
         self.eps = eps
@@ -42,7 +46,7 @@ class LayerNormLinear(nn.Linear):
         return F.linear(x, self.weight * self.norm_weight, bias)
 
 
-class RmsNormLinear(nn.Linear):
+class RmsNormLinear(nn.Module):
     """RMSNorm (Zhang and Sennrich, arXiv 1910.07467), then a linear layer: the norm divides its
     output, which is narrower than x where this pays.
 
@@ -52,7 +56,7 @@ class RmsNormLinear(nn.Linear):
     """
 
     def __init__(self, norm: nn.Module, linear: nn.Linear) -> None:
-        nn.Module.__init__(self)
+        super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.norm_weight = cast(nn.Parameter, norm.weight)

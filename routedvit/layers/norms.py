@@ -3,9 +3,11 @@
 from typing import Any
 
 import torch
+from timm.layers import LayerNorm as TimmLayerNorm
 from timm.layers import RmsNorm as TimmRmsNorm
 from torch import Tensor, nn
 
+from routedvit.layers.wrapped import is_plain
 from routedvit.ops import gather_all, gather_norm_all, rms_norm
 
 __all__ = ["RmsNorm", "gather_rows"]
@@ -23,6 +25,9 @@ class RmsNorm(TimmRmsNorm):
         return rms_norm(x, self.weight, self.eps)
 
 
+FUSED = (nn.LayerNorm, TimmLayerNorm, TimmRmsNorm, RmsNorm)
+
+
 def gather_rows(x: Tensor, indices: list[Tensor], norm: Any) -> tuple[Tensor, list[Tensor]]:
     """Rows for the heavy path: `norm` of those of x [B, N, D] at each index, [B, K] or [B, R, K].
 
@@ -30,7 +35,7 @@ def gather_rows(x: Tensor, indices: list[Tensor], norm: Any) -> tuple[Tensor, li
     of it next, see `routedvit.ops.gather_all`.
     """
     rms = isinstance(norm, TimmRmsNorm)
-    if (rms or isinstance(norm, nn.LayerNorm)) and norm.weight is not None:
+    if is_plain(norm, *FUSED) and norm.weight is not None:
         bias = None if rms else norm.bias
         return gather_norm_all(x, indices, norm.weight, bias, norm.eps, rms=rms)
     x, rows = gather_all(x, indices)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from routedvit.ops.backend import backend, uses_triton
 
-__all__ = ["Renamed"]
+__all__ = ["Renamed", "public_names"]
 
 
 class Renamed(nn.Module):
@@ -33,6 +33,16 @@ class Renamed(nn.Module):
                 " pass False, which computes the same, or call routedvit.ops.set_backend('triton'),"
                 " which says what keeps Triton from running"
             )
+
+
+def public_names(model: nn.Module) -> dict[str, str]:
+    """Paths of parameters inside `model` -> what its state dict calls them, where they differ."""
+    return {
+        f"{path}.{ours}": f"{path}.{theirs}"
+        for path, module in model.named_modules()
+        if isinstance(module, Renamed)
+        for ours, theirs in module.names.items()
+    }
 
 
 def _load_their_names(

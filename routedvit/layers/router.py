@@ -17,6 +17,7 @@ that can be traced.
 
 from collections.abc import Sequence
 from fractions import Fraction
+from numbers import Rational, Real
 from typing import Any
 
 import torch
@@ -41,13 +42,13 @@ def as_ratio(capacity: float | str | Fraction, name: str = "capacity") -> Fracti
         TypeError: neither a number nor such a string.
         ValueError: outside (0, 1].
     """
-    if isinstance(capacity, bool) or not isinstance(capacity, float | int | str | Fraction):
+    if isinstance(capacity, bool) or not isinstance(capacity, Real | str):
         raise TypeError(f"{name}={capacity!r} must be a number in (0, 1] or a ratio such as '1/4'")
     try:
-        ratio = Fraction(capacity)
+        ratio = Fraction(capacity if isinstance(capacity, Rational | str) else float(capacity))
     except (ValueError, ZeroDivisionError, OverflowError):
         raise ValueError(f"{name}={capacity!r} is not a ratio; write 0.25 or '1/4'") from None
-    if isinstance(capacity, float):
+    if not isinstance(capacity, Rational | str):
         ratio = ratio.limit_denominator(4096)  # 0.1 means 1/10, not its binary neighbour
     if not 0 < ratio <= 1:
         raise ValueError(

@@ -37,7 +37,7 @@ def add_to_kept_images(
     """
     batch = int(x.shape[0])  # a tensor to torch.jit.trace
     count = num_kept(batch, drop_prob)
-    if count == batch:
+    if count >= batch:  # of no images none
         return x + update(x, torch.arange(batch, device=x.device))
     kept = torch.randperm(batch, device=x.device)[:count].sort().values
     index = kept.unsqueeze(0)

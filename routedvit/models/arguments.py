@@ -15,6 +15,7 @@ __all__ = [
     "Capacities",
     "Capacity",
     "block_builder",
+    "check_at_least",
     "check_choice",
     "check_image",
     "check_known",
@@ -35,9 +36,17 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         )
 
 
+def check_at_least(least: float, **values: float | None) -> None:
+    """Raises ValueError for one that is smaller; None stands for a default."""
+    for name, value in values.items():
+        if value is not None and value < least:
+            raise ValueError(f"{name}={value} must be at least {least:g}")
+
+
 def check_known(names: Iterable[str], *classes: type) -> None:
     """Raises TypeError, with the nearest name, for what no constructor of `classes` takes."""
-    known = [name for cls in classes for name in inspect.signature(cls).parameters]
+    ours = {"block_fn"}  # of timm's arguments, what this model fills in
+    known = [x for cls in classes for x in inspect.signature(cls).parameters if x not in ours]
     for name in names:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)

@@ -9,6 +9,7 @@ dense twin, at 1.16 to 1.19 times its parameters. No weights yet: the cfgs carry
 
 from typing import Any
 
+from timm.layers import to_2tuple
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
 from routedvit.models.dense_weights import checkpoint_filter_fn
@@ -63,6 +64,13 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> RoutedVisionTransf
     )
 
 
+def _window(side: int, kwargs: dict[str, Any], **defaults: int) -> int:
+    """A variant's own light window as far as the grid allows: who asks for none is refused none."""
+    sizes = defaults | {name: kwargs[name] for name in defaults if kwargs.get(name)}
+    image, patch = (to_2tuple(sizes[name]) for name in ("img_size", "patch_size"))
+    return max(1, min(side, image[0] // patch[0], image[1] // patch[1]))
+
+
 @register_model
 def colt5_vit_test(pretrained: bool = False, **kwargs: Any) -> RoutedVisionTransformer:
     """For tests: 64 wide, 6 blocks, class token, register, qk-norm, windows that need padding."""
@@ -71,7 +79,7 @@ def colt5_vit_test(pretrained: bool = False, **kwargs: Any) -> RoutedVisionTrans
         "embed_dim": 64,
         "depth": 6,
         "num_heads": 4,
-        "light_window": 4,
+        "light_window": _window(4, kwargs, img_size=160, patch_size=16),
         "class_token": True,
         "reg_tokens": 1,
         "qk_norm": True,
@@ -116,7 +124,7 @@ def colt5_vit_h(pretrained: bool = False, **kwargs: Any) -> RoutedVisionTransfor
         "embed_dim": 1280,
         "depth": 32,
         "num_heads": 16,
-        "light_window": 8,
+        "light_window": _window(8, kwargs, img_size=224, patch_size=14),
     }
     return _create("colt5_vit_h", pretrained, **{**args, **kwargs})
 

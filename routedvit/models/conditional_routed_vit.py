@@ -23,7 +23,7 @@ from routedvit.layers.conditional_routed import (
     ConditionalRoutedImageAttention,
 )
 from routedvit.layers.folded_norms import LayerNormLinear
-from routedvit.layers.renamed import Renamed
+from routedvit.layers.renamed import Renamed, public_names
 from routedvit.layers.routed_attention import check_windows
 from routedvit.models.fitting import check_fit
 from routedvit.ops import partition_windows
@@ -183,11 +183,13 @@ class ConditionalRoutedViT(nn.Module):
         """Weights saved by this class or by colt5-attention.
 
         Raises:
-            ValueError: the weights of another model, with the names that do not fit.
+            MisfitError: the weights of another model, with the names that do not fit.
         """
         if strict:
             check_fit(self, state_dict)
-        return super().load_state_dict(state_dict, strict, assign)
+        result = super().load_state_dict(state_dict, strict, assign)
+        names = public_names(self)
+        return type(result)(*([names.get(key, key) for key in keys] for keys in result))
 
 
 def _check_sizes(image: tuple[int, int], patch: tuple[int, int], window: int, dim: int) -> None:

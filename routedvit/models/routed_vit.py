@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from timm.layers import create_rope_embed
+from timm.layers import create_rope_embed, to_2tuple
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_args
 from timm.models.vision_transformer import VisionTransformer
@@ -27,6 +27,7 @@ from routedvit.layers.positions import add_sincos, prefix_rope
 from routedvit.models.arguments import (
     Capacities,
     block_builder,
+    check_at_least,
     check_choice,
     check_image,
     check_known,
@@ -128,6 +129,9 @@ class RoutedVisionTransformer(VisionTransformer):
             raise ValueError("patch_drop_rate must be 0: light windows need the whole grid")
         check_known(kwargs, RoutedVisionTransformer, VisionTransformer)
         check_image(img_size, patch_size)
+        check_at_least(0, light_heads=light_heads, light_mlp_ratio=light_mlp_ratio)
+        if not 0 <= dense_blocks <= depth:
+            raise ValueError(f"dense_blocks={dense_blocks} must lie between 0 and depth={depth}")
         if heavy_window and (class_token or reg_tokens or rope):
             raise ValueError(
                 "heavy_window=True needs class_token=False, reg_tokens=0 and rope=False"
@@ -366,7 +370,7 @@ class RoutedVisionTransformer(VisionTransformer):
         """Weights of this model, or of a dense vision transformer (see `models.dense_weights`).
 
         Raises:
-            ValueError: the weights of another model, with the names that differ and the mend.
+            MisfitError: the weights of another model, with the names that differ and the mend.
         """
         state_dict = converted_if_dense(state_dict, self)
         if strict:
@@ -418,7 +422,14 @@ class RoutedVisionTransformer(VisionTransformer):
         img_size: tuple[int, int] | None = None,
         patch_size: tuple[int, int] | None = None,
     ) -> None:
-        """Change the image or patch size; position tables and patch kernel are resampled."""
+        """Change the image or patch size; position tables and patch kernel are resampled.
+
+        Raises:
+            ValueError: `light_window` does not fit the new grid; nothing is changed then.
+        """
+        size = to_2tuple(img_size or self.patch_embed.img_size)
+        patch = to_2tuple(patch_size or self.patch_embed.patch_size)
+        window_for((size[0] // patch[0], size[1] // patch[1]), self.light_window)
         super().set_input_size(img_size, patch_size)
         if self.rope is not None and not self.dynamic_img_size:
             self.rope.update_feat_shape(list(self.patch_embed.grid_size))

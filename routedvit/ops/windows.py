@@ -26,6 +26,8 @@ def needs_padding(height: int, width: int, window: int) -> bool:
     even = height % window + width % window == 0
     if torch.jit.is_scripting():
         return not even
+    if torch.jit.is_tracing():  # a tensor; what is traced is for this grid
+        return not bool(even)
     return not statically_known_true(even)
 
 

@@ -265,3 +265,9 @@ def test_triton_asked_for_on_a_gpu_is_insisted_on() -> None:
     with pytest.raises(ValueError, match=r"use_triton=True .* the backend is torch"):
         part.insist_on_triton(OnGpu())  # type: ignore[arg-type]
     set_backend(None)
+
+
+def test_keys_that_do_not_fit_have_the_packages_names() -> None:
+    model = routedvit.ConditionalRoutedViT(**BASE)
+    result = model.load_state_dict({}, strict=False)
+    assert set(result.missing_keys) == set(model.state_dict())

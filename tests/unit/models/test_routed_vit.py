@@ -427,3 +427,57 @@ def test_torch_fx_sees_every_block_for_timms_feature_extractors(kwargs) -> None:
     found = create_feature_extractor(model, [names[-1], "head"])(images())
     assert_close(found["head"], logits)
     assert_close(found[names[-1]], seen[0])
+
+
+def test_a_refused_input_size_changes_nothing() -> None:
+    model = timm.create_model("colt5_vit_test", img_size=160, light_window=7)
+    with pytest.raises(ValueError, match="light_window=7"):
+        model.set_input_size((64, 64))
+    assert model.patch_embed.img_size == (160, 160)
+    assert model(torch.randn(1, 3, 160, 160)).shape == (1, 1000)
+
+
+@pytest.mark.parametrize(("name", "size"), [("colt5_vit_test", 32), ("colt5_vit_h", 98)])
+def test_a_variants_own_window_fits_any_image(name: str, size: int) -> None:
+    model = timm.create_model(name, img_size=size, depth=1)
+    assert model.light_window == min(model.patch_embed.grid_size)
+
+
+@pytest.mark.parametrize("dynamic", ["dynamic_img_size", "dynamic_img_pad"])
+def test_a_model_for_any_size_can_be_traced_for_one(dynamic: str) -> None:
+    options = {"dynamic_img_size": True, dynamic: True}
+    model = timm.create_model("colt5_vit_test", img_size=96, depth=1, **options).eval()
+    x = torch.randn(1, 3, 96, 96)
+    torch.testing.assert_close(torch.jit.trace(model, x)(x), model(x))
+
+
+def test_weights_of_a_misfit_raise_what_torch_raises_too() -> None:
+    model = timm.create_model("colt5_vit_test", depth=1)
+    with pytest.raises(RuntimeError, match="they lack"):
+        model.load_state_dict({})
+
+
+def test_what_torch_renames_while_it_loads_is_left_to_it() -> None:
+    """Weights saved with the older weight_norm: weight_g and weight_v."""
+    model, other = (timm.create_model("colt5_vit_test", depth=1) for _ in range(2))
+    torch.nn.utils.parametrizations.weight_norm(model.head)
+    state = other.state_dict()
+    weight = state.pop("head.weight")
+    norm = weight.norm(dim=1, keepdim=True)
+    model.load_state_dict({**state, "head.weight_g": norm, "head.weight_v": weight})
+    torch.testing.assert_close(model.head.weight, weight)
+
+
+@pytest.mark.parametrize(
+    "mistake", [{"dense_blocks": -1}, {"dense_blocks": 99}, {"light_heads": -1},
+                {"light_mlp_ratio": -1}]
+)  # fmt: skip
+def test_numbers_that_cannot_be_are_named(mistake: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=next(iter(mistake))):
+        timm.create_model("colt5_vit_test", **mistake)
+
+
+def test_no_images_give_no_logits_also_where_images_are_dropped() -> None:
+    options = {"drop_path_rate": 0.5, "efficient_drop_path": True}
+    model = timm.create_model("colt5_vit_test", img_size=96, depth=2, **options).train()
+    assert model(torch.randn(0, 3, 96, 96)).shape == (0, 1000)

@@ -1,0 +1,107 @@
+"""Weights are read in place of a call only while nobody has wrapped or hooked the module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+import routedvit
+from routedvit.layers import RoutedBlock
+from routedvit.layers.wrapped import is_plain
+
+
+class Adapter(nn.Module):
+    """LoRA as adapters do it: beside the layer, which it calls with its own input."""
+
+    def __init__(self, layer: nn.Module, rank: int = 2) -> None:
+        super().__init__()
+        self.layer = layer
+        self.down = nn.Linear(layer.in_features, rank, bias=False)
+        self.up = nn.Linear(rank, layer.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + self.up(self.down(x))
+
+    @torch.no_grad()
+    def merged(self) -> nn.Module:
+        self.layer.weight += self.up.weight @ self.down.weight
+        return self.layer
+
+
+def replace(module: nn.Module, change: Callable[[nn.Module], nn.Module], *classes: type) -> None:
+    for name, child in module.named_children():
+        if isinstance(child, classes):
+            setattr(module, name, change(child))
+        else:
+            replace(child, change, *classes)
+
+
+@pytest.mark.parametrize("kv_routes", [1, 2])
+@pytest.mark.parametrize("bias", [True, False])
+def test_adapters_compute_what_they_merge_to(kv_routes: int, bias: bool) -> None:
+    """Also the one of the keys and values of several routes, whose weight is read in slices."""
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "colt5_vit_test", depth=2, img_size=96, kv_routes=kv_routes, qkv_bias=bias
+    ).eval()
+    replace(model, Adapter, nn.Linear)
+    x = torch.randn(2, 3, 96, 96)
+    out = model(x)
+    out.sum().backward()
+    adapters = [module for module in model.modules() if isinstance(module, Adapter)]
+    assert all(adapter.up.weight.grad is not None for adapter in adapters)
+    replace(model, Adapter.merged, Adapter)
+    torch.testing.assert_close(model(x), out, rtol=1e-4, atol=1e-4)
+
+
+def test_adapters_of_the_package_compatible_model_compute_what_they_merge_to() -> None:
+    """Layers that hold a norm besides are no linear layers to them."""
+    torch.manual_seed(0)
+    model = routedvit.ConditionalRoutedViT(
+        image_size=32, patch_size=8, num_classes=3, dim=32, depth=1,
+        attn_num_heavy_tokens_q=4, attn_num_heavy_tokens_kv=4, attn_heavy_dim_head=16,
+        attn_heavy_heads=2, attn_light_dim_head=16, attn_light_heads=2,
+        attn_light_window_size=4, ff_num_heavy_tokens=4, ff_heavy_mult=2, ff_light_mult=1,
+    ).eval()  # fmt: skip
+    replace(model, Adapter, nn.Linear)
+    x = torch.randn(2, 3, 32, 32)
+    out = model(x)
+    replace(model, Adapter.merged, Adapter)
+    torch.testing.assert_close(model(x), out, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["attn.heavy.kv", "attn.norm_heavy", "mlp.norm_heavy"])
+def test_hooks_see_and_change_what_a_module_gives(name: str) -> None:
+    torch.manual_seed(0)
+    block = RoutedBlock(32, 2, num_prefix=0, light_window=2, kv_routes=2, separate_norms=True)
+    x = torch.randn(2, 16, 32)
+    before = block(x, grid=(4, 4))
+    handle = block.get_submodule(name).register_forward_hook(lambda m, args, out: out * 0)
+    assert not torch.allclose(block(x, grid=(4, 4)), before)
+    handle.remove()
+    torch.testing.assert_close(block(x, grid=(4, 4)), before)
+
+
+def test_parametrised_weights_give_the_same() -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("colt5_vit_test", depth=1, img_size=96, kv_routes=2).eval()
+    x = torch.randn(1, 3, 96, 96)
+    out = model(x)
+    parametrizations.weight_norm(model.blocks[0].attn.heavy.kv)
+    torch.testing.assert_close(model(x), out, rtol=1e-4, atol=1e-4)
+
+
+def test_hooks_of_zero_3_do_not_count() -> None:
+    """They gather weights; the call would compute all heads for each route."""
+    linear = nn.Linear(2, 2)
+    assert is_plain(linear, nn.Linear)
+    linear.register_forward_pre_hook(lambda *args: None)
+    assert not is_plain(linear, nn.Linear)
+    linear.weight.ds_id = 0
+    assert is_plain(linear, nn.Linear)
+    assert not is_plain(linear, nn.LayerNorm)
