@@ -141,7 +141,7 @@ class RoutedFeedForward(nn.Module):
         """
         tokens = self.norm(x)
         logits = self.router(x if self.route_raw else tokens, self.num_prefix)
-        if order is None:
+        if torch.jit.is_scripting() or order is None:
             index, gate, _ = self.router.decide(logits)
         else:
             index, gate = decide_in_raster_order(self.router, logits, order)

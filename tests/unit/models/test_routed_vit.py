@@ -1,6 +1,7 @@
 """The routed vision transformer: what it promises about images, tokens and its arguments."""
 
 import json
+from pathlib import Path
 
 import pytest
 import timm
@@ -481,3 +482,10 @@ def test_no_images_give_no_logits_also_where_images_are_dropped() -> None:
     options = {"drop_path_rate": 0.5, "efficient_drop_path": True}
     model = timm.create_model("colt5_vit_test", img_size=96, depth=2, **options).train()
     assert model(torch.randn(0, 3, 96, 96)).shape == (0, 1000)
+
+
+def test_a_scripted_model_can_be_saved(tmp_path: Path) -> None:
+    model = timm.create_model("colt5_vit_test", img_size=96, depth=1).eval()
+    torch.jit.script(model).save(str(tmp_path / "model.pt"))
+    x = torch.randn(1, 3, 96, 96)
+    torch.testing.assert_close(torch.jit.load(str(tmp_path / "model.pt"))(x), model(x))
