@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import io
 import os
 import shutil
 import signal
@@ -34,7 +35,7 @@ from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, NoReturn, TextIO
+from typing import Any, BinaryIO, NoReturn, TextIO
 
 USER_ERROR_CODE = 2
 CRASH_CODE = 1
@@ -74,8 +75,10 @@ class Console:
         self._pending: BinaryIO | None = None
 
     def __enter__(self) -> Console:
-        self.stream = _duplicate(sys.stdout, 1)
-        self._errors = _duplicate(sys.stderr, 2)
+        _flush()
+        self.stream = _stream(os.dup(1), sys.stdout)
+        self._errors = _stream(os.dup(2), sys.stderr)
+        sys.stdout, sys.stderr = _stream(1, sys.stdout), _stream(2, sys.stderr)
         self._pending = tempfile.TemporaryFile()
         _redirect(self._pending.fileno())
         faulthandler.enable()  # a segmentation fault leaves its Python stack in the log
@@ -87,12 +90,13 @@ class Console:
         if self._pending is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab") as log:
-            log.write(f"=== {datetime.now():%Y-%m-%d %H:%M:%S}  {' '.join(sys.argv)}\n".encode())
-            _flush()
-            self._pending.seek(0)
-            shutil.copyfileobj(self._pending, log)
-            log.flush()
+        _flush()
+        self._pending.seek(0)
+        with path.open("ab", buffering=0) as log:
+            with contextlib.suppress(OSError):  # a full disk
+                title = f"=== {datetime.now():%Y-%m-%d %H:%M:%S}  {' '.join(sys.argv)}\n"
+                log.write(title.encode())
+                shutil.copyfileobj(self._pending, log)
             _redirect(log.fileno())
         self._pending.close()
 
@@ -100,12 +104,6 @@ class Console:
         """One of our own lines, shown by rank 0. While a bar runs, use `Progress.message`."""
         if self.rank == 0:
             print(text, file=self.stream, flush=True)
-
-    def restore(self) -> None:
-        """Give descriptors 1 and 2 back."""
-        _flush()
-        os.dup2(self.stream.fileno(), 1)
-        os.dup2(self._errors.fileno(), 2)
 
     def __exit__(
         self,
@@ -119,8 +117,7 @@ class Console:
         if isinstance(error, KeyboardInterrupt):
             self.print("interrupted")
             self._leave(INTERRUPT_CODE)
-        with contextlib.suppress(OSError):  # a full disk must not swallow what is said below
-            traceback.print_exception(kind, error, trace)  # into the log
+        traceback.print_exception(kind, error, trace)  # into the log
         _flush()
         self._wait_for_rank_0()
         if isinstance(error, self._user_errors):
@@ -149,12 +146,22 @@ class Console:
         print(prefix + line, file=self._errors, flush=True)
 
 
-def _duplicate(stream: TextIO, descriptor: int) -> TextIO:
-    """A line-buffered text stream on a copy of `descriptor`, encoded as `stream` is."""
-    stream.flush()
-    return os.fdopen(
-        os.dup(descriptor), "w", buffering=1, encoding=stream.encoding, errors="replace"
-    )
+class _Forgiving(io.FileIO):
+    """What a full disk or a closed pipe does not take is lost; the run is not, nor its exit code
+    (where it cannot flush at its end, the interpreter exits with 120).
+    """
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) or 0
+        except OSError:
+            return len(data)
+
+
+def _stream(descriptor: int, like: TextIO) -> TextIO:
+    """A line-buffered text stream on `descriptor`, encoded as `like` is."""
+    raw = io.BufferedWriter(_Forgiving(descriptor, "w", closefd=False))
+    return io.TextIOWrapper(raw, like.encoding, errors="replace", line_buffering=True)
 
 
 def _redirect(target: int) -> None:
@@ -164,13 +171,5 @@ def _redirect(target: int) -> None:
 
 
 def _flush() -> None:
-    """What a full disk does not take of the log is lost; the run is not, nor its exit code: the
-    interpreter flushes once more at its end, and exits with 120 where that fails.
-    """
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, stream.fileno())
-            os.close(nowhere)
+    sys.stdout.flush()
+    sys.stderr.flush()

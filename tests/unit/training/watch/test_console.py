@@ -31,12 +31,12 @@ class Mistake(ValueError):
 """
 
 
-def run(body: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def run(body: str, cwd: Path, *options: str) -> subprocess.CompletedProcess[str]:
     """A process that runs `body`, which may use Console and Mistake, in `cwd`."""
     code = PREAMBLE + textwrap.dedent(body)
     buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     return subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, *options, "-c", code],
         cwd=cwd, env=buffered, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
 
@@ -196,17 +196,25 @@ def test_exit_codes_of_sys_exit_and_of_an_interrupt_are_kept(tmp_path: Path) -> 
     assert (result.stdout, result.returncode) == ("interrupted\n", 130)
 
 
-def test_restore_gives_the_console_back(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [[], ["-u"]])
+def test_a_console_on_a_full_disk_ends_nothing(options: list[str], tmp_path: Path) -> None:
+    """A scheduler's log may lie on the disk of the run, as the log of the rank does."""
     result = run(
         """
-        console = Console(0).__enter__()
-        print("hidden")
-        console.restore()
-        print("shown")
+        os.symlink("/dev/full", "log")
+        full = os.open("/dev/full", os.O_WRONLY)
+        os.dup2(full, 1)
+        with Console(0) as console:
+            console.log_to(Path("log"))
+            console.print("lost")
+            print("lost too", flush=True)
+            Path("done").touch()
         """,
         tmp_path,
+        *options,
     )
-    assert result.stdout == "shown\n"
+    assert (tmp_path / "done").exists(), result.stderr
+    assert (result.stderr, result.returncode) == ("", 0)
 
 
 def test_a_console_that_is_not_entered_is_transparent(tmp_path: Path) -> None:
