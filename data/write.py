@@ -19,11 +19,15 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from data.arguments import share, whole
 from data.encoding import Encoding
 from data.errors import DataError
+from data.locks import Busy, locked
 from data.manifest import MANIFEST_NAME, Manifest, read_manifest
 from data.recipe import recipe_of, refuse_another, refuse_unknown, with_samples
 from data.remote import is_url, shown
@@ -166,11 +170,41 @@ def run(arguments: argparse.Namespace) -> list[str]:
             refuse_another(folders[name], finished[name], with_samples(recipe, split))
             for other in splits.keys() - finished:
                 refuse_unknown(folders[name], finished[name], other)
+    if splits.keys() <= finished.keys():
+        told = [f"{_told(folders[name], finished[name])}{COMPLETE}" for name in splits]
+    else:
+        with alone_in(arguments.out):
+            told = write_splits(arguments, splits, folders, recipe)
+    return lines + told
+
+
+@contextmanager
+def alone_in(out: Path) -> Iterator[None]:
+    """Keep other writers out of the folder. DataError when there is one."""
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(out / ".data.write.lock", wait=False, remove=True):
+            yield
+    except Busy:
+        raise DataError(
+            f"another data.write is at work in {out}; wait for it, or name another --out"
+        ) from None
+
+
+def write_splits(
+    arguments: argparse.Namespace,
+    splits: dict[str, Split],
+    folders: dict[str, Path],
+    recipe: dict[str, Any],
+) -> list[str]:
+    """Write those that are not complete; a line for each."""
+    lines = []
     encoding = Encoding(arguments.resize, arguments.encode, arguments.quality)
     for name, split in splits.items():
         folder = folders[name]
-        if name in finished:
-            lines.append(f"{_told(folder, finished[name])}{COMPLETE}")
+        if found := complete(folder):
+            refuse_another(folder, found, with_samples(recipe, split))
+            lines.append(f"{_told(folder, found)}{COMPLETE}")
         else:
             manifest = write_split(
                 split,

@@ -346,7 +346,7 @@ def test_a_folder_that_cannot_be_written_is_said_in_a_line(photographs, tmp_path
     (tmp_path / "taken").write_text("a file")
     assert write.main(from_folder(photographs, tmp_path / "taken")) == 2
     said = capsys.readouterr().err
-    assert "Not a directory" in said
+    assert "File exists" in said
     assert said.count("\n") == 1
 
 
@@ -403,3 +403,12 @@ def test_whatever_a_dataset_raises_costs_that_sample_alone(tmp_path):
     assert manifest.samples == 1
     skipped = json.loads((tmp_path / "out/skipped.jsonl").read_text())
     assert skipped == {"key": "bad", "reason": "cannot be read (KeyError: 'image')"}
+
+
+def test_two_writers_of_one_set_are_not_at_work_at_once(photographs, tmp_path, capsys):
+    out = tmp_path / "out"
+    with write.alone_in(out):
+        assert write.main(from_folder(photographs, out)) == 2
+    assert "another data.write is at work" in capsys.readouterr().err
+    assert write.main(from_folder(photographs, out)) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["train"]
