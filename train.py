@@ -23,7 +23,7 @@ from torch import nn
 from data.config import FREE_ON_RESUME, DataConfig
 from data.errors import DataError
 from data.loaders import TrainLoader, build_eval_loader, build_train_loader
-from data.mixture import resolve_train
+from data.mixture import TrainSet, resolve_train
 from data.preview import Preview
 from routedvit.models.warm_start import WarmStart, warm_start
 from routedvit.training import engine as engines
@@ -131,15 +131,15 @@ def run_in(
     """As `run`, once the ranks have met. What one of them cannot build, all hear of."""
     built = partial(together, mistakes=MISTAKES)
     record = config.model_dump(mode="json")
-    shards = built(lambda: resolve_train(config.data).shards)
-    check_same_run(record, shards.digest(), SOURCES)
+    train = built(lambda: resolve_train(config.data))
+    check_same_run(record, train.shards.digest(), SOURCES)
     # without labels there is no classifier
-    num_classes = shards.num_classes * config.objective.classifies
+    num_classes = train.shards.num_classes * config.objective.classifies
     config.model.kwargs.setdefault("num_classes", num_classes)
     model = built(lambda: create_model(config.model, num_classes=num_classes, seed=config.seed))
     if args.evaluate:
         logs = folder.evaluated / "logs"
-        held_out = built(lambda: build_eval_loaders(config, model, world, logs))
+        held_out = built(lambda: build_eval_loaders(config, model, world, logs, train))
         return evaluate_offline(
             config, model, world, held_out, checkpoint=args.evaluate, folder=folder, console=console
         )
@@ -148,7 +148,7 @@ def run_in(
     if wish != asked:
         console.print(f"{asked.words} was obeyed by an earlier start; going on from the newest")
     started = built(lambda: begin_from(model, config.model.warm_start, folder, wish))
-    parts = built(lambda: build_loaders(config, model, world, folder.logs))
+    parts = built(lambda: build_loaders(config, model, world, folder.logs, train))
     loader, eval_loaders, image_format = parts
     read = loader.fingerprint, eval_loaders.val.fingerprint if eval_loaders else ""
     must_agree("shards", read, "copy the same sets with their manifests to every machine")
@@ -216,7 +216,7 @@ def begin_from(
 
 
 def build_loaders(
-    config: RunConfig, model: nn.Module, world: World, logs: Path
+    config: RunConfig, model: nn.Module, world: World, logs: Path, train: TrainSet
 ) -> tuple[TrainLoader, EvalLoaders | None, dict[str, Any]]:
     """Training and held-out batches in the format of the model, and that format (timm's keys)."""
     # With dynamic_img_size timm falls back on a size of its own unless it is told the model's.
@@ -229,16 +229,17 @@ def build_loaders(
         global_batch_size=batch_size,
         micro_batch_size=micro_batch_size,
         pairs=bool(config.loss.mixup or config.loss.cutmix),
+        train=train,
         **reading(format, world, logs),
     )
     crop_pct = config.data.crop_pct or format["crop_pct"]
-    eval_loaders = build_eval_loaders(config, model, world, logs)
+    eval_loaders = build_eval_loaders(config, model, world, logs, train)
     format |= {"mean": loader.mean, "std": loader.std, "crop_pct": crop_pct}
     return loader, eval_loaders, format
 
 
 def build_eval_loaders(
-    config: RunConfig, model: nn.Module, world: World, logs: Path
+    config: RunConfig, model: nn.Module, world: World, logs: Path, train: TrainSet
 ) -> EvalLoaders | None:
     """Held-out images, and training images for evaluators that learn; None without data.val."""
     if config.data.val is None:
@@ -248,12 +249,13 @@ def build_eval_loaders(
     common: dict[str, Any] = reading(format, world, logs) | {
         "batch_size": config.eval.batch_size or micro_batch_size,
         "crop_pct": config.data.crop_pct or format["crop_pct"],
+        "train": train,
     }
-    train = None
+    to_learn_from = None
     if config.eval.knn or config.eval.linear_probe:
         limit = config.eval.train_images
-        train = build_eval_loader(config.data, split="train", limit=limit, **common)
-    return EvalLoaders(build_eval_loader(config.data, **common), train)
+        to_learn_from = build_eval_loader(config.data, split="train", limit=limit, **common)
+    return EvalLoaders(build_eval_loader(config.data, **common), to_learn_from)
 
 
 def reading(format: dict[str, Any], world: World, logs: Path) -> dict[str, Any]:

@@ -43,15 +43,17 @@ def build_train_loader(
     world_size: int,
     ledger_dir: Path | None = None,
     pairs: bool = False,
+    train: TrainSet | None = None,
 ) -> TrainLoader:
     """The training batches of one rank.
 
     `input_size` is (C, H, W) with C 1 or 3; `mean`, `std` and `interpolation` are the model's.
     Bad samples are named in `ledger_dir`. With `pairs` the rows 2i and 2i + 1 of a micro-batch hold
     neighbouring positions 2j and 2j + 1 on any world, for what mixes images. DataError when shards,
-    world and batch do not fit.
+    world and batch do not fit. `train` is what `resolve_train(config)` gave, if somebody has asked
+    already: of a hundred thousand shards that takes seconds.
     """
-    train = resolve_train(config)
+    train = train or resolve_train(config)
     shards, order = train.shards, order_of(train, config, seed)
     if config.replacement and shards.remote:
         raise DataError(
@@ -110,20 +112,21 @@ def build_eval_loader(
     ledger_dir: Path | None = None,
     split: Literal["val", "train"] = "val",
     limit: int | None = None,
+    train: TrainSet | None = None,
 ) -> EvalLoader:
     """The evaluation batches of one rank, normalised as in training. DataError without data.val.
 
     `split` 'train' reads the training images the way held-out ones are read, not augmented; with a
-    `limit` only so many samples, at even distances, come.
+    `limit` only so many samples, at even distances, come. `train` as of `build_train_loader`.
     """
-    train = resolve_train(config).shards
-    shards = train
+    trained_on = (train or resolve_train(config)).shards
+    shards = trained_on
     if split == "val":
         if config.val is None:
             raise DataError("data.val is not set; name shards to evaluate on in data.val.shards")
         shards = resolve(config.val.shards, "data.val.shards", config.remote, config.val.manifest)
-        _check_same_classes(train, shards)
-    mean, std = normalization(config, train, mean, std, channels=input_size[0])
+        _check_same_classes(trained_on, shards)
+    mean, std = normalization(config, trained_on, mean, std, channels=input_size[0])
     dataset = EvalBatches(
         ShardReader(shards, config.verify, config.remote),
         from_encoded(
