@@ -50,9 +50,10 @@ def append_result(
 
 
 def hardware() -> str:
-    """The GPU, or the CPU's model and the number of cores this process may use."""
+    """The GPU, or the CPU's model, its vector instructions and the cores this process may use."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     model = next((line.split(":")[1].strip() for line in lines if "model name" in line), "CPU")
-    return f"{model}, {len(os.sched_getaffinity(0))} cores"
+    vectors = torch.backends.cpu.get_cpu_capability()
+    return f"{model}, {vectors}, {len(os.sched_getaffinity(0))} cores"

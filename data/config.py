@@ -1,7 +1,8 @@
 """The `data` section of a run config: which shards, how they are read, how images are augmented.
 
-Every field carries its description: `configs/schema.json` and `--help` are made from them. Checks
-that need the shards themselves (do they exist, do the streams fit the world) are in `data.loaders`.
+Every field carries its description: `configs/schema.json` and `train.py --keys` are made from them.
+Checks that need the shards themselves (do they exist, do the streams fit the world) are in
+`data.loaders`.
 """
 
 from __future__ import annotations

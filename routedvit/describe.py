@@ -90,6 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError) as error:
         print(f"describe: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `| head`
+        sys.stderr.close()
     return 0
 
 

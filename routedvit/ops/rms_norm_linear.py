@@ -5,7 +5,8 @@
 The norm divides the output, so normalised tokens are neither written nor differentiated. With u the
 gradient of y, all that the norm adds to that of a linear layer is narrow or a single pass:
 
-    dx = (s u) W diag(g) - s^2 / D (u . s z) x,   dg = sum of (dy/dW diag(g)) * W over the outputs
+    dx = (s u) W diag(g) - s^2 / D (u . s z) x
+    F = (s u)^T x,   dW = F diag(g),   dg = sum of F * W over the outputs
 
 and the pass over x is what the product then adds to.
 """

@@ -25,7 +25,7 @@ def parse_arguments(description: str) -> argparse.Namespace:
     instead.add_argument(
         "--evaluate",
         metavar="CHECKPOINT",
-        help="only evaluate: a folder checkpoints/step_..., exported weights, or 'latest'",
+        help="only evaluate: step_00000500, its folder, exported weights, or 'latest'",
     )
     instead.add_argument(
         "--export",

@@ -38,7 +38,7 @@ from routedvit.training.recipe.optim import (
 )
 from routedvit.training.recipe.resolution import ResolutionDial, check_resampling
 from routedvit.training.recipe.schedules import Dial, Schedules
-from routedvit.training.recipe.weight_average import WeightAverage, check_offload
+from routedvit.training.recipe.weight_average import WeightAverage
 from routedvit.training.recipe.weight_decay import WeightDecayDial
 from routedvit.training.trainer import Trainer
 from routedvit.training.trainer_settings import TrainerSettings
@@ -102,7 +102,6 @@ def wrap_objective(
     add_parameters_beside_the_model(optimizer, objective, config.optim.weight_decay)
     average = None
     if config.ema.decay is not None:
-        check_offload(native)
         average = WeightAverage(optimizer, **config.ema.model_dump())
     return Engine(world, objective, optimizer, native), average
 

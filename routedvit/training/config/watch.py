@@ -154,7 +154,7 @@ class GuardConfig(Section):
 
 
 class WandbConfig(Section):
-    """Weights & Biases; needs `pip install routedvit[wandb]` and `wandb login`."""
+    """Weights & Biases; needs `pip install wandb` and `wandb login`."""
 
     project: str
     """Name of the project."""

@@ -1,0 +1,1 @@
+"""What training does to weights, images and rates, step by step."""

@@ -18,8 +18,6 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from routedvit.training.config.run import ConfigError
-
 KEY = "ema"  # in the optimiser's state, beside 'exp_avg'
 
 
@@ -99,24 +97,3 @@ def exchange(optimizer: torch.optim.Optimizer) -> None:
             weights = weight.detach().clone()
             weight.copy_(state[KEY])
             state[KEY].copy_(weights)
-
-
-def check_offload(native: dict[str, Any]) -> None:
-    """Refuse the average where DeepSpeed steps weights behind the optimiser's back.
-
-    Raises:
-        ConfigError: names the key.
-    """
-    zero = native.get("zero_optimization", {})
-    offload = zero.get("offload_optimizer", {})
-    name = "deepspeed.zero_optimization"
-    for key, is_given in (
-        ("offload_optimizer.device = nvme", offload.get("device") == "nvme"),
-        ("offload_optimizer.ratio", offload.get("ratio", 1.0) < 1.0),
-        ("zenflow", bool(zero.get("zenflow"))),
-    ):
-        if is_given:
-            raise ConfigError(
-                f"ema.decay cannot be kept with {name}.{key}: not all weights are stepped by the "
-                "optimiser in memory; delete one of the two"
-            )

@@ -5,7 +5,7 @@ DeepSpeed, torch, C++ libraries, compilers and worker processes all write to fil
 catches what redirecting `sys.stdout` cannot: output of C++ and of child processes.
 
     with Console(rank, user_errors=(ConfigError, DataError)) as console:
-        config = ...                                # chatter is kept in memory of the disk for now
+        config = ...                                # chatter goes to a temporary file for now
         console.log_to(run_folder / "logs" / f"rank_{rank}.log")
         console.print("only rank 0 says this")
         progress = build_progress(rank, console.stream)

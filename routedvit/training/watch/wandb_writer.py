@@ -1,4 +1,4 @@
-"""Weights & Biases behind the same interface as TensorBoard (`pip install routedvit[wandb]`).
+"""Weights & Biases behind the same interface as TensorBoard (`pip install wandb`).
 
 Where and whether it sends is wandb's own affair: `wandb login`, or WANDB_MODE=offline. The id of
 its run lies in the run folder, so that a resumed run goes on as the same one and `--fresh`, which
@@ -33,7 +33,7 @@ class WandbWriter:
         try:
             import wandb
         except ImportError as error:
-            raise ImportError("wandb is missing: pip install routedvit[wandb]") from error
+            raise ImportError("wandb is missing: pip install wandb") from error
         self._wandb: Any = wandb
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / ID_FILE

@@ -90,10 +90,9 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "odd pairs": (["loss.mixup=0.2", "train.micro_batch_size=1"], "even train.micro_batch_size"),
     "shards of Adam": (["optim.name=lamb"], "optim.name"),
-    "unfit average": (
-        ["ema.decay=0.9",
-         'deepspeed.zero_optimization.offload_optimizer={"device":"cpu","ratio":0.5}'],
-        "ema.decay",
+    "partial offload": (
+        ['deepspeed.zero_optimization.offload_optimizer={"device":"cpu","ratio":0.5}'],
+        r"offload_optimizer\.ratio = 0\.5: it needs an extension",
     ),
     "tag": (["model.name=colt5_vit_test.in1k"], "no weights 'in1k' of colt5_vit_test; write 'colt"),
     "weights of none": (

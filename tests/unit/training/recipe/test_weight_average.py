@@ -11,11 +11,9 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from routedvit.training.config.run import ConfigError
 from routedvit.training.recipe.weight_average import (
     KEY,
     WeightAverage,
-    check_offload,
     drop_unless_kept,
     exchange,
 )
@@ -103,18 +101,3 @@ def test_exchanging_twice_changes_no_bit():
     assert torch.equal(optimizer.state[model.weight][KEY], weight)
     exchange(optimizer)
     assert torch.equal(model.weight, weight)
-
-
-@pytest.mark.parametrize(
-    ("zero", "words"),
-    [
-        ({"stage": 3, "offload_optimizer": {"device": "nvme"}}, "nvme"),
-        ({"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.3}}, "ratio"),
-        ({"stage": 2, "zenflow": {"topk_ratio": 0.1}}, "zenflow"),
-    ],
-)
-def test_where_weights_are_stepped_elsewhere_it_is_refused(zero, words):
-    with pytest.raises(ConfigError, match=words):
-        check_offload({"zero_optimization": zero})
-    check_offload({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}})
-    check_offload({})
