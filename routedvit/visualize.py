@@ -24,6 +24,7 @@ from routedvit import drawing
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m routedvit.visualize",
         description="Draw the patches that take the heavy path, per block, over images.",
@@ -101,6 +102,7 @@ def draw(model: nn.Module, images: Tensor, *, router: str, title: str, size: int
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """The command."""
     parser = build_parser()
     args = parser.parse_args(arguments)
     try:

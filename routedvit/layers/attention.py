@@ -87,8 +87,8 @@ class WindowAttention(nn.Module):
         rope: Tensor | None = None,
         same_window: Tensor | None = None,
     ) -> Tensor:
-        """x [B, P + N, D], grid (H, W) with N = H * W, rope [P + N, 2 * head_dim] -> [B, P + N,
-        D].
+        """x [B, P + N, D], grid (H, W) with N = H * W, rope [P + N, 2 * head_dim]
+        -> [B, P + N, D].
 
         With `same_window`, x holds any N patches of the grid; see `RoutedBlock.forward`.
         """
@@ -196,6 +196,7 @@ class HeavyAttention(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
+        """Null keys and values start as in colt5-attention."""
         if self.null_kv is not None:
             nn.init.normal_(self.null_kv)
 

@@ -181,6 +181,7 @@ class RoutedAttention(nn.Module):
             self.light.window = window
 
     def init_weights(self) -> None:
+        """The null token starts as nothing."""
         if self.null_token is not None:
             nn.init.zeros_(self.null_token)
 

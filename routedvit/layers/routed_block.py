@@ -27,7 +27,7 @@ class RoutedBlock(nn.Module):
         light_heads: a quarter of num_heads, rounded up, if None; 0 removes light attention.
         light_head_dim: head_dim if None.
         light_window, light_mlp_ratio, q_capacity, kv_capacity, ffn_capacity, kv_routes, ...: see
-        the sublayers.
+            the sublayers.
 
     Raises:
         ValueError: heads or widths that do not divide, an unknown choice, an option of timm's

@@ -43,6 +43,7 @@ def to_value(key):
 
 @triton.jit
 def load_keys(logits_ptr, mask_ptr, block, n, BLOCK: tl.constexpr, HAS_MASK: tl.constexpr):
+    """One block of a row as integers that sort alike; LOWEST where masked or past the end."""
     column = block * BLOCK + tl.arange(0, BLOCK)
     valid = column < n
     if HAS_MASK:

@@ -24,6 +24,7 @@ class DeviceClock:
 
     @contextmanager
     def timed(self) -> Iterator[None]:
+        """A block to be timed."""
         begin = self._now()
         yield
         self._blocks.append((begin, self._now()))
