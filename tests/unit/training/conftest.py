@@ -1,4 +1,4 @@
-"""A world of one process, for tests that need an engine."""
+"""A world of one process, for tests that need an engine, and one writer, for those that fake it."""
 
 from __future__ import annotations
 
@@ -21,3 +21,9 @@ def world() -> Iterator[Any]:
     nn.functional.linear = linear  # ZeRO-3 replaces it
     os.environ.clear()
     os.environ.update(environment)
+
+
+@pytest.fixture
+def one_writer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fake engine writes the files of two ranks, so it must also seal those of the second."""
+    monkeypatch.setattr("routedvit.training.checkpoints.commit.writer_of", lambda path: 0)
