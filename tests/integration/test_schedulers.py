@@ -104,6 +104,13 @@ def wait_for_a_step(process: subprocess.Popen[str]) -> None:
     raise AssertionError("".join(printed))
 
 
+def wait_for_the_tasks(started: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not started.exists():
+        assert time.monotonic() < deadline, "srun has started no tasks"
+        time.sleep(0.01)
+
+
 def stopped_at(run: Path) -> int:
     """Step of a run that was stopped and saved."""
     status = json.loads((run / "status.json").read_text())
@@ -127,8 +134,9 @@ def requeued(config: Path) -> list[str]:
 
 def test_a_job_warned_before_python_listens_goes_back_into_the_queue(config: Path) -> None:
     before = requeued(config)
-    process = sbatch(config)
-    time.sleep(2)  # bash and srun are there, torch is still being imported
+    started = config.parent / "started"
+    process = sbatch(config, FAKE_SLURM_STARTED=str(started))
+    wait_for_the_tasks(started)  # which begin to import torch
     process.send_signal(signal.SIGUSR1)
     code, printed = finish(process)
     assert code == 75, printed
