@@ -77,7 +77,7 @@ def test_a_server_that_drips_is_given_up_in_time(make_set, server, remote):
     began = time.monotonic()
     with pytest.raises(Unreachable, match=r"000\.tar: given up at byte \d+, .*give_up_after"):
         fetched(server, remote.model_copy(update={"give_up_after": 0.5}))
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 4
 
 
 def test_a_transfer_that_comes_along_may_fail_late(make_set, server, remote, monkeypatch):
