@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from data import check, order_cli
+from data import check, order_cli, write
 from data.config import DataConfig
 from tests.unit.data.test_loaders import BATCH, SIZES, train_loader
 
@@ -125,10 +125,13 @@ def test_steps_are_where_the_run_took_them_after_it_began_elsewhere_and_went_bac
     assert (lines[0]["step"], lines[0]["position"]) == (12, 280)  # 252 was passed over
 
 
-def test_the_quickstart_can_be_asked(capsys):
-    config = Path(__file__).parents[3] / "configs" / "quickstart.json"
-    if not (config.parents[1] / "shards/mnist/train").exists():
-        pytest.skip("make train has not written the digits")
+def test_the_quickstart_can_be_asked(tmp_path, capsys):
+    assert write.main(["--source", "mnist", "--out", str(tmp_path)]) == 0
+    run = json.loads((Path(__file__).parents[3] / "configs" / "quickstart.json").read_text())
+    run["data"]["train"]["shards"] = str(tmp_path / "train")
+    config = tmp_path / "quickstart.json"
+    config.write_text(json.dumps(run))
+    capsys.readouterr()
     rows, _ = printed(capsys, "--config", config, "--steps", "5:6")
     assert [row[0] for row in rows] == list(range(5 * 128, 6 * 128))
 
