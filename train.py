@@ -52,8 +52,9 @@ from routedvit.training.interfaces import EvalLoaders
 from routedvit.training.model import create_model
 from routedvit.training.offline import evaluate_offline
 from routedvit.training.out_of_memory import out_of_memory
+from routedvit.training.provenance import versions
 from routedvit.training.repeated import Wish, note, still_wanted
-from routedvit.training.run_folder import RunFolder, check_same_data, open_folder, versions
+from routedvit.training.run_folder import RunFolder, check_same_data, open_folder
 from routedvit.training.watch.console import Console
 from routedvit.training.watch.report import closing, opening
 

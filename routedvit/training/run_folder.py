@@ -16,18 +16,16 @@ A folder that already holds another run is refused instead of being resumed with
 
 import contextlib
 import json
-import platform
-import subprocess
-from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from routedvit.training.checkpoints.manifest import numbered
 from routedvit.training.checkpoints.ownership import Owner, refuse_beside_the_living, take
 from routedvit.training.checkpoints.shelf import names_in
+from routedvit.training.config.differences import describe_differences, differences, is_free
 from routedvit.training.config.run import ConfigError
+from routedvit.training.provenance import git_revision, versions
 
 # Keys a resumed run may change: they alter what is seen, kept or how the work is split over
 # machines, never which numbers the run computes (up to rounding, and to which images drop-path and
@@ -160,12 +158,13 @@ def claim(folder: RunFolder, config: dict[str, Any], *, free: tuple[str, ...] = 
     if folder.config.exists() and folder.has_checkpoint():
         before = json.loads(folder.config.read_text(encoding="utf-8"))["config"]
         free = FREE_ON_RESUME + free
-        differing = [key for key in differences(before, config) if not _is_free(key, free)]
+        differing = [key for key in differences(before, config) if not is_free(key, free)]
         if differing:
             place = "output_dir" if config.get("output_dir") else "name"
             newest = folder.checkpoints / names_in(folder.checkpoints)[-1]
+            described = describe_differences(differing, before, config)
             raise ConfigError(
-                f"{folder.path} holds another run: {_describe(differing, before, config)}; "
+                f"{folder.path} holds another run: {described}; "
                 f"give this one another {place} (--set {place}=...), and to begin where that one "
                 f"is add --resume {newest}; or start over with --fresh"
             )
@@ -214,68 +213,3 @@ def first_free(path: Path) -> Path:
             target.mkdir(parents=True)
             return target
     raise AssertionError("there is always another number")
-
-
-def git_revision() -> str | None:
-    """Commit of the checkout that runs, with '+' if it is modified; None outside git."""
-
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *words]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-    try:
-        commit, status = git("rev-parse", "HEAD"), git("status", "--porcelain", "-uno")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return commit.strip() + ("+" if status.strip() else "")
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of every package that can change a run's numbers."""
-    names = ("torch", "torchvision", "timm", "deepspeed", "triton", "webdataset", "numpy", "pillow")
-    installed = {(dist.name or "").lower() for dist in metadata.distributions()}
-    found = {name: metadata.version(name) for name in names if name in installed}
-    return {"python": platform.python_version(), **found}
-
-
-def differences(before: Any, after: Any, key: str = "") -> Iterator[str]:
-    """Dotted keys at which two JSON trees differ; lists of as many sections by their numbers."""
-    if _are_sections(before) and _are_sections(after) and len(before) == len(after):
-        before, after = dict(enumerate(before)), dict(enumerate(after))
-    if isinstance(before, dict) and isinstance(after, dict):
-        for name in sorted(before.keys() | after.keys()):
-            inner = f"{key}.{name}" if key else name
-            yield from differences(before.get(name), after.get(name), inner)
-    elif json.dumps(before) != json.dumps(after):  # JSON makes tuples lists
-        yield key
-
-
-def _are_sections(tree: Any) -> bool:
-    return isinstance(tree, list) and bool(tree) and all(isinstance(part, dict) for part in tree)
-
-
-def _is_free(key: str, free: tuple[str, ...]) -> bool:
-    """Whether the key, or a section that it is in, is among `free`; there a * is any one name."""
-    names = key.split(".")
-    for pattern in (entry.split(".") for entry in free):
-        pairs = zip(pattern, names, strict=False)
-        if len(names) >= len(pattern) and all(given in ("*", name) for given, name in pairs):
-            return True
-    return False
-
-
-def _describe(keys: list[str], before: dict[str, Any], after: dict[str, Any]) -> str:
-    """'optim.lr was 0.1, is 0.2 (and 3 more)'."""
-
-    text = f"{keys[0]} was {value_at(before, keys[0])}, is {value_at(after, keys[0])}"
-    return text + (f" (and {len(keys) - 1} more)" if len(keys) > 1 else "")
-
-
-def value_at(tree: Any, key: str) -> str:
-    """What stands at a dotted key of a JSON tree, as JSON; 'null' if nothing does."""
-    for part in key.split("."):
-        if isinstance(tree, list) and part.isdigit():
-            tree = dict(enumerate(tree)).get(int(part))
-        else:
-            tree = tree.get(part) if isinstance(tree, dict) else None
-    return json.dumps(tree)

@@ -16,9 +16,10 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from routedvit.training.config.differences import differences, value_at
 from routedvit.training.config.run import ConfigError
 from routedvit.training.distributed.connection import place
-from routedvit.training.run_folder import differences, value_at, versions
+from routedvit.training.provenance import versions
 
 T = TypeVar("T")
 PACKAGE = Path(__file__).parents[2]

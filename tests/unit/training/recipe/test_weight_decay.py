@@ -11,11 +11,11 @@ from pydantic import ValidationError
 from torch import nn
 
 from routedvit.training import engine as engines
+from routedvit.training.config.differences import differences
 from routedvit.training.config.native import resolve_native_config
 from routedvit.training.config.recipe import OptimConfig
 from routedvit.training.engine import Engine
 from routedvit.training.recipe.weight_decay import WeightDecayDial
-from routedvit.training.run_folder import differences
 
 STEPS = 8
 
