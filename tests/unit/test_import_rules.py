@@ -34,6 +34,7 @@ EXCEPTIONS = {
     "routedvit/training/engine/native_check.py": {"deepspeed"},
     "routedvit/training/engine/pretended.py": {"deepspeed"},
     "routedvit/training/engine/processes.py": {"deepspeed"},
+    "routedvit/training/engine/state.py": {"deepspeed"},
     "routedvit/training/watch/metrics.py": {"tensorboard"},
     "routedvit/training/watch/wandb_writer.py": {"wandb"},
 }

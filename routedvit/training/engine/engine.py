@@ -4,7 +4,6 @@ Reference: DeepSpeed 0.19.8, deepspeed/runtime/engine.py.
 """
 
 import itertools
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,30 +15,24 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.parameter_offload import ensure_zero_ordered_dict
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
-from safetensors import safe_open
 from torch import nn
 
 from routedvit.training.ahead import Ahead
-from routedvit.training.checkpoints.shards import (
-    load_shards,
-    save_shards,
-    state_bytes,
-    write_tensors,
-)
+from routedvit.training.checkpoints.shards import state_bytes
 from routedvit.training.checkpoints.zero_layout import ZeroLayout
 from routedvit.training.config.native import zero_stage
 from routedvit.training.config.run import ConfigError
 from routedvit.training.device_clock import DeviceClock
 from routedvit.training.distributed.collective import WorldMean
 from routedvit.training.distributed.world import World
+from routedvit.training.engine import state
 from routedvit.training.engine.native_check import check_native, mistakes_in_words
 from routedvit.training.engine.processes import bound_all_waits
 from routedvit.training.images import as_floats
 from routedvit.training.interfaces import Batch
-from routedvit.training.recipe.weight_average import drop_unless_kept, exchange
+from routedvit.training.recipe.weight_average import exchange
 
 T = TypeVar("T")
-SHARDS, REPLICATED, COUNTERS = "shards", "replicated.safetensors", "counters.json"
 
 
 class StepResult(NamedTuple):
@@ -271,72 +264,16 @@ class Engine:
         return bool(self._engine.zero_use_cpu_optimizer())
 
     def host_tensors(self) -> Iterator[torch.Tensor]:
-        """What DeepSpeed keeps in the memory of the host, by its names for it (0.19.8)."""
-        zero = self._engine.optimizer
-        found: list[Any] = []
-        if self.offloads:
-            masters = getattr(zero, "single_partition_of_fp32_groups", None)
-            masters = masters or zero.fp32_partitioned_groups_flat
-            found += [*masters, *(master.grad for master in masters)]
-            found += [value for state in self.optimizer.state.values() for value in state.values()]
-            found += getattr(zero, "param_buffer_of_bit16_for_cpu_offload_groups", [])
-            found += getattr(zero, "accumulated_grads_in_cpu", {}).values()
-            for name in ("temp_grad_buffer_for_cpu_offload", "grad_partitions_flat_buffer"):
-                found.append(getattr(zero, name, None))
-        if self._engine.zero_offload_param() is not None:
-            found += [getattr(p, "ds_tensor", None) for p in self.objective.parameters()]
-        yield from (tensor for tensor in found if torch.is_tensor(tensor))
+        """What DeepSpeed keeps in the memory of the host."""
+        return state.host_tensors(self)
 
     def save_state(self, folder: Path) -> None:
-        """Write weights and optimiser state below `folder`. Collective.
-
-        Raises:
-            OSError: on this rank alone; what it does with others is done by then.
-        """
-        whole = {name: v.detach().cpu().clone() for name, v in self._replicated() if self.rank == 0}
-        folder = folder / SHARDS
-        folder.mkdir(exist_ok=True)
-        save_shards(folder, self._layout)
-        if self.rank == 0:
-            write_tensors(folder / REPLICATED, whole)
-            counters = json.dumps(self._layout.counters())
-            (folder / COUNTERS).write_text(counters, encoding="utf-8")
+        """Write weights and optimiser state below `folder`. Collective; see `state.save_state`."""
+        state.save_state(self, folder)
 
     def load_state(self, folder: Path) -> None:
-        """Read what `save_state` wrote, on any number of ranks under any stage. Collective.
-
-        Rates and decays stay as they are: the config decides them, not the checkpoint.
-
-        Raises:
-            ConfigError: on every rank, if on any: it is of another model, cannot be right under
-                this stage, or its disk fails.
-        """
-        folder = folder / SHARDS
-        fault = None
-        try:
-            load_shards(folder, self._layout)
-        except (ConfigError, OSError) as error:
-            fault = f"rank {self.rank}: {error}"
-        # A rank may refuse what it holds alone; the others would wait for it below.
-        if found := next(filter(None, self.gather(fault)), None):
-            raise ConfigError(found)
-        with safe_open(folder / REPLICATED, framework="pt") as file:
-            for name, value in self._replicated(change=True):
-                value.detach().copy_(file.get_tensor(name))
-        self._layout.set_counters(json.loads((folder / COUNTERS).read_text(encoding="utf-8")))
-        self._layout.share_weights()
-        drop_unless_kept(self.optimizer)
-
-    def _replicated(self, *, change: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
-        """Frozen parameters and saved buffers, whole, one after the other. Collective."""
-        for name, parameter in self.objective.named_parameters():
-            if not parameter.requires_grad:
-                with deepspeed.zero.GatheredParameters(
-                    [parameter], modifier_rank=0 if change else None, enabled=self.zero_stage == 3
-                ):
-                    yield name, parameter
-        saved = self.objective.state_dict().keys()
-        yield from ((n, buffer) for n, buffer in self.objective.named_buffers() if n in saved)
+        """Read what `save_state` wrote. Collective; see `state.load_state`."""
+        state.load_state(self, folder)
 
     def gather(self, value: T) -> list[T]:
         """`value` of every rank, in the order of ranks, on every rank. Collective."""

@@ -32,7 +32,7 @@ def test_what_one_rank_cannot_load_all_refuse_before_they_share_weights(tmp_path
         def gather(self, value: str | None) -> list[str | None]:
             return [value, "rank 1: cannot be loaded under this ZeRO stage"]
 
-    monkeypatch.setattr("routedvit.training.engine.engine.load_shards", lambda *arguments: None)
+    monkeypatch.setattr("routedvit.training.engine.state.load_shards", lambda *arguments: None)
     with pytest.raises(ConfigError, match="rank 1: cannot be loaded"):
         Engine.load_state(OneOfTwo(), tmp_path)
 
