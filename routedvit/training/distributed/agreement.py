@@ -12,16 +12,16 @@ import time
 import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch.distributed as dist
 
 from routedvit.training.config.differences import differences, value_at
 from routedvit.training.config.run import ConfigError
+from routedvit.training.distributed.collective import broadcast, gather
 from routedvit.training.distributed.connection import place
 from routedvit.training.provenance import versions
 
-T = TypeVar("T")
 PACKAGE = Path(__file__).parents[2]
 # Network file systems show a new file to the other machines late, but hardly later than this.
 VISIBLE_WITHIN_SECONDS = 10.0
@@ -44,7 +44,7 @@ def check_same_run(config: dict[str, Any], data: str, sources: Iterable[Path]) -
         "versions": versions(),
         "code": code_hashes([PACKAGE, *sources]),
     }
-    reference, where = _from_rank_zero((mine, place(0)))
+    reference, where = broadcast((mine, place(0)))
     keys = list(differences(reference, mine))
     fault = None
     if keys:
@@ -64,7 +64,7 @@ def check_shared_folder(path: Path, *, seconds: float = VISIBLE_WITHIN_SECONDS) 
         ConfigError: some rank does not see rank 0's folder, or may not write there.
     """
     # A name that was never looked up: NFS remembers for a while that a file was absent.
-    name = _from_rank_zero(f".seen_by_all_ranks_{uuid.uuid4().hex}")
+    name = broadcast(f".seen_by_all_ranks_{uuid.uuid4().hex}")
     token = path / name
     if dist.get_rank() == 0:
         token.touch()
@@ -95,15 +95,8 @@ def code_hashes(roots: Iterable[Path]) -> dict[str, str]:
     return found
 
 
-def _from_rank_zero(value: T) -> T:
-    values = [value]
-    dist.broadcast_object_list(values, src=0)
-    return values[0]
-
-
 def _raise_together(fault: str | None, message: str) -> None:
-    faults: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(faults, fault)
+    faults = gather(fault)
     if first := next(filter(None, faults), None):
         others = sum(found is not None for found in faults) - 1
         raise ConfigError(message.format(first + (f" ({others} more ranks)" if others else "")))

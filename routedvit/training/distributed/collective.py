@@ -13,14 +13,27 @@ from routedvit.training.distributed.connection import place
 T = TypeVar("T")
 
 
+def gather(value: T) -> list[T]:
+    """`value` of every rank, in the order of ranks, on every rank. Collective."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast(value: T) -> T:
+    """Rank 0's `value` on every rank. Collective."""
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
 def must_agree(what: str, value: object, mend: str) -> None:
     """Compare a (picklable) value over all ranks. Collective.
 
     Raises:
         ConfigError: on every rank, naming those that differ from rank 0.
     """
-    values: list[object] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    values = gather(value)
     others = [str(rank) for rank, other in enumerate(values) if other != values[0]]
     if others:
         raise ConfigError(f"rank {', '.join(others)} has other {what} than rank 0; {mend}")
@@ -48,19 +61,20 @@ def on_rank_zero(action: Callable[[], T]) -> T:
         ConfigError: raised by `action`, on every rank, so that all of them end alike.
         RankFailed: `action` raised something else; rank 0 raises that itself.
     """
-    outcome: list[Any] = [None, None]
+    result: Any = None
+    fault: _Fault | None = None
     own: Exception | None = None
     if dist.get_rank() == 0:
         try:
-            outcome[0] = action()
+            result = action()
         except Exception as error:
-            own, outcome[1] = error, _Fault.of(error, (ConfigError,))
-    dist.broadcast_object_list(outcome, src=0)
+            own, fault = error, _Fault.of(error, (ConfigError,))
+    result, fault = broadcast((result, fault))
     if own is not None:
         raise own
-    if outcome[1] is not None:
-        raise outcome[1].elsewhere(name=not outcome[1].is_mistake)
-    return outcome[0]
+    if fault is not None:
+        raise fault.elsewhere(name=not fault.is_mistake)
+    return result
 
 
 def together(action: Callable[[], T], mistakes: tuple[type[Exception], ...] = (ConfigError,)) -> T:
@@ -81,8 +95,7 @@ def together(action: Callable[[], T], mistakes: tuple[type[Exception], ...] = (C
         result = action()
     except Exception as error:
         own = error
-    faults: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(faults, _Fault.of(own, mistakes) if own is not None else None)
+    faults = gather(_Fault.of(own, mistakes) if own is not None else None)
     if own is not None:
         raise own
     if fault := next(filter(None, faults), None):

@@ -23,7 +23,7 @@ from routedvit.training.checkpoints.zero_layout import ZeroLayout
 from routedvit.training.config.native import zero_stage
 from routedvit.training.config.run import ConfigError
 from routedvit.training.device_clock import DeviceClock
-from routedvit.training.distributed.collective import WorldMean
+from routedvit.training.distributed import collective
 from routedvit.training.distributed.world import World
 from routedvit.training.engine import state
 from routedvit.training.engine.native_check import check_native, mistakes_in_words
@@ -127,7 +127,7 @@ class Engine:
         assert totals is not None
         # filled, not copied: a copy from the host would wait for the whole backward pass
         flag = totals.new_full((1,), float(stop))
-        mean = WorldMean(torch.cat([totals / self.accumulation, flag]))
+        mean = collective.WorldMean(torch.cat([totals / self.accumulation, flag]))
         if before_step is not None:
             before_step()
         grad_norm, applied = self._finish_step()
@@ -277,15 +277,11 @@ class Engine:
 
     def gather(self, value: T) -> list[T]:
         """`value` of every rank, in the order of ranks, on every rank. Collective."""
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
-        return values
+        return collective.gather(value)
 
     def broadcast(self, value: T) -> T:
         """Rank 0's `value` on every rank. Collective."""
-        values = [value]
-        dist.broadcast_object_list(values, src=0)
-        return values[0]
+        return collective.broadcast(value)
 
     def close(self) -> None:
         """Let DeepSpeed tell what it has counted, if `comms_logger` asks for it. Collective."""
