@@ -32,12 +32,12 @@ from routedvit.training.distributed.world import World
 from routedvit.training.evaluators import record
 from routedvit.training.interfaces import EvalLoaders, Evaluator
 from routedvit.training.objectives import build_objective
+from routedvit.training.precision import DTYPES
 from routedvit.training.run_folder import RunFolder, first_free
 from routedvit.training.watch.console import Console
 from routedvit.training.watch.metrics import FanOutWriter
 
 T = TypeVar("T")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def evaluate_offline(

@@ -40,6 +40,7 @@ from routedvit.training.memory import MemoryMeter, storage_bytes
 from routedvit.training.model import create_model, set_checkpointing
 from routedvit.training.objectives import DistillationObjective, build_objective
 from routedvit.training.objectives.teacher import Teacher, build_teacher
+from routedvit.training.precision import DTYPES
 from routedvit.training.recipe.capacity import CapacityDial, scheduled
 
 aten = torch.ops.aten
@@ -48,7 +49,6 @@ VIEWS = {
     aten.squeeze.dim, aten.t.default, aten.transpose.int, aten.unsqueeze.default,
     aten.view.default,
 }  # fmt: skip
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,9 @@ from torch.nn import functional as F
 
 from routedvit.training.config.recipe import TeacherConfig
 from routedvit.training.config.run import ConfigError
+from routedvit.training.precision import DTYPES
 
 __all__ = ["Teacher", "build_teacher"]
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Teacher:
