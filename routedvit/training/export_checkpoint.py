@@ -30,6 +30,7 @@ from routedvit.training.checkpoints.manifest import sync
 from routedvit.training.checkpoints.run_state import RunState, read_run_state
 from routedvit.training.checkpoints.shelf import names_in
 from routedvit.training.checkpoints.stored_weights import NETWORK, find, title, weights_in
+from routedvit.training.config.base import one_line
 from routedvit.training.config.run import ConfigError, ModelConfig
 from routedvit.training.run_folder import RunFolder
 
@@ -139,7 +140,7 @@ def publish(target: Path, weights: dict[str, Tensor], made: dict[str, Any], sour
         temporary.rename(target)
         sync(target.parent)
     except (RuntimeError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error, limit=None)
         raise ConfigError(f"{source} does not fit the model that it records: {reason}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

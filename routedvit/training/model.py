@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from routedvit.training.config.base import one_line
 from routedvit.training.config.run import ConfigError, ModelConfig
 
 # What constructors raise at an argument that they cannot use, and what reading weights raises.
@@ -91,7 +92,7 @@ def weights_key(config: ModelConfig) -> str:
 
 def _reason(error: Exception) -> str:
     """An error in a line; some say only with their type what is wrong."""
-    text = " ".join(str(error).split())[:300]
+    text = one_line(error)
     bare = isinstance(error, (KeyError, ZeroDivisionError)) or not text
     return f"{type(error).__name__} {text}".strip() if bare else text
 

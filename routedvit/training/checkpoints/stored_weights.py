@@ -16,6 +16,7 @@ from routedvit.training.checkpoints.export import WEIGHTS
 from routedvit.training.checkpoints.full_weights import full_weights, has_state
 from routedvit.training.checkpoints.manifest import first_fault, read_manifest
 from routedvit.training.checkpoints.shelf import LATEST, names_in
+from routedvit.training.config.base import one_line
 from routedvit.training.config.run import ConfigError
 from routedvit.training.run_folder import RunFolder
 
@@ -102,6 +103,6 @@ def load(objective: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
     try:
         objective.load_state_dict(weights)
     except (RuntimeError, ValueError) as error:
-        first, *more = (" ".join(line.split()) for line in str(error).splitlines())
+        first, *more = (one_line(line, limit=None) for line in str(error).splitlines())
         reason = more[0] if more else first
         raise ConfigError(f"{path} does not fit the model of the config: {reason}") from None

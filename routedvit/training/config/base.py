@@ -1,10 +1,15 @@
-"""What every section of the run config builds on: the strict base and the error for users."""
+"""What every section of the run config builds on: the strict base, errors for users."""
 
 from pydantic import BaseModel, ConfigDict
 
 
 class ConfigError(ValueError):
     """A mistake in the run config that the user can mend; its text is one line that says how."""
+
+
+def one_line(error: BaseException | str, limit: int | None = 300) -> str:
+    """What an error says, without its line breaks."""
+    return " ".join(str(error).split())[:limit]
 
 
 class Section(BaseModel):

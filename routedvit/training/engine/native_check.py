@@ -11,6 +11,7 @@ from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 from deepspeed.runtime.zero.utils import ZeRORuntimeException
 
+from routedvit.training.config.base import one_line
 from routedvit.training.config.file import nearest
 from routedvit.training.config.run import ConfigError
 
@@ -38,7 +39,7 @@ def mistakes_in_words() -> Iterator[None]:
     ) as error:  # fmt: skip
         raise ConfigError(
             f"deepspeed: DeepSpeed does not start with this config ({type(error).__name__}: "
-            f"{' '.join(str(error).split())}); see the section 'deepspeed'"
+            f"{one_line(error, limit=None)}); see the section 'deepspeed'"
         ) from error
 
 

@@ -18,6 +18,7 @@ from timm.data import resolve_input_data_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from routedvit.training.config.base import one_line
 from routedvit.training.config.recipe import TeacherConfig
 from routedvit.training.config.run import ConfigError
 from routedvit.training.precision import DTYPES
@@ -114,8 +115,7 @@ def build_teacher(
     try:
         network = timm.create_model(config.name, pretrained=config.pretrained and trained, **kwargs)
     except (RuntimeError, TypeError, ValueError, OSError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ConfigError(f"objective.teacher {config.name!r}: {reason}") from error
+        raise ConfigError(f"objective.teacher {config.name!r}: {one_line(error)}") from error
     if network.num_classes != num_classes:
         raise ConfigError(
             f"objective.teacher {config.name!r} knows {network.num_classes} classes, the student "
