@@ -27,6 +27,7 @@ from routedvit.training.checkpoints.run_state import RUN_STATE, RunState
 from routedvit.training.checkpoints.shelf import Shelf
 from routedvit.training.config.base import ConfigError
 from routedvit.training.engine import Engine
+from routedvit.training.memory import readable
 
 T = TypeVar("T")
 
@@ -122,8 +123,8 @@ class Commit:
         self.fence.check()  # a newer start clears away what an older one has half written
         folder = self.shelf.folder
         raise SaveError(
-            f"{self.final.name} was not saved ({fault}): it takes {_gib(self.size)} and "
-            f"{_gib(_free_bytes(folder))} are free on the disk of {folder}; make room there, "
+            f"{self.final.name} was not saved ({fault}): it takes {readable(self.size)} and "
+            f"{readable(_free_bytes(folder))} are free on the disk of {folder}; make room there, "
             "lower checkpoint.keep, or move the run to another disk and set output_dir to that"
         )
 
@@ -148,7 +149,3 @@ def writer_of(path: Path) -> int:
 def _free_bytes(folder: Path) -> int:
     """On the disk where `folder` is or would be."""
     return shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB" if size >= 2**29 else f"{size / 2**20:.1f} MiB"
