@@ -33,7 +33,7 @@ from types import TracebackType
 
 from routedvit.training.distributed.connection import place
 from routedvit.training.distributed.last_words import LastWords
-from routedvit.training.distributed.signals import REQUEUE_EXIT_CODE as AGAIN_CODE
+from routedvit.training.distributed.signals import REQUEUE_EXIT_CODE
 
 MARGIN_SECONDS = 30.0  # before torch's watchdog would abort, time to say why
 WISH_SECONDS = 60.0
@@ -146,7 +146,8 @@ class Patience:
             return self._words(waited, "another rank has died or hangs, and its output says why"), 1
         if self._wished is not None and min(beyond, now - self._wished) > self._wish_seconds:
             if first:
-                return "stopped before the first step; the same command starts it", AGAIN_CODE
+                words = "stopped before the first step; the same command starts it"
+                return words, REQUEUE_EXIT_CODE
             return self._words(waited, "it was asked to stop, but this step does not end"), 1
         return None
 
