@@ -20,7 +20,7 @@ from data.crop_first import from_encoded
 from data.decode import MODE_OF_CHANNELS
 from data.errors import BadSample, DataError
 from data.ledger import Ledger
-from data.mixture import TrainSet, order_of, resolve_train
+from data.mixture import Order, TrainSet, order_of, resolve_train
 from data.order import check_world
 from data.reader import ShardReader
 from data.shards import ShardSet, resolve
@@ -55,28 +55,16 @@ def build_train_loader(
     """
     train = train or resolve_train(config)
     shards, order = train.shards, order_of(train, config, seed)
-    if config.replacement and shards.remote:
-        raise DataError(
-            "data.replacement draws each sample among all shards, and some of data.train are URLs: "
-            "nearly every sample would fetch a shard; copy them to a disk, or set it to false"
-        )
-    check_world(order.streams, global_batch_size, world_size, pairs)
+    _check_batches(
+        config,
+        shards,
+        order,
+        global_batch_size=global_batch_size,
+        micro_batch_size=micro_batch_size,
+        world_size=world_size,
+        pairs=pairs,
+    )
     warn_of_small_cache(config, train, streams=order.streams, rank=rank, world_size=world_size)
-    if global_batch_size % (micro_batch_size * world_size):
-        raise DataError(
-            f"a global batch of {global_batch_size} is no multiple of micro-batch "
-            f"{micro_batch_size} x {world_size} ranks; change one of the three"
-        )
-    if pairs and micro_batch_size % 2:
-        raise DataError(
-            f"mixup and cutmix pair the images of a micro-batch, and {micro_batch_size} is odd; "
-            "choose an even train.micro_batch_size"
-        )
-    if pairs and order.streams == 1 and config.augment.repeats > 1:
-        raise DataError(
-            "with one stream data.augment.repeats puts copies of an image side by side, and mixup "
-            "and cutmix would pair it with itself; set data.streams to 2 or more"
-        )
     mean, std = normalization(config, shards, mean, std, channels=input_size[0])
     transform = train_transform(
         config.augment, size=input_size[1:], mean=mean, std=std, interpolation=interpolation
@@ -96,6 +84,40 @@ def build_train_loader(
         ledger_dir, "train", rank, config.max_bad_samples, config.max_bad_shards, config.log_samples
     )
     return TrainLoader(config, dataset, ledger, train, rank=rank, mean=mean, std=std)
+
+
+def _check_batches(
+    config: DataConfig,
+    shards: ShardSet,
+    order: Order,
+    *,
+    global_batch_size: int,
+    micro_batch_size: int,
+    world_size: int,
+    pairs: bool,
+) -> None:
+    """DataError when shards, order, world and batch do not fit."""
+    if config.replacement and shards.remote:
+        raise DataError(
+            "data.replacement draws each sample among all shards, and some of data.train are URLs: "
+            "nearly every sample would fetch a shard; copy them to a disk, or set it to false"
+        )
+    check_world(order.streams, global_batch_size, world_size, pairs)
+    if global_batch_size % (micro_batch_size * world_size):
+        raise DataError(
+            f"a global batch of {global_batch_size} is no multiple of micro-batch "
+            f"{micro_batch_size} x {world_size} ranks; change one of the three"
+        )
+    if pairs and micro_batch_size % 2:
+        raise DataError(
+            f"mixup and cutmix pair the images of a micro-batch, and {micro_batch_size} is odd; "
+            "choose an even train.micro_batch_size"
+        )
+    if pairs and order.streams == 1 and config.augment.repeats > 1:
+        raise DataError(
+            "with one stream data.augment.repeats puts copies of an image side by side, and mixup "
+            "and cutmix would pair it with itself; set data.streams to 2 or more"
+        )
 
 
 def build_eval_loader(
