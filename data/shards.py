@@ -84,33 +84,10 @@ def resolve(
     `manifest` is where theirs lies, if not beside them.
     """
     patterns = [shards] if isinstance(shards, str) else shards
-    names = [name for pattern in patterns for name in match(pattern, field, remote, manifest)]
-    if not names:
-        raise DataError(f"{field} is empty; name at least one manifest, glob or brace pattern")
-    if len(names) > MAX_SHARDS:
-        raise DataError(f"{field} names more than {MAX_SHARDS} shards; give fewer, larger shards")
-    if len(set(names)) != len(names):
-        twice = next(name for name, count in Counter(names).items() if count > 1)
-        raise DataError(f"{field} names {shown(twice)} twice; name each shard once")
+    names = _names(patterns, field, remote, manifest)
     homes = [manifest or sibling(name, MANIFEST_NAME) for name in names]
-    if manifest and len(set(map(file_name, names))) != len(names):
-        raise DataError(
-            f"{field} names two shards that {shown(manifest)} cannot tell apart, which knows them "
-            "by their file names; name each shard once"
-        )
     manifests = {home: _load_manifest(home, remote) for home in dict.fromkeys(homes)}
-    known = {
-        home: {entry.name: entry for entry in manifest.shards}
-        for home, manifest in manifests.items()
-    }
-    entries = []
-    for name, home in zip(names, homes, strict=True):
-        if file_name(name) not in known[home]:
-            raise DataError(
-                f"{field}: {file_name(name)} is not in {shown(home)}; leave it out, or make the "
-                "manifest again with `python -m data.check --write-manifest`"
-            )
-        entries.append(known[home][file_name(name)])
+    entries = _entries(names, homes, manifests, field)
     mean, std = pooled(
         [(manifest.mean, manifest.std, manifest.samples) for manifest in manifests.values()]
     )
@@ -126,6 +103,45 @@ def resolve(
         manifests=homes,
         label_places=[manifests[home].label_place for home in homes],
     )
+
+
+def _names(
+    patterns: list[str], field: str, remote: RemoteConfig, manifest: str | None
+) -> list[str]:
+    """The shards that all patterns name, each once. DataError without any, or with too many."""
+    names = [name for pattern in patterns for name in match(pattern, field, remote, manifest)]
+    if not names:
+        raise DataError(f"{field} is empty; name at least one manifest, glob or brace pattern")
+    if len(names) > MAX_SHARDS:
+        raise DataError(f"{field} names more than {MAX_SHARDS} shards; give fewer, larger shards")
+    if len(set(names)) != len(names):
+        twice = next(name for name, count in Counter(names).items() if count > 1)
+        raise DataError(f"{field} names {shown(twice)} twice; name each shard once")
+    if manifest and len(set(map(file_name, names))) != len(names):
+        raise DataError(
+            f"{field} names two shards that {shown(manifest)} cannot tell apart, which knows them "
+            "by their file names; name each shard once"
+        )
+    return names
+
+
+def _entries(
+    names: list[str], homes: list[str], manifests: dict[str, Manifest], field: str
+) -> list[ShardEntry]:
+    """What its manifest says of each shard. DataError where it says nothing."""
+    known = {
+        home: {entry.name: entry for entry in manifest.shards}
+        for home, manifest in manifests.items()
+    }
+    entries = []
+    for name, home in zip(names, homes, strict=True):
+        if file_name(name) not in known[home]:
+            raise DataError(
+                f"{field}: {file_name(name)} is not in {shown(home)}; leave it out, or make the "
+                "manifest again with `python -m data.check --write-manifest`"
+            )
+        entries.append(known[home][file_name(name)])
+    return entries
 
 
 def match(
