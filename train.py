@@ -15,7 +15,7 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from timm.data import resolve_input_data_config
 from torch import nn
@@ -32,6 +32,7 @@ from routedvit.training.assembly import build_engine, build_retention, build_tra
 from routedvit.training.assembly_watch import build_run_evaluators
 from routedvit.training.checkpoints.checkpoint import Checkpoints
 from routedvit.training.checkpoints.export import export_model
+from routedvit.training.checkpoints.retention import Retention
 from routedvit.training.checkpoints.run_state import RunState
 from routedvit.training.config import run as training
 from routedvit.training.config.file import describe_keys, json_schema, load_config
@@ -48,11 +49,12 @@ from routedvit.training.distributed.world import World, rank_of
 from routedvit.training.dry_run import rehearse, resolve_machine
 from routedvit.training.engine.processes import seconds_to_wait
 from routedvit.training.export_checkpoint import export_checkpoint
-from routedvit.training.interfaces import EvalLoaders
+from routedvit.training.interfaces import EvalLoaders, Evaluator
 from routedvit.training.model import create_model
 from routedvit.training.offline import evaluate_offline
 from routedvit.training.out_of_memory import out_of_memory
 from routedvit.training.provenance import versions
+from routedvit.training.recipe.schedules import Schedules
 from routedvit.training.repeated import Wish, note, still_wanted
 from routedvit.training.run_folder import RunFolder, check_same_data, open_folder
 from routedvit.training.watch.console import Console
@@ -149,16 +151,69 @@ def run_in(
     if wish != asked:
         console.print(f"{asked.words} was obeyed by an earlier start; going on from the newest")
     started = built(lambda: begin_from(model, config.model.warm_start, folder, wish))
-    parts = built(lambda: build_loaders(config, model, world, folder.logs, train))
-    loader, eval_loaders, image_format = parts
+    parts = build_parts(config, model, world, folder.logs, train)
+    checkpoints, state = open_run(config, parts, world, folder, console, asked, wish, started)
+    trainer = build_trainer(
+        config, parts.engine, parts.schedules, parts.loader, parts.eval_loaders,
+        evaluators=parts.evaluators, checkpoints=checkpoints, state=state, folder=folder.path,
+        console=console, signals=signals, patience=patience,
+    )  # fmt: skip
+    console.print(opening(config, trainer))
+    result = trainer.fit()
+    if not result.finished:
+        saved = " and saved" if result.step else ""
+        again = "the same command without --fresh" if args.fresh else "the same command"
+        console.print(f"stopped at step {result.step}{saved}; {again} goes on")
+        return REQUEUE_EXIT_CODE
+    with patience.busy():
+        export(config, parts.engine, parts.image_format, folder)
+    console.print(closing(result, folder))
+    return 0
+
+
+class Parts(NamedTuple):
+    """What a run is made of, before it has a folder."""
+
+    loader: TrainLoader
+    eval_loaders: EvalLoaders | None
+    image_format: dict[str, Any]  # timm's keys
+    engine: engines.Engine
+    schedules: Schedules
+    evaluators: list[Evaluator]
+    retention: Retention
+    read: tuple[str, str]  # names training and held-out shards by their content
+
+
+def build_parts(
+    config: RunConfig, model: nn.Module, world: World, logs: Path, train: TrainSet
+) -> Parts:
+    """All that can be refused of a run. Collective."""
+    loader, eval_loaders, image_format = together(
+        lambda: build_loaders(config, model, world, logs, train), MISTAKES
+    )
     read = loader.fingerprint, eval_loaders.val.fingerprint if eval_loaders else ""
     must_agree("shards", read, "copy the same sets with their manifests to every machine")
     engine, schedules = build_engine(config, model, world, loader)
     samples = loader.samples_per_epoch
     evaluators = build_run_evaluators(config, engine.objective, eval_loaders, samples)
     retention = build_retention(config, engine.objective, evaluators)
+    return Parts(loader, eval_loaders, image_format, engine, schedules, evaluators, retention, read)
 
-    # Only now, since a run that cannot be built must not claim or move a folder.
+
+def open_run(
+    config: RunConfig,
+    parts: Parts,
+    world: World,
+    folder: RunFolder,
+    console: Console,
+    asked: Wish,
+    wish: Wish,
+    started: WarmStart | None,
+) -> tuple[Checkpoints, RunState]:
+    """Claim the folder, and load the checkpoint that the run goes on from. Collective.
+
+    Only once there are all parts, since a run that cannot be built must not claim or move a folder.
+    """
     record = config.model_dump(mode="json")
     free = tuple(f"data.{key}" for key in FREE_ON_RESUME)
     claims = partial(open_folder, folder, record, fresh=wish.fresh, free=free, resume=wish.resume)
@@ -169,36 +224,28 @@ def run_in(
     if started:
         console.print(str(started))
     checkpoints = Checkpoints(
-        folder.checkpoints, engine, keep=retention, owner=owner, tell=console.print
+        folder.checkpoints, parts.engine, keep=parts.retention, owner=owner, tell=console.print
     )
     state = checkpoints.load_named(wish.resume) if wish.resume else checkpoints.load_newest()
     on_rank_zero(lambda: note(asked, folder, os.environ))
     state = state or RunState(warm_start=asdict(started) if started else None)
-    check_same_data(folder, (state.data, state.held_out), read)
+    check_same_data(folder, (state.data, state.held_out), parts.read)
     # of this start: a resume may change some
     state.config, state.versions = record, versions()
-    state.data, state.held_out = read
-    state.image_format = image_format
-    trainer = build_trainer(
-        config, engine, schedules, loader, eval_loaders,
-        evaluators=evaluators, checkpoints=checkpoints, state=state, folder=folder.path,
-        console=console, signals=signals, patience=patience,
-    )  # fmt: skip
-    console.print(opening(config, trainer))
-    result = trainer.fit()
-    if not result.finished:
-        saved = " and saved" if result.step else ""
-        again = "the same command without --fresh" if args.fresh else "the same command"
-        console.print(f"stopped at step {result.step}{saved}; {again} goes on")
-        return REQUEUE_EXIT_CODE
+    state.data, state.held_out = parts.read
+    state.image_format = parts.image_format
+    return checkpoints, state
+
+
+def export(
+    config: RunConfig, engine: engines.Engine, image_format: dict[str, Any], folder: RunFolder
+) -> None:
+    """Write the trained network, and its average if the run keeps one, for timm. Collective."""
     made = {**config.model.created_from(), "data_config": image_format}
-    with patience.busy():
-        export_model(engine, folder.weights, **made)
-        if config.ema.decay is not None:
-            with engine.ema_weights():
-                export_model(engine, folder.ema_weights, **made)
-    console.print(closing(result, folder))
-    return 0
+    export_model(engine, folder.weights, **made)
+    if config.ema.decay is not None:
+        with engine.ema_weights():
+            export_model(engine, folder.ema_weights, **made)
 
 
 def begin_from(
