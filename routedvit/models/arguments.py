@@ -15,9 +15,8 @@ __all__ = [
     "Capacities",
     "Capacity",
     "block_builder",
-    "check_at_least",
+    "check_architecture",
     "check_choice",
-    "check_image",
     "check_known",
     "norm_with_eps",
     "per_block",
@@ -25,11 +24,56 @@ __all__ = [
     "window_for",
 ]
 
+POS_EMBEDS = ("learn", "sincos", "none")
+POOLS = ("", "avg", "avgmax", "max", "token", "map", "prr")
+
 Capacity = float | str | Fraction
 Capacities = Capacity | Sequence[Capacity]
 
 
+def check_architecture(
+    *,
+    img_size: int | tuple[int, int],
+    patch_size: int | tuple[int, int],
+    depth: int,
+    width: int,
+    global_pool: str,
+    class_token: bool,
+    reg_tokens: int,
+    pos_embed: str,
+    rope: bool,
+    patch_drop_rate: float,
+    light_heads: int | None,
+    light_head_dim: int | None,
+    light_mlp_ratio: float,
+    heavy_window: bool,
+    dense_blocks: int,
+) -> None:
+    """Raises ValueError for arguments of the model that do not go together.
+
+    `width` is that of a heavy head; the others are called as the model calls them.
+    """
+    check_choice("pos_embed", pos_embed, POS_EMBEDS)
+    check_choice("global_pool", global_pool, POOLS)
+    if global_pool == "token" and not class_token:
+        raise ValueError("global_pool='token' needs class_token=True")
+    if patch_drop_rate:
+        raise ValueError("patch_drop_rate must be 0: light windows need the whole grid")
+    check_image(img_size, patch_size)
+    check_at_least(0, light_heads=light_heads, light_mlp_ratio=light_mlp_ratio)
+    if not 0 <= dense_blocks <= depth:
+        raise ValueError(f"dense_blocks={dense_blocks} must lie between 0 and depth={depth}")
+    if heavy_window and (class_token or reg_tokens or rope):
+        raise ValueError("heavy_window=True needs class_token=False, reg_tokens=0 and rope=False")
+    if rope and (width % 4 or light_head_dim not in (None, width)):
+        raise ValueError(
+            f"rope=True needs head_dim={width} to be a multiple of 4, and"
+            f" light_head_dim={light_head_dim} to be the same or None"
+        )
+
+
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raises ValueError unless the value is one of the choices."""
     if value not in choices:
         raise ValueError(
             f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, choices))}"

@@ -27,9 +27,8 @@ from routedvit.layers.positions import add_sincos, prefix_rope
 from routedvit.models.arguments import (
     Capacities,
     block_builder,
-    check_at_least,
+    check_architecture,
     check_choice,
-    check_image,
     check_known,
     norm_with_eps,
     per_block,
@@ -43,9 +42,6 @@ from routedvit.models.routing import Routing, record_routing
 from routedvit.ops import gather_tokens, shared_windows
 
 __all__ = ["RoutedVisionTransformer"]
-
-POS_EMBEDS = ("learn", "sincos", "none")
-POOLS = ("", "avg", "avgmax", "max", "token", "map", "prr")
 
 
 class RoutedVisionTransformer(VisionTransformer):
@@ -121,27 +117,15 @@ class RoutedVisionTransformer(VisionTransformer):
         dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
-        check_choice("pos_embed", pos_embed, POS_EMBEDS)
-        check_choice("global_pool", global_pool, POOLS)
-        if global_pool == "token" and not class_token:
-            raise ValueError("global_pool='token' needs class_token=True")
-        if patch_drop_rate:
-            raise ValueError("patch_drop_rate must be 0: light windows need the whole grid")
         check_known(kwargs, RoutedVisionTransformer, VisionTransformer)
-        check_image(img_size, patch_size)
-        check_at_least(0, light_heads=light_heads, light_mlp_ratio=light_mlp_ratio)
-        if not 0 <= dense_blocks <= depth:
-            raise ValueError(f"dense_blocks={dense_blocks} must lie between 0 and depth={depth}")
-        if heavy_window and (class_token or reg_tokens or rope):
-            raise ValueError(
-                "heavy_window=True needs class_token=False, reg_tokens=0 and rope=False"
-            )
         width = head_dim or embed_dim // num_heads
-        if rope and (width % 4 or light_head_dim not in (None, width)):
-            raise ValueError(
-                f"rope=True needs head_dim={width} to be a multiple of 4, and"
-                f" light_head_dim={light_head_dim} to be the same or None"
-            )
+        check_architecture(
+            img_size=img_size, patch_size=patch_size, depth=depth, width=width,
+            global_pool=global_pool, class_token=class_token, reg_tokens=reg_tokens,
+            pos_embed=pos_embed, rope=rope, patch_drop_rate=patch_drop_rate,
+            light_heads=light_heads, light_head_dim=light_head_dim,
+            light_mlp_ratio=light_mlp_ratio, heavy_window=heavy_window, dense_blocks=dense_blocks,
+        )  # fmt: skip
         if norm_eps is not None:
             kwargs["norm_layer"] = norm_with_eps(kwargs.get("norm_layer"), norm_eps)
         capacities = per_block(depth, q=q_capacity, kv=kv_capacity, ffn=ffn_capacity)
