@@ -30,6 +30,7 @@ __all__ = [
     "checkpoint_filter_fn",
     "converted_if_dense",
     "from_dense",
+    "other_place",
     "source_grid",
     "unwrap",
 ]
@@ -188,9 +189,8 @@ def _pieces(
     """What becomes of a dense weight, by the names of the routed model, as far as it has them."""
     match = re.match(r"(blocks\.\d+\.)(norm1\.|norm2\.|ls1\.|ls2\.|attn\.|mlp\.)(.+)", name)
     if match is None:
-        # the last norm stands before or after the pool
-        moved = {"norm": "fc_norm", "fc_norm": "norm"}.get(name.split(".")[0])
-        targets = [name, f"{moved}.{name.split('.')[-1]}"] if moved else [name]
+        moved = other_place(name)
+        targets = [name, moved] if moved else [name]
         return {target: tensor for target in targets if target in own}
     block, part, rest = match.groups()
     names = [f"{block}{place}{rest}" for place in BLOCK_NAMES[part]]
@@ -204,6 +204,12 @@ def _pieces(
         gate, linear = tensor.chunk(2)  # timm's SwiGLUPacked
         pieces = {names[0].replace("fc1", "fc1_g"): gate, names[0].replace("fc1", "fc1_x"): linear}
     return {target: piece for target, piece in pieces.items() if target in own}
+
+
+def other_place(name: str) -> str | None:
+    """Of a weight of the last norm: its name where that stands on the other side of the pool."""
+    moved = {"norm": "fc_norm", "fc_norm": "norm"}.get(name.split(".")[0])
+    return f"{moved}.{name.split('.')[-1]}" if moved else None
 
 
 def source_grid(weights: Mapping[str, Tensor]) -> tuple[int, int]:

@@ -24,6 +24,7 @@ from routedvit.models.dense_weights import (
     Transfer,
     checkpoint_filter_fn,
     from_dense,
+    other_place,
     source_grid,
     unwrap,
 )
@@ -136,9 +137,7 @@ def _from_routed(
     if table is not None:
         fitted["pos_embed"] = _fit_positions(table, weights, model, grid)
     for name, tensor in fitted.items():
-        # the last norm stands before or after the pool
-        moved = {"norm": "fc_norm", "fc_norm": "norm"}.get(name.split(".")[0])
-        target = f"{moved}.{name.split('.')[-1]}" if moved and name not in own else name
+        target = name if name in own else other_place(name) or name
         if name.startswith("head.") and (name not in own or own[name].shape != tensor.shape):
             transfer.add("unused", name)
         else:
