@@ -28,9 +28,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["coordinate_descent", "coordinate_descent_backward"]
+from routedvit.ops.row_tiles_triton import row_block
 
-MAX_BLOCK = 4096  # 8 warps, as the routing kernel
+__all__ = ["coordinate_descent", "coordinate_descent_backward"]
 
 
 @triton.jit
@@ -167,11 +167,6 @@ def coordinate_descent_backward_kernel(
         tl.store(out_ptr + column, out - grad_excess, mask=column < n)
 
 
-def _blocks(n: int) -> dict[str, int]:
-    block = min(max(triton.next_power_of_2(n), 32), MAX_BLOCK)
-    return {"BLOCK": block, "num_warps": min(max(block // 512, 1), 16)}
-
-
 def _temperatures(
     eps: float, eps_init: float, eps_decay: float, num_iterations: int, device: torch.device
 ) -> Tensor:
@@ -202,7 +197,7 @@ def coordinate_descent(
                 logits, logits if mask is None else mask.contiguous().view(torch.uint8), k,
                 _temperatures(eps, eps_init, eps_decay, num_iterations, logits.device),
                 gates, sums, n, num_iterations,
-                HAS_MASK=mask is not None, **_blocks(n),
+                HAS_MASK=mask is not None, **row_block(n),
             )  # fmt: skip
     return gates, sums
 
@@ -231,6 +226,6 @@ def coordinate_descent_backward(
                 _temperatures(eps, eps_init, eps_decay, num_iterations, logits.device),
                 gates, sums, grad.contiguous(), torch.empty_like(sums), out, grad_k,
                 n, num_iterations,
-                HAS_MASK=mask is not None, **_blocks(n),
+                HAS_MASK=mask is not None, **row_block(n),
             )  # fmt: skip
     return out.to(logits.dtype), grad_k.to(k.dtype)

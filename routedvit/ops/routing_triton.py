@@ -25,12 +25,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from routedvit.ops.row_tiles_triton import row_blocks
 from routedvit.ops.threshold_triton import MINUS_INF, NAN, load_keys, saturation, search, to_value
 
-__all__ = ["blocks", "free_gates", "launch_routing", "route", "route_backward", "select"]
+__all__ = ["free_gates", "launch_routing", "route", "route_backward", "select"]
 
-# 16 entries per thread at 8 warps; 16 warps leave 128 registers to a thread, and that spills
-MAX_BLOCK = 4096
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 
@@ -185,16 +184,6 @@ def routing_backward_kernel(
         tl.store(out_ptr + index, gate * (grad - mean) / eps, mask=mine)
 
 
-def blocks(n: int) -> dict[str, int]:
-    """BLOCK, NUM_BLOCKS and num_warps for rows of n entries: 16 entries per thread."""
-    block = min(max(triton.next_power_of_2(n), 32), MAX_BLOCK)
-    return {
-        "BLOCK": block,
-        "NUM_BLOCKS": triton.cdiv(n, block),
-        "num_warps": min(max(block // 512, 1), 16),
-    }
-
-
 def launch_routing(
     logits: Tensor,
     mask: Tensor | None,
@@ -222,7 +211,7 @@ def launch_routing(
             routing_kernel[(rows,)](
                 logits, logits if mask is None else mask, per_row, gates, picked, indices, n, eps,
                 COUNTS=counts, TARGETS=per_route or (), ROUTES=len(counts),
-                HAS_MASK=mask is not None, SOFT=soft, HARD=hard, **blocks(n),
+                HAS_MASK=mask is not None, SOFT=soft, HARD=hard, **row_blocks(n),
             )  # fmt: skip
     return gates, picked, indices
 
@@ -254,6 +243,6 @@ def route_backward(
         with torch.cuda.device_of(gates):
             routing_backward_kernel[(gates.numel() // n,)](
                 indices, gates, grad.contiguous(), out, n, eps,
-                COUNTS=ks, ROUTES=len(ks), **blocks(n),
+                COUNTS=ks, ROUTES=len(ks), **row_blocks(n),
             )  # fmt: skip
     return out

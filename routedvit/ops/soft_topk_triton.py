@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from routedvit.ops.routing_triton import TINY, blocks, free_gates, launch_routing
+from routedvit.ops.routing_triton import TINY, free_gates, launch_routing
+from routedvit.ops.row_tiles_triton import row_blocks
 
 __all__ = ["soft_topk"]
 
@@ -68,7 +69,7 @@ def soft_topk_backward(gates: Tensor, grad: Tensor, eps: float) -> tuple[Tensor,
     if out.numel() > 0:
         with torch.cuda.device_of(gates):
             soft_topk_backward_kernel[(gates.numel() // n,)](
-                gates, grad.contiguous(), out, grad_k, n, eps, **blocks(n)
+                gates, grad.contiguous(), out, grad_k, n, eps, **row_blocks(n)
             )
     return out, grad_k
 

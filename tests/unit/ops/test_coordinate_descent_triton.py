@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from routedvit.ops import coordinate_descent
-from routedvit.ops.coordinate_descent_triton import MAX_BLOCK
+from routedvit.ops.row_tiles_triton import MAX_BLOCK
 from tests.unit.ops.comparing import assert_as_exact_as_the_reference, draw
 
 

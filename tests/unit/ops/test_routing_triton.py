@@ -8,7 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from routedvit.layers import RoutedBlock
 from routedvit.ops import SAVED_OPS, route, route_all, routing_triton, select, set_backend
-from routedvit.ops.routing_triton import MAX_BLOCK
+from routedvit.ops.row_tiles_triton import MAX_BLOCK
 from routedvit.ops.soft_topk import soft_topk
 from tests.unit.ops.comparing import assert_as_exact_as_the_reference, draw
 
