@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.jit import Final
 
 from routedvit.ops import coordinate_descent, route, route_all, router_logits, select
+from routedvit.ops.soft_topk import SOLVERS
 
 __all__ = ["Router", "as_ratio", "decide_together", "keep_in_graph"]
 
@@ -159,9 +160,9 @@ class Router(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if solver not in ("exact", "coordinate_descent"):
+        if solver not in SOLVERS:
             raise ValueError(
-                f"solver={solver!r} is unknown; choose 'exact' or 'coordinate_descent'"
+                f"solver={solver!r} is unknown; choose {' or '.join(map(repr, SOLVERS))}"
             )
         if eps <= 0 or fetch_ratio < 1:
             raise ValueError(f"eps={eps} must be positive and fetch_ratio={fetch_ratio} at least 1")
