@@ -1,9 +1,6 @@
 """Which patches masked autoencoding shows: at random, yet a function of seed and sample alone.
 
-A generator would depend on what it drew before and on the rank that owns it. Here every (seed,
-sample, patch) is hashed to an integer and the patches with the smallest ones stay visible, so a run
-masks its samples alike on any number of ranks, any device and after a resume. Integer arithmetic
-only: 32 bits held in int64, so that no product overflows.
+Every patch of a sample gets a number from `recipe.hashing`; those with the smallest stay visible.
 """
 
 from torch import Tensor
