@@ -44,7 +44,7 @@ def find_row(index_ptr, token, num_rows):
 
 @triton.jit
 def gather_kernel(
-    x_ptr, index_ptr, out_ptr, num_tokens, num_rows, dim, stride_image, stride_token,
+    x_ptr, index_ptr, out_ptr, num_rows, dim, stride_image, stride_token,
     ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """out[b, j] = x[b, index[b, j]], ROWS rows of an image at a time."""
@@ -161,7 +161,7 @@ def _grid(num_rows: int, batch: int, dim: int, tile: dict[str, int]) -> tuple[in
 
 def gather(x: Tensor, index: Tensor) -> Tensor:
     """x [B, N, D], index [B, R, K] -> [B, R, K, D]."""
-    batch, num_tokens, dim = x.shape
+    batch, _, dim = x.shape
     if x.stride(-1) != 1:
         x = x.contiguous()
     out = x.new_empty((*index.shape, dim))
@@ -169,8 +169,7 @@ def gather(x: Tensor, index: Tensor) -> Tensor:
         tile, num_rows = _tile(dim), index.shape[1] * index.shape[2]
         with torch.cuda.device_of(x):
             gather_kernel[_grid(num_rows, batch, dim, tile)](
-                x, index.contiguous(), out, num_tokens, num_rows, dim, x.stride(0), x.stride(1),
-                **tile,
+                x, index.contiguous(), out, num_rows, dim, x.stride(0), x.stride(1), **tile,
             )  # fmt: skip
     return out
 
