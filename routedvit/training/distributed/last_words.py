@@ -29,8 +29,8 @@ class LastWords:
     """
 
     def __init__(self, store: dist.Store, *, listen_seconds: float = LISTEN_SECONDS) -> None:
-        # A connection of its own, for a store does one thing at a time; torch 2.9 cannot.
-        self._store = store.clone() if hasattr(store, "clone") else store
+        # a connection of its own, for a store does one thing at a time
+        self._store = store.clone()
         self._listen_seconds = listen_seconds
         self.heard: str | None = None
         self._over = threading.Event()
