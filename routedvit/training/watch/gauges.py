@@ -34,7 +34,7 @@ class ForwardCounter:
 
     Args:
         model: the network.
-        flops: model and image size (H, W) -> FLOPs of one image, forward; None if unknown.
+        flops: model and image size (H, W) -> FLOPs of one image, forward.
         world_size: devices that share the images.
         peak_tflops: of one device, for the utilisation; None leaves it out (as on a CPU).
     """
@@ -42,7 +42,7 @@ class ForwardCounter:
     def __init__(
         self,
         model: nn.Module,
-        flops: Callable[[Any, tuple[int, int]], float] | None,
+        flops: Callable[[Any, tuple[int, int]], float],
         *,
         world_size: int = 1,
         peak_tflops: float | None = None,
@@ -67,7 +67,7 @@ class ForwardCounter:
         size = (int(images.shape[-2]), int(images.shape[-1]))
         key = (size, *ratios.values())
         if key not in self._known:
-            self._known[key] = self._flops(model, size) if self._flops is not None else 0.0
+            self._known[key] = self._flops(model, size)
         self._images += len(images)
         self._total += len(images) * self._known[key]
         self._capacities = {
