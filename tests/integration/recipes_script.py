@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from routedvit.training.recipe.weight_average import WeightAverage
 from routedvit.training.trainer import seed_step
 
 EMA: dict[str, Any] = {"decay": 0.9, "warmup": True, "warmup_power": 0.75}
-FACTORS = [0.5, 1, 2]
+FACTORS = [Fraction(1, 2), Fraction(1), Fraction(2)]
 STAGES = [(1, 32), (3, 48)]  # (end, pixels): step 0, steps 1 and 2, then 64 pixels
 Weights = dict[str, torch.Tensor]
 

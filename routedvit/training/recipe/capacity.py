@@ -95,16 +95,15 @@ def anneal(factors: Sequence[Fraction], steps: int, shape: str) -> Callable[[int
     return factor
 
 
-def sample(factors: Sequence[float | Fraction], seed: int) -> Callable[[int], Fraction]:
+def sample(factors: Sequence[Fraction], seed: int) -> Callable[[int], Fraction]:
     """One of the factors, drawn with equal chances from (seed, step)."""
-    ratios = [_ratio(factor) for factor in factors]
 
     def factor(step: int) -> Fraction:
         generator = np.random.default_rng(np.random.SeedSequence((seed, step, STREAM)))
-        return ratios[int(generator.integers(len(ratios)))]
+        return factors[int(generator.integers(len(factors)))]
 
     return factor
 
 
-def _ratio(value: float | Fraction) -> Fraction:
+def _ratio(value: float) -> Fraction:
     return Fraction(value).limit_denominator(4096)  # 0.1 means 1/10, not its binary neighbour
