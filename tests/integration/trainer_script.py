@@ -47,12 +47,16 @@ class Recorder:
         self.messages: list[str] = []
         self.updates: list[int] = []
         self.watched: list[int] = []
+        self.rewound: list[int] = []
 
     def scalar(self, name: str, value: float, step: int) -> None:
         self.scalars.append((name, step))
 
     def text(self, name: str, text: str, step: int) -> None:
         self.scalars.append((name, step))
+
+    def rewind(self, step: int) -> None:
+        self.rewound.append(step)
 
     def run(self, model: torch.nn.Module, step: int) -> None:
         model.routing(toy.batch(range(2))["image"])  # type: ignore[operator]
