@@ -4,11 +4,15 @@
              owner.json      which start of the run writes here, see checkpoints/ownership.py
              checkpoints/    one folder a checkpoint, and `latest`
              events.*        TensorBoard's files, here so that the run shows under its own name
-             logs/           what each rank printed
+             logs/           what each rank printed; ledgers of bad samples and bad steps
              weights/        the exported model
              weights_ema/    the same with averaged weights, if the run keeps an average
              evaluation/     the evaluators' newest tables, while it trains
              evaluated/      what `--evaluate` found later, a folder each
+             exported/       what `--export` wrote, likewise
+             status.json     'running', 'stopped' or 'finished', and the step
+             begun.json      which --resume and --fresh were obeyed, see repeated.py
+             metrics.csv, profile/    with log.csv and log.profile_steps
 
 A folder that already holds another run is refused instead of being resumed with a different recipe;
 `--fresh` moves the old one aside, so nothing is ever deleted.

@@ -15,6 +15,7 @@ STEP = Path("step_00000500")
 BACK = Wish(STEP, False)
 FRESH = Wish(None, True)
 RESTART = {"SLURM_RESTART_COUNT": "1"}
+ELASTIC = {"TORCHELASTIC_RESTART_COUNT": "1"}
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def folder(tmp_path: Path) -> RunFolder:
     return RunFolder(tmp_path)
 
 
-@pytest.mark.parametrize("environment", [{}, RESTART])
+@pytest.mark.parametrize("environment", [{}, RESTART, ELASTIC])
 def test_going_back_is_done_once(folder: RunFolder, environment: dict[str, str]) -> None:
     assert still_wanted(BACK, folder, environment) == BACK
     note(BACK, folder, {})

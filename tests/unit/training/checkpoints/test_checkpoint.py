@@ -355,3 +355,26 @@ def test_latest_never_names_what_is_not_there(engine, tmp_path, monkeypatch):
     with pytest.raises(Killed):
         save(engine, tmp_path, 2)
     assert (tmp_path / "latest").read_text() == "step_00000001\n"
+
+
+def test_everything_is_on_the_disk_before_it_becomes_visible(engine, tmp_path, monkeypatch):
+    """Every file and every folder is synced before the rename, and the folder above after it."""
+    synced: set[str] = set()
+    lost: list[set[str]] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def noting(descriptor: int) -> None:
+        synced.add(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    def checking(path: Path, target: Path) -> Path:
+        if target.name == "step_00000001":
+            lost.append({str(each) for each in (path, *path.rglob("*"))} - synced)
+            synced.clear()
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", noting)
+    monkeypatch.setattr(Path, "rename", checking)
+    save(engine, tmp_path / "checkpoints", 1)
+    assert lost == [set()]
+    assert str(tmp_path / "checkpoints") in synced

@@ -11,6 +11,7 @@ import pytest
 
 from routedvit.training.checkpoints import commit, shelf
 from routedvit.training.checkpoints.checkpoint import Checkpoints
+from routedvit.training.checkpoints.rollbacks import last_jump, note_jump, read_jumps
 from routedvit.training.checkpoints.run_state import RunState
 from routedvit.training.config.run import ConfigError
 from tests.unit.training.checkpoints.saving import Killed, die, flip_a_bit, load, save
@@ -215,3 +216,12 @@ def test_there_may_be_nothing_to_go_back_to(engine, tmp_path):
     save(engine, tmp_path, 5)
     assert Checkpoints(tmp_path, engine, keep=3).roll_back(before=5, resume_at=40) is None
     assert load(tmp_path)[0].samples_seen == 40
+
+
+def test_each_return_is_noted_beside_the_earlier_ones(tmp_path):
+    jumps = [{"step": step, "from": 8 * step, "to": 8 * step + 80} for step in (1, 2)]
+    for jump in jumps:
+        note_jump(tmp_path, jump)
+    assert read_jumps(tmp_path) == jumps
+    assert last_jump(jumps, 1, 8) == jumps[0]
+    assert last_jump(jumps, 1, 88) is None  # the data were elsewhere when that one was saved

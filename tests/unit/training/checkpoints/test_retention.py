@@ -67,3 +67,9 @@ def test_whatever_the_rule_the_newest_stays(values, keep, every, best, mode):
 def test_what_was_saved_in_place_of_a_bad_milestone_stays_for_good():
     values = dict.fromkeys((40, 52, 60, 100, 110, 120))
     assert Retention(keep=1, keep_every=50).surplus(values) == [40, 60, 110]
+
+
+def test_of_two_values_the_better_is_the_one_of_the_named_direction():
+    assert Retention(mode="max").better(3.0, 5.0) == 5.0
+    assert Retention(mode="min").better(3.0, 5.0) == 3.0
+    assert Retention(mode="min").better(float("nan"), 5.0) == 5.0
