@@ -86,10 +86,15 @@ class ShardCache:
             return False
         return True
 
-    def drop(self, entry: ShardEntry | IndexEntry) -> None:
-        """Forget a fetched file whose copy here turned out to be damaged."""
-        with own_disk(self.folder), self.room.lock():
-            self.path(entry).unlink(missing_ok=True)
+    def drop(self, entry: ShardEntry | IndexEntry, copy: io.FileIO | None = None) -> None:
+        """Forget a fetched file whose copy here turned out to be damaged.
+
+        What another process has fetched instead of the open `copy` meanwhile stays.
+        """
+        path = self.path(entry)
+        with own_disk(self.folder), self.room.lock(), suppress(FileNotFoundError):
+            if copy is None or os.path.samestat(os.fstat(copy.fileno()), path.stat()):
+                path.unlink()
 
     def path(self, entry: ShardEntry | IndexEntry) -> Path:
         """Where the shard is kept once it is here."""

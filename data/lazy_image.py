@@ -76,7 +76,8 @@ class LazyImage:
     def _pillow(self, factor: int) -> np.ndarray:
         try:
             if factor > 1:
-                self.header.draft(None, (self.size[0] // factor, self.size[1] // factor))
+                width, height = (max(1, side // factor) for side in self.size)
+                self.header.draft(None, (width, height))
             pixels = np.array(self.header.convert(MODE_OF_CHANNELS[self.channels]))
         except Exception as error:  # as in data.decode: hostile bytes fail in many ways
             raise BadSample(f"cannot be decoded ({type(error).__name__}: {error})") from error

@@ -57,7 +57,8 @@ class ShardReader:
         self.shards = shards
         self.verify = verify
         self.cache = ShardCache(remote or RemoteConfig())
-        self.damaged: dict[int, BadShard] = {}
+        self.damaged: dict[int, str] = {}  # and what is wrong with them
+        self._renewed: set[int] = set()  # whose copy on this node was dropped
         self._indices: OrderedDict[int, TarIndex] = OrderedDict()  # of shards that were examined
         self._listings: OrderedDict[int, TarIndex] = OrderedDict()  # and those maybe not even here
         self._open: OrderedDict[int, io.FileIO] = OrderedDict()
@@ -84,19 +85,37 @@ class ShardReader:
             raise BadSample(f"label {label} is outside 0..{self.shards.num_classes - 1}")
         if size > MAX_IMAGE_BYTES:
             raise BadSample(f"an image of {size} encoded bytes; {MAX_IMAGE_BYTES} are allowed")
+        begin = int(index.offsets[sample]) - BLOCK
+        found = self._bytes(shard, begin, size + BLOCK)
+        checks = None if self.verify == "off" else index.checks
+        if checks is not None and zlib.crc32(found) != checks[sample]:
+            # A disk of one node must not change what that node trains on: ask the store again.
+            if self._renew(shard):
+                found = self._bytes(shard, begin, size + BLOCK)
+            if zlib.crc32(found) != checks[sample]:
+                raise BadSample("damaged: its bytes are not those that were written")
+        return Sample(index.key(sample), label, found[BLOCK:])
+
+    def _bytes(self, shard: int, begin: int, size: int) -> bytes:
         with _failures_named(self.shards.names[shard]):
-            found = os.pread(
-                self._file(shard).fileno(), size + BLOCK, int(index.offsets[sample]) - BLOCK
-            )
-        if len(found) != size + BLOCK:
+            found = os.pread(self._file(shard).fileno(), size, begin)
+        if len(found) != size:
             raise Unreachable(
                 f"{shown(self.shards.names[shard])}: it shrank while it was read; leave shards "
                 "alone during a run"
             )
-        checks = None if self.verify == "off" else index.checks
-        if checks is not None and zlib.crc32(found) != checks[sample]:
-            raise BadSample("damaged: its bytes are not those that were written")
-        return Sample(index.key(sample), label, found[BLOCK:])
+        return found
+
+    def _renew(self, shard: int) -> bool:
+        """Drop this node's copy of a fetched shard, so that it is fetched again; once a process."""
+        name, entry = self.shards.names[shard], self.shards.entries[shard]
+        if not is_url(name) or shard in self._renewed:
+            return False
+        self._renewed.add(shard)
+        log.warning("%s: the copy on this node is damaged, dropped and fetched again", shown(name))
+        with self._open.pop(shard) as file:
+            self.cache.drop(entry, file)
+        return True
 
     def _listing(self, shard: int) -> TarIndex:
         """What a shard holds; where an index file says it, the shard is not fetched."""
@@ -111,14 +130,15 @@ class ShardReader:
 
     def _index(self, shard: int) -> TarIndex:
         if shard in self.damaged:
-            raise self.damaged[shard]
+            # another one: an exception that is raised again keeps the frames of every time alive
+            raise BadShard(self.damaged[shard])
         if shard in self._indices:
             self._indices.move_to_end(shard)
             return self._indices[shard]
         try:
             index = self._examine_fresh(shard)
         except BadShard as error:
-            self.damaged[shard] = error
+            self.damaged[shard] = str(error)
             raise
         return _remember(self._indices, shard, index)
 

@@ -19,6 +19,7 @@ from data.errors import BadShard
 
 BLOCK = 512
 ZERO_BLOCK = bytes(BLOCK)
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
 MAX_NAME_BYTES = 4096  # a longer name is an attack on memory
 MAX_RECORD_BYTES = 1 << 20  # of a pax header: beside the name it may hold a file's attributes
 _JOINERS = "\u200c\u200d"  # part of Persian words and of emoji, and unseen by isprintable
@@ -50,6 +51,8 @@ class Tar:
 
     def members(self) -> Iterator[Member]:
         """Every regular file in order; faults at the first thing that is not as it should be."""
+        if any(os.pread(self.descriptor, 6, 0).startswith(magic) for magic in COMPRESSED):
+            self.fault(0, "it is compressed, and samples are read from their places: unpack it")
         if self.size % BLOCK:
             self.fault(self.size, f"the file is no multiple of {BLOCK} bytes long: it is cut")
         position = 0

@@ -113,3 +113,17 @@ def test_no_lock_is_asked_of_a_file_that_is_open_for_reading_alone(
     cache.open(shards.names[0], shards.entries[0]).close()
     assert modes
     assert 0 not in modes  # O_RDONLY
+
+
+def test_a_copy_that_another_process_fetched_meanwhile_is_not_dropped(make_set, server, remote):
+    shards = resolve(str(make_set([2])))
+    name, entry = f"{server.url}/train/000.tar", shards.entries[0]
+    cache = ShardCache(remote)
+    with cache.open(name, entry) as rotten:
+        cache.path(entry).unlink()
+        cache.open(name, entry).close()
+        cache.drop(entry, rotten)
+        assert cache.path(entry).exists()
+    with cache.open(name, entry) as good:
+        cache.drop(entry, good)
+    assert not cache.path(entry).exists()

@@ -89,3 +89,11 @@ def test_the_photograph_of_a_phone_is_decoded_as_the_jpeg_in_it():
     assert phone.largest_factor((48, 64), (12, 12)) == alone.largest_factor((48, 64), (12, 12)) == 4
     for factor in (1, 4):
         np.testing.assert_array_equal(phone.pixels(factor), alone.pixels(factor))
+
+
+@pytest.mark.parametrize("size", [(5, 5), (1, 100)])
+def test_the_smallest_images_are_read_also_where_pillow_must(size):
+    """At an eighth of their size they would have no pixel."""
+    file = io.BytesIO()
+    Image.new("CMYK", size, (0, 0, 0, 9)).save(file, "JPEG")
+    assert LazyImage(file.getvalue(), 3, 10_000)._pillow(8).size

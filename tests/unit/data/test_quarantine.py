@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import traceback
 from collections import Counter
 
 import numpy as np
 import pytest
 
 from data.config import RemoteConfig
-from data.errors import DataError, Unreachable
+from data.errors import BadShard, DataError, Unreachable
 from data.order import SampleOrder
 from tests.unit.data.making import vouch
 from tests.unit.data.serving import FaultyServer
@@ -158,3 +159,35 @@ def test_ranks_with_other_shards_can_be_told_apart(make_set, make_config):
     vouch(folder, {"000.tar": 5, "001.tar": 5})
     assert prints == [prints[0]] * 2
     assert train_loader(config).fingerprint != prints[0]
+
+
+def test_a_damaged_shard_keeps_nothing_alive(make_set, make_config):
+    """An exception that is raised again and again keeps the frames, and so the batches, of each."""
+    folder = make_set([5, 5, 5, 5])
+    spoil(folder, "001.tar")
+    reader = train_loader(make_config(folder, max_bad_shards=1), batch=4, micro=4).dataset.reader
+    frames = []
+    for _ in range(3):
+        with pytest.raises(BadShard, match=r"001\.tar") as caught:
+            reader.read(1, 0)
+        frames.append(len(list(traceback.walk_tb(caught.value.__traceback__))))
+    assert frames[1] == frames[2]
+
+
+def test_a_node_whose_copy_rotted_trains_on_what_the_others_train_on(
+    indexed, make_config, server, remote
+):
+    """The shard is fetched again; the store's own damage is a bad sample as before."""
+    folder = indexed([6, 6])
+    config = make_config(f"{server.url}/train", remote=remote, max_bad_samples=0, streams=2)
+    whole = epoch(config, samples=12)
+    reader = train_loader(config, batch=4, micro=2).dataset.reader
+    entry, index = reader.shards.entries[0], reader._index(0)
+    copy = reader.cache.path(entry)
+    content = bytearray(copy.read_bytes())
+    content[int(index.offsets[2]) + 9] ^= 1
+    copy.write_bytes(content)
+    server.requests.clear()
+    assert epoch(config, samples=12) == whole
+    assert [name for name, _ in server.requests if name == "000.tar"] == ["000.tar"]
+    assert copy.read_bytes() == (folder / "000.tar").read_bytes()

@@ -273,3 +273,13 @@ def test_long_and_foreign_names_are_read_as_tarfile_reads_them(tmp_path, style):
 )
 def test_keys_end_where_webdataset_ends_them(name, parts):
     assert split_name(name) == parts
+
+
+@pytest.mark.parametrize("mode", ["gz", "bz2", "xz"])
+def test_a_compressed_shard_is_called_that(tmp_path, mode):
+    """Not cut: nobody should look for a broken copy."""
+    path = tmp_path / "0.tar"
+    with tarfile.open(path, f"w:{mode}") as tar:
+        tar.addfile(tarfile.TarInfo("a.cls"))
+    with pytest.raises(DataError, match=r"it is compressed.*unpack it"):
+        read_index(path)
