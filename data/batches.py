@@ -146,7 +146,8 @@ class TrainBatches(_Batches):
         shards = self.reader.shards
         if not shards.remote:
             return
-        shard_of_each_stream = self.order.streams * -(-shards.num_samples // len(shards.names))
+        of_one = -(-shards.num_samples // len(shards.names)) * self.order.repeats
+        shard_of_each_stream = self.order.streams * of_one
         for ahead in range(1, self.reader.cache.remote.prefetch + 1):
             coming = self.order.locate(positions + ahead * shard_of_each_stream).shard
             self.prefetcher.want(

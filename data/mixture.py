@@ -31,6 +31,7 @@ class Order(Protocol):
 
     streams: int
     seed: int
+    repeats: int  # of each sample, in neighbouring turns
 
     def locate(self, positions: np.ndarray) -> Place: ...
     def substitutes(self, position: int) -> Place: ...

@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 import time
 
+import numpy as np
 import pytest
 
 from data.cache import ShardCache
 from data.locks import locked
 from data.prefetch import Prefetcher
 from data.shards import resolve
+from tests.unit.data.test_loaders import train_loader
 
 
 @pytest.fixture
@@ -80,3 +82,15 @@ def test_a_prefetch_does_not_wait_for_room(shards, remote, server):
         assert not any(cache.touch(entry) for entry in shards.entries)
     assert not list(cache.folder.glob("*.lock"))
     assert threading.active_count() > 1
+
+
+def test_repeated_images_are_prefetched_as_many_shards_ahead(indexed, make_config, server, remote):
+    """A shard lasts longer where each image is given several times."""
+    indexed([6, 6])
+    augment = {"mode": "light", "repeats": 2}
+    config = make_config(f"{server.url}/train", remote=remote, streams=2, augment=augment)
+    dataset = train_loader(config, batch=4, micro=2).dataset
+    asked, locate = [], dataset.order.locate
+    dataset.order.locate = lambda positions: asked.append(positions.tolist()) or locate(positions)
+    dataset._prefetch(np.array([0, 1]))
+    assert asked == [[24, 25], [48, 49]]
