@@ -28,6 +28,7 @@ from routedvit.models.arguments import (
     Capacities,
     block_builder,
     check_architecture,
+    check_at_least,
     check_choice,
     check_known,
     norm_with_eps,
@@ -118,6 +119,7 @@ class RoutedVisionTransformer(VisionTransformer):
         **kwargs: Any,
     ) -> None:
         check_known(kwargs, RoutedVisionTransformer, VisionTransformer)
+        check_at_least(1, num_heads=num_heads, depth=depth)
         width = head_dim or embed_dim // num_heads
         check_architecture(
             img_size=img_size, patch_size=patch_size, depth=depth, width=width,

@@ -317,6 +317,7 @@ BAD = [
     ({"ffn_capacity": [0.5, 0.5]}, "ffn_capacity has 2 entries for 3 blocks"),
     ({"kv_routes": 3}, "kv_routes=3"),
     ({"num_heads": 5}, "num_heads=5"),
+    ({"num_heads": 0}, "num_heads=0 must be at least 1"),
     ({"light_window": 7}, "light_window=7"),
     ({"img_size": 3}, "img_size=3"),
     ({"pos_embed": "magic"}, "pos_embed='magic'"),
