@@ -90,7 +90,7 @@ class ShardReader:
         checks = None if self.verify == "off" else index.checks
         if checks is not None and zlib.crc32(found) != checks[sample]:
             # A disk of one node must not change what that node trains on: ask the store again.
-            if self._renew(shard):
+            if self._renew(shard, f"{shown(self.shards.names[shard])}: damaged"):
                 found = self._bytes(shard, begin, size + BLOCK)
             if zlib.crc32(found) != checks[sample]:
                 raise BadSample("damaged: its bytes are not those that were written")
@@ -106,13 +106,13 @@ class ShardReader:
             )
         return found
 
-    def _renew(self, shard: int) -> bool:
+    def _renew(self, shard: int, why: str) -> bool:
         """Drop this node's copy of a fetched shard, so that it is fetched again; once a process."""
         name, entry = self.shards.names[shard], self.shards.entries[shard]
         if not is_url(name) or shard in self._renewed:
             return False
         self._renewed.add(shard)
-        log.warning("%s: the copy on this node is damaged, dropped and fetched again", shown(name))
+        log.warning("%s; the copy on this node is dropped and fetched again", why)
         with self._open.pop(shard) as file:
             self.cache.drop(entry, file)
         return True
@@ -147,12 +147,8 @@ class ShardReader:
         try:
             return self._examine(shard)
         except BadShard as error:
-            name, entry = self.shards.names[shard], self.shards.entries[shard]
-            if not is_url(name) or shard not in self._open:  # nothing came: the server has none
-                raise
-            log.warning("%s; the copy on this node is dropped and fetched again", error)
-            self._open.pop(shard).close()
-            self.cache.drop(entry)
+            if shard not in self._open or not self._renew(shard, str(error)):
+                raise  # nothing came: the server has none
             return self._examine(shard)
 
     def _examine(self, shard: int) -> TarIndex:

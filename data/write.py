@@ -20,7 +20,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -170,12 +170,8 @@ def run(arguments: argparse.Namespace) -> list[str]:
             refuse_another(folders[name], finished[name], with_samples(recipe, split))
             for other in splits.keys() - finished:
                 refuse_unknown(folders[name], finished[name], other)
-    if splits.keys() <= finished.keys():
-        told = [f"{_told(folders[name], finished[name])}{COMPLETE}" for name in splits]
-    else:
-        with alone_in(arguments.out):
-            told = write_splits(arguments, splits, folders, recipe)
-    return lines + told
+    with alone_in(arguments.out) if splits.keys() - finished.keys() else nullcontext():
+        return lines + write_splits(arguments, splits, folders, recipe)
 
 
 @contextmanager

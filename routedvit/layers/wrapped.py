@@ -17,5 +17,6 @@ def is_plain(module: nn.Module, *classes: type[nn.Module]) -> bool:
     """
     if type(module) not in classes:
         return False
-    by_zero_3 = any(hasattr(weight, "ds_id") for weight in module.parameters(recurse=False))
-    return by_zero_3 or not (module._forward_hooks or module._forward_pre_hooks)
+    if not (module._forward_hooks or module._forward_pre_hooks):
+        return True
+    return any(hasattr(weight, "ds_id") for weight in module.parameters(recurse=False))

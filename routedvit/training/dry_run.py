@@ -143,7 +143,7 @@ def describe_step(config: RunConfig, machine: Machine, data: Any) -> str:
     lines = [
         f"parameters   {compute.num_parameters:,}",
         f"compute      {_gflops(compute.forward_flops)} an image forward in training, "
-        f"{_gflops(compute.training_flops)} in training with what is recomputed{teacher}",
+        f"{_gflops(compute.training_flops)} in all with what is recomputed{teacher}",
         f"batch        {batch}",
         *([f"capacity     factor {float(factor):g} of the schedule, its largest"] * (factor > 1)),
         "",

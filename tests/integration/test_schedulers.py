@@ -20,6 +20,7 @@ import pytest
 import yaml
 
 from tests.integration.launching import HERE, ROOT, end
+from tests.integration.short_run import short_run
 
 SCRIPT = ROOT / "launch" / "slurm.sbatch"
 STEPS = 40
@@ -28,17 +29,8 @@ STEPS = 40
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("slurm")
-    write = [sys.executable, "-m", "data.write", "--source", "mnist", "--out", folder]
-    subprocess.run(write, cwd=ROOT, check=True, capture_output=True)
-    run = json.loads((ROOT / "configs" / "quickstart.json").read_text())
-    run["data"]["train"]["shards"] = str(folder / "train")
-    del run["data"]["val"]
-    run["train"] = {"batch_size": 32, "steps": STEPS}
-    run["model"]["kwargs"] |= {"depth": 2}
-    run["schedule"]["warmup_epochs"] = 0
-    run["log"]["every_steps"] = 1
     path = folder / "config.json"
-    path.write_text(json.dumps(run))
+    path.write_text(json.dumps(short_run(folder, STEPS)))
     return path
 
 

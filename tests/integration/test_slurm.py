@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.launching import ROOT, launch
+from tests.integration.short_run import short_run
 from tests.integration.slurm_cluster import Cluster, slurm_cluster, what_is_missing
 
 MISSING = what_is_missing()
@@ -39,17 +39,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The quickstart on a short leash."""
+    """Where the config, the run folders and the logs are."""
     folder = tmp_path_factory.mktemp("jobs")
-    write = [sys.executable, "-m", "data.write", "--source", "mnist", "--out", folder / "shards"]
-    subprocess.run(write, cwd=ROOT, check=True, capture_output=True)
-    run = json.loads((ROOT / "configs" / "quickstart.json").read_text())
-    run["data"]["train"]["shards"] = str(folder / "shards" / "train")
-    del run["data"]["val"]
-    run["train"] = {"batch_size": 32, "steps": STEPS}
-    run["model"]["kwargs"] |= {"depth": 2, "proj_drop_rate": 0.1}
-    run["schedule"]["warmup_epochs"] = 0
-    run["log"]["every_steps"] = 1
+    run = short_run(folder, STEPS)
+    run["model"]["kwargs"] |= {"proj_drop_rate": 0.1}
     run["checkpoint"]["every_steps"] = 5
     (folder / "config.json").write_text(json.dumps(run))
     return folder
@@ -95,7 +88,10 @@ class Job:
             assert time.monotonic() < deadline, self.printed()
             time.sleep(0.2)
         self.cluster.wait_for(self.number, "PENDING", seconds=seconds)
-        self.cluster.run("scontrol", "update", f"jobid={self.number}", "starttime=now")
+        while self.cluster.state(self.number) == "PENDING":
+            assert time.monotonic() < deadline, self.printed()
+            self.cluster.hurry(self.number)
+            time.sleep(0.5)
 
     def finish(self) -> None:
         state = self.cluster.wait_for(self.number, "COMPLETED", "FAILED", "TIMEOUT", seconds=200)

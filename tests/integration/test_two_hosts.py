@@ -18,6 +18,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.integration.launching import ROOT, launch
+from tests.integration.short_run import short_run
 from tests.integration.two_hosts import Host, two_hosts, what_is_missing
 
 MISSING = what_is_missing()
@@ -34,15 +35,10 @@ ENVIRONMENT = {key: os.environ[key] for key in ("PATH", "HOME")} | CPU | {"PYTHO
 def folder(tmp_path_factory: Any) -> Path:
     """Where the commands are typed: the quickstart on a short leash, a hostfile, settings."""
     folder: Path = tmp_path_factory.mktemp("hosts")
-    write = [sys.executable, "-m", "data.write", "--source", "mnist", "--out", folder / "shards"]
-    subprocess.run(write, cwd=ROOT, check=True, capture_output=True)
-    run = json.loads((ROOT / "configs" / "quickstart.json").read_text())
-    run["data"]["train"]["shards"] = str(folder / "shards" / "train")
-    run["data"]["val"]["shards"] = str(folder / "shards" / "val")
-    run["train"] = {"batch_size": 32, "steps": STEPS}
-    run["model"]["kwargs"] |= {"depth": 2, "proj_drop_rate": 0.1}
+    run = short_run(folder, STEPS)
+    run["data"]["val"] = {"shards": str(folder / "shards" / "val")}
+    run["model"]["kwargs"] |= {"proj_drop_rate": 0.1}
     run["schedule"]["warmup_epochs"] = 0.01
-    run["log"]["every_steps"] = 1
     run["checkpoint"]["every_steps"] = 5
     (folder / "config.json").write_text(json.dumps(run))
     (folder / "hostfile").write_text("node1 slots=1\nnode2 slots=1\n")
