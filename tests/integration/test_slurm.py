@@ -88,6 +88,8 @@ class Job:
             assert time.monotonic() < deadline, self.printed()
             time.sleep(0.2)
         self.cluster.wait_for(self.number, "PENDING", seconds=seconds)
+        # What started it before is revoked, by the second: in the same one Slurm ends it at once.
+        time.sleep(3)
         while self.cluster.state(self.number) == "PENDING":
             assert time.monotonic() < deadline, self.printed()
             self.cluster.hurry(self.number)
