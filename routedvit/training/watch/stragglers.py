@@ -15,7 +15,9 @@ from routedvit.training.interfaces import MetricWriter
 
 SLOW = 1.25  # times the median forward
 STARVED = 0.1  # more of its time than the median rank waits for data
-LOOKS = 3  # in a row, before anything is said: a slow moment is nobody's fault
+# In a row, before anything is said: a slow moment is nobody's fault. Where it passed and comes again,
+# twice as many each time: a busy machine would else be told of all the time.
+LOOKS = 3
 
 
 class RankTimes(NamedTuple):
@@ -49,6 +51,7 @@ class Stragglers:
         self._writer = writer
         self._tell = tell
         self._in_a_row: dict[tuple[str, int], int] = {}  # looks, by what and rank
+        self._enough: dict[tuple[str, int], int] = {}  # of them
         self._looks = 0
 
     def look(self, step: int, forward: float, waiting: float) -> None:
@@ -78,7 +81,10 @@ class Stragglers:
                 )
 
     def _lasts(self, what: str, number: int, found: bool) -> bool:
-        """Whether this has just been found for the `LOOKS`th time in a row."""
-        count = self._in_a_row.get((what, number), 0) + 1 if found else 0
-        self._in_a_row[what, number] = count
-        return count == LOOKS
+        """Whether this has just been found often enough in a row."""
+        key = what, number
+        before, enough = self._in_a_row.get(key, 0), self._enough.get(key, LOOKS)
+        if not found and before >= enough:
+            self._enough[key] = 2 * enough
+        self._in_a_row[key] = before + 1 if found else 0
+        return found and before + 1 == enough
