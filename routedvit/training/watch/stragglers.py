@@ -15,8 +15,8 @@ from routedvit.training.interfaces import MetricWriter
 
 SLOW = 1.25  # times the median forward
 STARVED = 0.1  # more of its time than the median rank waits for data
-# In a row, before anything is said: a slow moment is nobody's fault. Where it passed and comes again,
-# twice as many each time: a busy machine would else be told of all the time.
+# In a row, before anything is said: a slow moment is nobody's fault. Where it passes and comes
+# again, twice as many each time: a busy machine would else be told of all the time.
 LOOKS = 3
 
 
