@@ -9,6 +9,7 @@ whose message tells the mend; 75 stopped by a signal and saved, start again to g
 """
 
 import argparse
+import json
 import os
 import sys
 from contextlib import nullcontext
@@ -56,7 +57,7 @@ from routedvit.training.out_of_memory import out_of_memory
 from routedvit.training.provenance import versions
 from routedvit.training.recipe.schedules import Schedules
 from routedvit.training.repeated import Wish, note, still_wanted
-from routedvit.training.run_folder import RunFolder, check_same_data, open_folder
+from routedvit.training.run_folder import RunFolder, check_same_data, earlier_config, open_folder
 from routedvit.training.watch.console import Console
 from routedvit.training.watch.report import closing, opening
 
@@ -150,6 +151,7 @@ def run_in(
     wish = on_rank_zero(lambda: still_wanted(asked, folder, os.environ))
     if wish != asked:
         console.print(f"{asked.words} was obeyed by an earlier start; going on from the newest")
+    keep_order(config, folder, wish, console)
     started = built(lambda: begin_from(model, config.model.warm_start, folder, wish))
     parts = build_parts(config, model, world, folder.logs, train)
     checkpoints, state = open_run(config, parts, world, folder, console, asked, wish, started)
@@ -169,6 +171,24 @@ def run_in(
         export(config, parts.engine, parts.image_format, folder)
     console.print(closing(result, folder))
     return 0
+
+
+def keep_order(config: RunConfig, folder: RunFolder, wish: Wish, console: Console) -> None:
+    """Go on in the order of samples that a run began in, unless another is asked for. Collective.
+
+    Runs from before there was `data.shard_start` have no such key, and null is what they did.
+    """
+
+    def begun_in() -> Any:
+        before = earlier_config(folder, fresh=wish.fresh, resume=wish.resume)
+        if before is None or "shard_start" in config.data.model_fields_set:
+            return config.data.shard_start
+        return before["data"].get("shard_start")
+
+    shard_start = on_rank_zero(begun_in)
+    if shard_start != config.data.shard_start:
+        config.data.shard_start = shard_start
+        console.print(f"data.shard_start is {json.dumps(shard_start)}, as the run began")
 
 
 class Parts(NamedTuple):

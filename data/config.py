@@ -234,6 +234,13 @@ class DataConfig(_Section):
         ge=0,
         description="How far a sample may move within its stream. Part of the sample order.",
     )
+    shard_start: Literal["random"] | None = Field(
+        default="random",
+        description="At which sample an epoch enters a shard, to read it round to that again: "
+        "'random', drawn for each epoch and shard; empty: the first, so that epochs begin alike "
+        "where streams are of few shards. Part of the sample order: a run goes on as it began, "
+        "one from before there was this key as if it were empty.",
+    )
     normalize: Literal["dataset", "model"] | NormalizeConfig = Field(
         default="dataset",
         description="Mean and std of the pixels: 'dataset' (of the training manifest), 'model' "

@@ -86,6 +86,7 @@ def order_of(train: TrainSet, config: DataConfig, seed: int) -> Order:
     kind = DrawnOrder if config.replacement else SampleOrder
     options: dict[str, Any] = {"seed": seed, "shuffle_buffer": config.shuffle_buffer}
     options["streams"] = config.streams or default_streams(len(train.shards.names))
+    options["random_starts"] = config.shard_start == "random"
     repeats = config.augment.repeats
     if len(train.parts) == 1:
         return kind(train.shards.sizes, repeats=repeats, **options)

@@ -125,8 +125,9 @@ def _from_run(arguments: argparse.Namespace) -> DataConfig:
         run = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"--config {path}: {error}; name a run config or a run folder") from None
-    if isinstance(run, dict):
-        run = run.get("config", run)  # a run folder keeps it beside the versions
+    recorded = isinstance(run, dict) and "config" in run  # with the versions, in a run folder
+    if recorded:
+        run = run["config"]
     if not isinstance(run, dict) or "data" not in run:
         raise DataError(f"--config {path} has no data section; is it a run config?")
     train, loss = run.get("train", {}), run.get("loss", {})
@@ -139,7 +140,9 @@ def _from_run(arguments: argparse.Namespace) -> DataConfig:
         )
     arguments.micro_batch_size = arguments.micro_batch_size or train.get("micro_batch_size")
     arguments.pairs = arguments.pairs or bool(loss.get("mixup") or loss.get("cutmix"))
-    return _validated(run["data"], str(path))
+    # Runs from before there was this key have none, and null is what they did.
+    absent = {"shard_start": None} if recorded else {}
+    return _validated(absent | run["data"], str(path))
 
 
 def _validated(section: dict[str, Any], where: str) -> DataConfig:

@@ -120,8 +120,7 @@ def check_resume(
     """Before the folder is touched: is the checkpoint there, will it stay, and is the state in it
     of the same optimiser?
     """
-    own = folder.checkpoints / checkpoint
-    found = own if own.is_dir() else checkpoint
+    found = _named(folder, checkpoint)
     if not found.is_dir():
         raise ConfigError(
             f"--resume {checkpoint}: there is no such folder, and none of that name in "
@@ -133,9 +132,8 @@ def check_resume(
             "move aside; leave --fresh out, or give the new run another name (--set name=...)"
         )
 
-    try:
-        saved = json.loads((found / "run_state.json").read_text(encoding="utf-8"))["config"]
-    except (OSError, ValueError, KeyError, TypeError):
+    saved = _saved_config(found)
+    if saved is None:
         return  # the load says what is wrong with it
     for key in ("name", "options"):
         before, now = (tree.get("optim", {}).get(key) for tree in (saved, config))
@@ -145,6 +143,43 @@ def check_resume(
                 f"{json.dumps(before)}, is {json.dumps(now)}; set it back, or begin from the "
                 "weights alone: --export them and set model.warm_start to that folder"
             )
+
+
+def earlier_config(folder: RunFolder, *, fresh: bool, resume: Path | None) -> dict[str, Any] | None:
+    """The config of what a start goes on from: the run in the folder, or else the checkpoint
+    `resume`; None where it begins anew, or the checkpoint does not say.
+    """
+    try:
+        own = None if fresh else _own_config(folder)
+    except OSError:
+        return None  # `open_folder` says what is wrong with it
+    if own is not None or resume is None:
+        return own
+    return _saved_config(_named(folder, resume))
+
+
+def _own_config(folder: RunFolder) -> dict[str, Any] | None:
+    """That of the run in the folder; None without a checkpoint that another recipe could spoil."""
+    if not (folder.config.exists() and folder.has_checkpoint()):
+        return None
+    config: dict[str, Any] = json.loads(folder.config.read_text(encoding="utf-8"))["config"]
+    return config
+
+
+def _named(folder: RunFolder, checkpoint: Path) -> Path:
+    """A checkpoint by its name in the folder, or by its path."""
+    own = folder.checkpoints / checkpoint
+    return own if own.is_dir() else checkpoint
+
+
+def _saved_config(checkpoint: Path) -> dict[str, Any] | None:
+    """The config that a checkpoint was saved with; None where it cannot be read."""
+    try:
+        state = json.loads((checkpoint / "run_state.json").read_text(encoding="utf-8"))
+        config: dict[str, Any] = state["config"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return config
 
 
 def claim(folder: RunFolder, config: dict[str, Any], *, free: tuple[str, ...] = ()) -> None:
@@ -158,9 +193,7 @@ def claim(folder: RunFolder, config: dict[str, Any], *, free: tuple[str, ...] = 
     Raises:
         ConfigError: the folder holds checkpoints of a run whose config differs in any other key.
     """
-    # Without a checkpoint there is nothing that another recipe could spoil.
-    if folder.config.exists() and folder.has_checkpoint():
-        before = json.loads(folder.config.read_text(encoding="utf-8"))["config"]
+    if (before := _own_config(folder)) is not None:
         free = FREE_ON_RESUME + free
         differing = [key for key in differences(before, config) if not is_free(key, free)]
         if differing:

@@ -134,6 +134,33 @@ def test_folder_of_another_run(config: Path) -> None:
     assert "run.1" in fresh[1]
 
 
+def test_the_other_order_of_samples_is_refused_and_not_said_the_run_keeps_its_own(
+    config: Path, tmp_path: Path
+) -> None:
+    """The run is one from before there was data.shard_start: its record does not name it."""
+    folder = tmp_path / "run"
+    command = ["--config", config, "--set", f"output_dir={folder}"]
+    command += ["--set", "data.log_samples=true", "--set", "checkpoint.every_steps=1"]
+    (first,) = run_train([*command, "--set", "data.shard_start=null"])
+    assert first[0] == 0, first[1]
+    record = json.loads((folder / "config.json").read_text())
+    del record["config"]["data"]["shard_start"]
+    (folder / "config.json").write_text(json.dumps(record))
+    other, again = run_train(
+        [*command, "--set", 'data.shard_start="random"'],
+        [*command, "--resume", "step_00000001"],
+    )
+    assert_mistake(*other, 'data.shard_start was null, is "random"', "--fresh")
+    assert again[0] == 0, again[1]
+    assert "data.shard_start is null, as the run began" in again[1]
+    record = json.loads((folder / "config.json").read_text())
+    assert record["config"]["data"]["shard_start"] is None
+    audit = [sys.executable, "-m", "data.audit", folder]
+    said = subprocess.run(audit, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert said.returncode == 0, said.stdout + said.stderr
+    assert "64 samples taken, positions 0 to 63; 32 of them again" in said.stdout
+
+
 def test_shards_that_changed_since_the_checkpoint(config: Path, tmp_path: Path) -> None:
     run = json.loads(config.read_text())
     shutil.copytree(run["data"]["train"]["shards"], tmp_path / "train")

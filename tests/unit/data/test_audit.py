@@ -130,6 +130,21 @@ def test_what_was_lost_doubled_or_exchanged_is_named(make_set, make_config, run,
     assert "3 findings" in said
 
 
+def test_a_run_from_before_shards_had_random_starts_is_held_to_its_own_order(
+    make_set, make_config, run, capsys
+):
+    config = make_config(make_set(SIZES), streams=4, log_samples=True, shard_start=None)
+    write_config(run, config)
+    run_steps(run, config, 2, 0, 2)
+    record = json.loads((run / "config.json").read_text())
+    del record["config"]["data"]["shard_start"]
+    (run / "config.json").write_text(json.dumps(record))
+    assert audit.main([str(run)]) == 0
+    write_config(run, config.model_copy(update={"shard_start": "random"}))
+    assert audit.main([str(run)]) == 1
+    assert "the order says" in capsys.readouterr().out
+
+
 def test_a_run_that_began_from_anothers_checkpoint_owes_nothing_before_it(
     make_set, make_config, run, capsys
 ):

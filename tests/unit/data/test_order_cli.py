@@ -98,13 +98,31 @@ def test_a_run_config_says_everything(make_set, tmp_path, capsys, where):
     run["train"] = {"batch_size": BATCH, "micro_batch_size": 4}
     path = tmp_path / "run" / "config.json"
     path.parent.mkdir()
-    path.write_text(json.dumps(run if where == "config" else {"config": run, "versions": {}}))
+    config = DataConfig.model_validate(data)
+    record = {"config": run | {"data": config.model_dump(mode="json")}, "versions": {}}
+    path.write_text(json.dumps(run if where == "config" else record))
     given = path if where == "config" else path.parent
     rows, _ = printed(capsys, "--config", given, "--steps", "0:3", "--world-size", 2)
-    assert rows == served(DataConfig.model_validate(data), 3, world_size=2, pairs=True)
+    assert rows == served(config, 3, world_size=2, pairs=True)
     rows, lines = printed(capsys, "--config", given, "--steps", "0:1", "--epoch", 2)
     assert rows[0][0] == -(-2 * 42 // BATCH) * BATCH
     assert lines[0]["step"] == rows[0][0] // BATCH
+
+
+def test_a_run_from_before_shards_had_random_starts_is_told_in_its_order(
+    make_set, make_config, tmp_path, capsys
+):
+    """Its record lacks the key; a config that lacks it is of a run to come."""
+    sources = [{"shards": str(make_set([9, 8, 7], "train"))}, {"shards": str(make_set([6], "b"))}]
+    config = make_config(sources, streams=2, shard_start=None)
+    run = {"seed": 7, "train": {"batch_size": BATCH}, "data": config.model_dump(mode="json")}
+    del run["data"]["shard_start"]
+    (tmp_path / "config.json").write_text(json.dumps({"config": run}))
+    (tmp_path / "to_come.json").write_text(json.dumps(run))
+    rows, _ = printed(capsys, "--config", tmp_path, "--steps", "0:4")
+    assert rows == served(config, 4)
+    later, _ = printed(capsys, "--config", tmp_path / "to_come.json", "--steps", "0:4")
+    assert later == served(config.model_copy(update={"shard_start": "random"}), 4) != rows
 
 
 def test_steps_are_where_the_run_took_them_after_it_began_elsewhere_and_went_back(

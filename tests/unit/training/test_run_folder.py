@@ -9,7 +9,14 @@ import pytest
 
 from data.config import FREE_ON_RESUME
 from routedvit.training.config.run import ConfigError
-from routedvit.training.run_folder import RunFolder, check_same_data, claim, move_aside, open_folder
+from routedvit.training.run_folder import (
+    RunFolder,
+    check_same_data,
+    claim,
+    earlier_config,
+    move_aside,
+    open_folder,
+)
 
 CONFIG = {"optim": {"lr": 0.1, "betas": (0.9, 0.95)}, "log": {"every_steps": 10}, "seed": 0}
 
@@ -110,6 +117,25 @@ def test_starting_over_moves_the_old_run_aside(folder: RunFolder) -> None:
     assert second is not None
     assert second.name == "x.2"
     assert move_aside(folder) is None
+
+
+def test_what_a_start_goes_on_from_says_with_which_config(folder: RunFolder) -> None:
+    other = folder.path.parent / "y" / "checkpoints" / "step_00000002"
+    other.mkdir(parents=True)
+
+    def found(fresh: bool = False, resume: Path | None = None) -> Any:
+        return earlier_config(folder, fresh=fresh, resume=resume)
+
+    claim(folder, CONFIG)
+    assert found() is None  # no checkpoint
+    assert found(resume=other) is None  # which does not say
+    (other / "run_state.json").write_text(json.dumps({"config": {"seed": 5}}))
+    assert found(resume=other) == {"seed": 5}
+    saved_run(folder)
+    assert found()["seed"] == found(resume=other)["seed"] == 0
+    assert found(resume=Path("step_00000001"))["seed"] == 0
+    assert found(fresh=True) is None
+    assert found(fresh=True, resume=other) == {"seed": 5}
 
 
 def test_checkpoints_that_cannot_be_listed_are_not_taken_for_none(folder, monkeypatch) -> None:
