@@ -5,7 +5,7 @@
 48 shards of 500 small JPEGs in the page cache, a batch of 256, one process. A case builds the
 loader anew, as a process that was just started does, and takes its first batch. Within an epoch the
 shuffle window reaches back and ahead over many shards, at its start it holds few: with 8 streams
-the first batch mid-epoch touches 48 shards and that of an epoch's start 9. The bar is 1.5 times.
+the first batch mid-epoch touches 48 shards and that of an epoch's start 10. The bar is 1.5 times.
 The same shards without their index files show what those are for.
 """
 
