@@ -36,7 +36,7 @@ from routedvit.ops import (
     prepend_prefix,
     scatter_add_tokens,
 )
-from routedvit.ops.backend import traced_for_export
+from routedvit.ops.backend import plain_pytorch
 
 __all__ = ["RoutedAttention"]
 
@@ -296,7 +296,7 @@ class RoutedAttention(nn.Module):
     @torch.jit.ignore
     def _decides_together(self, x: Tensor) -> bool:
         """Both routers by one operator; graphs for other runtimes take them one by one."""
-        if traced_for_export() or isinstance(x, torch.fx.Proxy):
+        if plain_pytorch() or isinstance(x, torch.fx.Proxy):
             return False
         routers = (self.q_router, self.kv_router)
         return all(isinstance(r, Router) and not r.takes_all() for r in routers)
