@@ -35,6 +35,7 @@ from routedvit.ops import (
     partition_windows,
     prepend_prefix,
     scatter_add_tokens,
+    settle_gradient,
 )
 from routedvit.ops.backend import plain_pytorch
 
@@ -247,7 +248,7 @@ class RoutedAttention(nn.Module):
         residual: Tensor | None,
         same_window: Tensor | None,
     ) -> Tensor:
-        tokens = self.norm(x)
+        tokens = settle_gradient(self.norm(x))
         q_index, q_gate, kv_index, kv_gate = self._route(x if self.route_raw else tokens)
         source = tokens if self.shared_norm else x
         if self.recompute_heavy and not torch.jit.is_scripting():

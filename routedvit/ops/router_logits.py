@@ -3,7 +3,9 @@
 A router is one vector, so this is a matrix-vector product: it is worth no more than the read of its
 tokens. In PyTorch bf16 tokens are copied to fp32 for each router; kept for the backward pass, the
 copies would be more memory than the rest of the block saves, so they are made again there. The
-kernel casts in registers. (On a GPU the reference's products are TF32 where torch allows that.)
+kernel casts in registers, and so do the sums in its place in compiled code, which Inductor computes
+in the loop of the norm before them. (On a GPU the reference's products are TF32 where torch allows
+that.)
 """
 
 from typing import Any
@@ -13,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from routedvit.ops.backend import differentiates_itself, uses_triton
+from routedvit.ops.fused_tokens import fuses
 
 __all__ = ["products", "router_logits"]
 
@@ -31,10 +34,19 @@ def router_logits(x: Tensor, weight: Tensor, scale: float, num_prefix: int) -> T
     """
     if torch.jit.is_scripting() or x.is_meta:
         return products(x, weight, scale, num_prefix)
+    if fuses(x):
+        return _fused(x, weight, scale, num_prefix)
     if uses_triton(x):
         return torch.ops.routedvit.router_logits(x, weight, scale, num_prefix)
     with torch.autocast(x.device.type, enabled=False):
         return products(x, weight, scale, num_prefix)
+
+
+def _fused(x: Tensor, weight: Tensor, scale: float, num_prefix: int) -> Tensor:
+    """Sums, not products of matrices, which would be calls that nothing fuses with."""
+    vectors = weight.float() * scale
+    sums = [(x.float() * vector).sum(-1) for vector in vectors.unbind(0)]
+    return torch.stack(sums, 1)[..., num_prefix:]
 
 
 def products(x: Tensor, weight: Tensor, scale: float, num_prefix: int) -> Tensor:

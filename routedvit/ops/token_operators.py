@@ -15,13 +15,29 @@ from torch import Tensor
 
 from routedvit.ops.backend import uses_triton
 
-__all__ = ["flat_index"]
+__all__ = ["flat_index", "token_rows"]
 
 
 def flat_index(index: Tensor, num_tokens: int) -> Tensor:
     """[B, K] indices within an image -> [B * K] rows of the flat [B * N, D] view."""
     offset = torch.arange(index.shape[0], device=index.device) * num_tokens
     return (index + offset.unsqueeze(1)).flatten()
+
+
+@torch.library.custom_op("routedvit::token_rows", mutates_args=())
+def token_rows(index: Tensor, num_tokens: int) -> Tensor:
+    """index [B, R, K] -> [B, R, N]: as which row each route took a token, or -1. int64."""
+    if uses_triton(index):
+        from routedvit.ops import tokens_triton
+
+        return tokens_triton.token_rows(index, num_tokens)
+    rows = torch.arange(index.shape[-1], device=index.device).expand(index.shape)
+    return index.new_full((*index.shape[:-1], num_tokens), -1).scatter_(-1, index, rows)
+
+
+@token_rows.register_fake
+def _(index: Tensor, num_tokens: int) -> Tensor:
+    return index.new_empty((*index.shape[:-1], num_tokens))
 
 
 @torch.library.custom_op("routedvit::gather_tokens", mutates_args=())
