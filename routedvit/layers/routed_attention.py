@@ -29,6 +29,7 @@ from routedvit.layers.norms import gather_rows
 from routedvit.layers.positions import take_rope
 from routedvit.layers.router import Router, decide_together, keep_in_graph
 from routedvit.layers.stochastic_depth import add_to_kept_images
+from routedvit.layers.wrapped import is_watched
 from routedvit.ops import (
     gather_tokens,
     merge_windows,
@@ -270,6 +271,9 @@ class RoutedAttention(nn.Module):
             return rows if residual is None else residual + rows
         base = torch.zeros_like(x) if light is None else light
         if self.null_token is not None:
+            if not torch.jit.is_scripting():  # noqa: SIM102 -- TorchScript wants it alone
+                if self.light is not None and is_watched(self.light):
+                    base = base.clone()
             base = base.add_(self.null_token)  # nobody else holds it
             rows = rows * q_gate.unsqueeze(-1).to(rows.dtype) - self.null_token
             q_gate = torch.ones_like(q_gate)
