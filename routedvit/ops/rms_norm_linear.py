@@ -39,8 +39,9 @@ def rms_norm_linear(
     Returns:
         [..., E].
     """
-    mixed = x.dtype != weight.dtype or torch.is_autocast_enabled(x.device.type)
-    if mixed or differentiates_itself():
+    if x.is_meta or x.dtype != weight.dtype or differentiates_itself():
+        return _plain(x, norm_weight, weight, bias, eps)
+    if torch.is_autocast_enabled(x.device.type):
         return _plain(x, norm_weight, weight, bias, eps)
     return _RmsNormLinear.apply(x, norm_weight, weight, bias, eps)
 
