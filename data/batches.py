@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import Dataset, get_worker_info
 
 from data.crop_first import FromEncoded
-from data.errors import BadSample, BadShard, DataError, Quarantined
+from data.errors import BadSample, BadShard, DataError, Quarantined, legible
 from data.lazy_image import LazyImage
 from data.mixture import Order
 from data.prefetch import Prefetcher
@@ -180,8 +180,8 @@ class TrainBatches(_Batches):
                 bad[-1]["replaced_by"] = found.key
                 return found, image
         raise DataError(
-            f"no usable sample follows {bad[-1]['key']} in its stream; the last failed with: "
-            f"{bad[-1]['reason']}; check the shards with `python -m data.check`"
+            f"no usable sample follows {legible(bad[-1]['key'])} in its stream; the last failed "
+            f"with: {bad[-1]['reason']}; check the shards with `python -m data.check`"
         )
 
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data.decode import MAX_IMAGE_BYTES, MAX_PIXELS, decode, open_image
-from data.errors import BadSample, DataError
+from data.errors import BadSample, DataError, legible
 from data.index_file import SUFFIX, entry_for, pack
 from data.manifest import MAX_CLASSES, ShardEntry, write_atomically
 from data.statistics import ShardStatistics
@@ -105,7 +105,7 @@ def _examine(report: ShardReport, task: Task) -> bytes:
             try:
                 _examine_sample(payload, index, sample, statistics, task.full_decode)
             except BadSample as error:
-                report.bad.append(f"{path}: {index.key(sample)}: {error}")
+                report.bad.append(f"{path}: {legible(index.key(sample))}: {error}")
         size = os.fstat(file.fileno()).st_size
     content = pack(replace(index, checks=np.array(checks, dtype=np.int64)))
     report.note = statistics.note(

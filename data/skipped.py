@@ -12,7 +12,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from data.errors import DataError
+from data.errors import DataError, legible
 from data.manifest import write_atomically
 
 LIST_NAME = "skipped.jsonl"
@@ -57,6 +57,5 @@ def skipped_in(folder: Path) -> str:
 
 
 def _told(lines: list[dict[str, Any]], path: Path) -> str:
-    return (
-        f"{len(lines)} skipped, the first {lines[0]['key']}: {lines[0]['reason']} (all in {path})"
-    )
+    key, reason = legible(lines[0]["key"]), lines[0]["reason"]
+    return f"{len(lines)} skipped, the first {key}: {reason} (all in {path})"

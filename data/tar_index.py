@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.errors import legible
 from data.tar_members import Member, Tar
 
 IMAGE_EXTENSIONS = frozenset({"png", "jpg", "jpeg", "webp"})
@@ -149,7 +150,7 @@ class _Builder:
         elif extension == "json" and self.labels.startswith(JSON):
             sample.label, sample.missing = self._in_json(member)
         elif _forbidden(extension):
-            sample.fault = f"a member of the forbidden type .{extension}"
+            sample.fault = f"a member of the forbidden type .{legible(extension)}"
         else:
             return False
         return True

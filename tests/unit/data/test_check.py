@@ -134,6 +134,13 @@ def test_nothing_to_check_is_exit_code_two(tmp_path, capsys):
     assert "no shard matches" in capsys.readouterr().err
 
 
+def test_a_finding_hides_nothing_of_a_name(tmp_path, capsys):
+    good = pair("good", 0, 0)
+    write_tar(tmp_path / "a.tar", [*good, ("\u202ea\xadb.png", b""), ("\u202ea\xadb.cls", b"0")])
+    assert check.main(["--write-manifest", str(tmp_path / "*.tar")]) == 1
+    assert r"a.tar: \u202ea\xadb: no JPEG" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("depth", [[], ["--headers-only"]])
 def test_a_cut_image_is_a_finding_at_any_depth(tmp_path, capsys, depth):
     write_tar(

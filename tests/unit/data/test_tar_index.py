@@ -101,6 +101,8 @@ def test_a_missing_end_block_is_found(shard):
         ([("/etc/a.png", b"x")], r"unsafe"),
         ([("x/../../a.png", b"x")], r"unsafe"),
         ([("a\x1b[2J.png", b"x")], r"unsafe"),
+        ([("a\u2028b.png", b"x")], r"unsafe"),
+        ([("a\x85b.png", b"x")], r"unsafe"),
     ],
 )
 def test_samples_that_come_twice_or_names_that_lead_out_are_refused(tmp_path, members, words):
@@ -156,6 +158,14 @@ def test_names_with_dots_are_cut_at_the_last_where_nothing_is_known_behind_the_f
     index = read_index(tmp_path / "x.tar", 6)
     assert keys_of(index) == [*names, "c"]
     assert (index.labels.tolist(), index.ignored) == ([1] * 5 + [2], 2)
+
+
+def test_names_that_merely_cannot_be_seen_are_names(tmp_path):
+    """Thai, Persian, emoji made of several or newer than this Python, soft hyphens, private use."""
+    names = ["กำ", "می\u200cروم", "👩\u200d🔬", "🏴\U000e0067\U000e007f", "\U0001faff"]
+    names += ["co\xadop", "\u200eשם\u200f", "\u202dC", "\ufeffa", "\ue000", "\U0003ffff"]
+    write_tar(tmp_path / "x.tar", [m for n, name in enumerate(names) for m in pair(name, n, 1)])
+    assert keys_of(read_index(tmp_path / "x.tar", len(names))) == names
 
 
 @pytest.mark.parametrize("attribute", ["x" * 70_000, "\udcff\udcfe"])
