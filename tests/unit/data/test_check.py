@@ -209,6 +209,21 @@ def test_samples_that_lack_a_label_or_an_image_are_left_out_and_listed(tmp_path,
     assert [(line["key"], line["shard"]) for line in lines] == [("x", "a.tar"), ("y", "a.tar")]
 
 
+def test_samples_that_are_parts_of_others_by_name_are_told_of(tmp_path, capsys):
+    """Also where the list is not there, as of a set adopted before they were looked for."""
+    foreign(tmp_path / "a.tar", count=200)
+    write_tar(tmp_path / "b.tar", pair("cat", 0, 0) + pair("cat.1", 1, 1))
+    assert check.main(["--write-manifest", "--max-skipped", "0.02", f"{tmp_path}/*.tar"]) == 0
+    assert read_manifest(tmp_path / "manifest.json").samples == 201
+    keys = [json.loads(line)["key"] for line in (tmp_path / "skipped.jsonl").open()]
+    assert keys == ["x", "y", "cat.1"]
+    assert check.main(["--write-manifest", f"{tmp_path}/*.tar"]) == 2
+    (tmp_path / "skipped.jsonl").unlink()
+    capsys.readouterr()
+    assert check.main([f"{tmp_path}/b.tar"]) == 0
+    assert "1 skipped, the first cat.1: a part of sample 'cat'" in capsys.readouterr().out
+
+
 def test_more_left_out_than_is_allowed_stops_the_command_and_vouches_for_nothing(tmp_path, capsys):
     foreign(tmp_path / "a.tar", count=20)
     assert check.main(["--write-manifest", str(tmp_path / "*.tar")]) == 2

@@ -135,7 +135,7 @@ def test_a_sample_that_lacks_an_image_or_a_label_is_left_out_alone(
     assert keys_of(index) == ["a", "z"]
     assert list(index.left_out) == ["x"]
     assert reason in index.left_out["x"]
-    with pytest.raises(DataError, match=r"2 samples found \(1 lack an image or a label\) and"):
+    with pytest.raises(DataError, match=r"2 samples found \(1 are left out\) and"):
         read_index(tmp_path / "x.tar", 3)
 
 
@@ -158,6 +158,34 @@ def test_names_with_dots_are_cut_at_the_last_where_nothing_is_known_behind_the_f
     index = read_index(tmp_path / "x.tar", 6)
     assert keys_of(index) == [*names, "c"]
     assert (index.labels.tolist(), index.ignored) == ([1] * 5 + [2], 2)
+
+
+@pytest.mark.parametrize(
+    ("label", "labels", "parts"),
+    [
+        (".cls", "cls", ["cat.1", "cat.V2"]),
+        (".json", "json:label", ["cat.1", "cat.V2"]),
+        (".txt", "none", ["cat.1"]),  # where nothing has a label, a number tells
+    ],
+)
+def test_a_sample_that_its_name_makes_a_part_of_another_is_named(tmp_path, label, labels, parts):
+    text = b'{"label": 1}' if label == ".json" else b"1"
+    members = [("cat.depth.png", b"x"), ("cat.2.txt", b"x"), ("cat.3.cls.txt", b"x")]
+    for number, stem in enumerate(["cat", "cat.1", "cat.V2", "dog.1", "dog.2"]):
+        members += [(f"{stem}.png", png(number)), (f"{stem}{label}", text)]
+    write_tar(tmp_path / "x.tar", members)
+    index = read_index(tmp_path / "x.tar", 3, labels=labels)
+    assert keys_of(index) == ["cat", "dog.1", "dog.2"]  # as WebDataset has it, and manifests
+    assert list(index.left_out) == parts
+    assert all("a part of sample 'cat'" in reason for reason in index.left_out.values())
+    assert index.images == {"depth.png": 1, "1.png": 1, "v2.png": 1}
+    assert index.ignored == (7 if labels != "none" else 10)
+
+
+def test_a_sample_within_one_that_is_none_is_named_too(tmp_path):
+    members = [("cat.cls", b"1"), ("cat.1.png", png(1)), ("cat.1.cls", b"1")]
+    write_tar(tmp_path / "x.tar", members)
+    assert list(read_index(tmp_path / "x.tar").left_out) == ["cat.1", "cat"]
 
 
 def test_names_that_merely_cannot_be_seen_are_names(tmp_path):
