@@ -8,6 +8,7 @@ shards are tolerated (`max_bad_shards`), each of their samples is a bad sample l
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from data.crop_first import FromEncoded
 from data.errors import BadSample, BadShard, DataError, Quarantined, legible
 from data.lazy_image import LazyImage
 from data.mixture import Order
+from data.order import Place, uniform
 from data.prefetch import Prefetcher
 from data.reader import Sample, ShardReader
 from data.remote import shown
@@ -25,6 +27,7 @@ from data.transforms import borrowed_generators, sample_seeds, seed_generators
 
 Batch = dict[str, Any]
 Size = tuple[int, int, int]
+_STAND_INS = 5  # what a random stream is for, as in data.order
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -120,15 +123,16 @@ class TrainBatches(_Batches):
         dtype = torch.float32 if levels is None else torch.uint8
         images = _empty(self.batch_size, *self.input_size, dtype=dtype)
         targets, keys, bad = [], [], []
-        samples = zip(positions.tolist(), place.shard.tolist(), place.sample.tolist(), strict=True)
+        samples = list(zip(*(column.tolist() for column in place), strict=True))
         with borrowed_generators():
-            for row, (position, shard, sample) in enumerate(samples):
+            for row, (position, lost) in enumerate(zip(positions.tolist(), samples, strict=True)):
                 seed_generators(seeds[row])
                 try:
-                    found, images[row] = self.load(shard, sample)
+                    found, images[row] = self.load(*lost[1:])
                 except BadSample as error:
-                    bad.append(self.bad(shard, sample, error, position=position))
-                    found, images[row] = self._substitute(position, seeds[row], bad)
+                    bad.append(self.bad(*lost[1:], error, position=position))
+                    scatter = lost if isinstance(error, Quarantined) else None
+                    found, images[row] = self._substitute(position, seeds[row], bad, scatter)
                 targets.append(found.label)
                 keys.append(found.key)
         batch = {
@@ -155,20 +159,29 @@ class TrainBatches(_Batches):
             )
 
     def _substitute(
-        self, position: int, seed: int, bad: list[dict[str, Any]]
+        self,
+        position: int,
+        seed: int,
+        bad: list[dict[str, Any]],
+        scatter: tuple[int, ...] | None,
     ) -> tuple[Sample, torch.Tensor]:
         """The next good sample of the same stream; bad ones on the way are added to `bad`.
+
+        Behind a whole lost shard that would be one and the same image for each of its samples: so
+        `scatter`, the (epoch, shard, sample) that is lost, draws which of the next ones it is. All
+        are put in a drawn order, and not the good ones: which are good is learnt on the way.
 
         Where a quarantined shard is all that the stream has, or this sample is, the next streams
         are asked: they are those of the positions that follow.
         """
-        alone = len(self.order.substitutes(position).shard) == 0
+        own = self.order.substitutes(position)
+        alone = len(own.shard) == 0
         streams = self.order.streams if self.quarantine or alone else 1
         for other in range(position, position + streams):
-            place = self.order.substitutes(other)
+            place = own if other == position else self.order.substitutes(other)
             if alone and other > position and len(place.shard) == 0:
                 place = self.order.locate(np.array([other], dtype=np.int64))
-            for shard, sample in zip(place.shard.tolist(), place.sample.tolist(), strict=True):
+            for shard, sample in self._tried(place, scatter):
                 if shard in self.reader.damaged:
                     continue
                 seed_generators(seed)
@@ -183,6 +196,14 @@ class TrainBatches(_Batches):
             f"no usable sample follows {legible(bad[-1]['key'])} in its stream; the last failed "
             f"with: {bad[-1]['reason']}; check the shards with `python -m data.check`"
         )
+
+    def _tried(self, place: Place, scatter: tuple[int, ...] | None) -> Iterator[tuple[int, int]]:
+        """The samples at `place`, nearest first or in an order that `scatter` draws."""
+        samples = np.stack([place.shard, place.sample], axis=1)
+        if scatter is not None:
+            drawn = uniform((_STAND_INS, self.order.seed, *scatter), len(samples))
+            samples = samples[np.argsort(drawn, kind="stable")]
+        yield from map(tuple, samples.tolist())
 
 
 class EvalBatches(_Batches):
