@@ -117,7 +117,7 @@ class TrainBatches(_Batches):
         rows = np.arange(self.batch_size, dtype=np.int64)
         positions = first + rows // self.turn * self.turn * self.world_size + rows % self.turn
         place = self.order.locate(positions)
-        self._prefetch(positions)
+        self._prefetch(positions, place.shard)
         seeds = sample_seeds(self.order.seed, positions).tolist()
         levels = self.transform.levels
         dtype = torch.float32 if levels is None else torch.uint8
@@ -145,15 +145,18 @@ class TrainBatches(_Batches):
         }
         return batch if levels is None else batch | {"scale": levels[0], "shift": levels[1]}
 
-    def _prefetch(self, positions: np.ndarray) -> None:
-        """Fetch what the same streams read one shard's worth of turns later, and so on."""
+    def _prefetch(self, positions: np.ndarray, now: np.ndarray) -> None:
+        """Fetch side by side the shards that are needed `now`, at a start those of every stream;
+        then what the same streams read one shard's worth of turns later, and so on.
+        """
         shards = self.reader.shards
-        if not shards.remote:
+        if not shards.remote or not self.reader.cache.remote.prefetch:
             return
         of_one = -(-shards.num_samples // len(shards.names)) * self.order.repeats
         shard_of_each_stream = self.order.streams * of_one
-        for ahead in range(1, self.reader.cache.remote.prefetch + 1):
-            coming = self.order.locate(positions + ahead * shard_of_each_stream).shard
+        for ahead in range(self.reader.cache.remote.prefetch + 1):
+            later = positions + ahead * shard_of_each_stream
+            coming = self.order.locate(later).shard if ahead else now
             self.prefetcher.want(
                 (shards.names[shard], shards.entries[shard]) for shard in np.unique(coming).tolist()
             )

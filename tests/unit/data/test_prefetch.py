@@ -92,5 +92,20 @@ def test_repeated_images_are_prefetched_as_many_shards_ahead(indexed, make_confi
     dataset = train_loader(config, batch=4, micro=2).dataset
     asked, locate = [], dataset.order.locate
     dataset.order.locate = lambda positions: asked.append(positions.tolist()) or locate(positions)
-    dataset._prefetch(np.array([0, 1]))
+    dataset._prefetch(np.array([0, 1]), np.array([0, 1]))
     assert asked == [[24, 25], [48, 49]]
+
+
+def test_what_the_first_batch_needs_comes_side_by_side_before_what_comes_later(
+    indexed, make_config, server, remote
+):
+    """At a start nothing is here, and a batch is in as many shards as there are streams."""
+    indexed([2] * 8)
+    config = make_config(f"{server.url}/train", remote=remote, streams=4)
+    dataset = train_loader(config, batch=4, micro=4).dataset
+    needed = dataset.order.locate(np.arange(4)).shard
+    asked = []
+    dataset.prefetcher.want = lambda shards: asked.append([name for name, _ in shards])
+    dataset[0]
+    assert asked[0] == [dataset.reader.shards.names[shard] for shard in np.unique(needed)]
+    assert len(asked) == 1 + remote.prefetch
