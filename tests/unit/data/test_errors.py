@@ -30,6 +30,8 @@ def test_exit_codes(error: DataError, code: int) -> None:
     [
         "DataLoader worker (pid 7) is killed by signal: Killed. ",
         "DataLoader timed out after 540 seconds",
+        "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback:\n  ...\n"
+        "RuntimeError: unable to allocate shared memory(shm) for file </torch_1_2_0>: No space\n",
     ],
 )
 def test_the_death_of_a_loader_process_may_pass(text: str) -> None:

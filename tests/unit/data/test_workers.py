@@ -69,6 +69,17 @@ def test_a_worker_killed_while_the_trainer_computes_is_the_same_error(make_set, 
     batches.close()
 
 
+def test_a_mistake_in_a_loader_process_is_no_death_of_it(make_set, make_config):
+    """What went wrong, and where, is the traceback; it comes again after every restart."""
+    loader = train_loader(make_config(make_set(SIZES), num_workers=1))
+    whole = loader.dataset.transform
+    cut = lambda image: whole(image)[:, 1:]  # noqa: E731
+    cut.levels = whole.levels
+    loader.dataset.transform = cut
+    with pytest.raises(RuntimeError, match=r"(?s)Traceback.*must match the existing size"):
+        next(loader.batches(0))
+
+
 def test_a_trainer_that_fails_in_mid_stream_ends_its_workers(make_set):
     folder = make_set(SIZES)
     started = time.monotonic()
