@@ -60,6 +60,23 @@ def test_several_come_at_a_time(shards, remote, server):
     assert time.monotonic() - began < 2
 
 
+@pytest.mark.parametrize(("fault", "requests"), [("404", 1), ("swapped", 2)])
+def test_what_a_store_has_damaged_is_not_fetched_at_every_batch(
+    shards, remote, server, monkeypatch, fault, requests
+):
+    server.faults["000.tar"] = [fault] * 99
+    monkeypatch.setattr("data.prefetch.THREADS", 1)
+    cache = ShardCache(remote)
+    prefetcher = Prefetcher(cache)
+    for number in (1, 2, 3):
+        prefetcher.want([pairs(shards)[0], pairs(shards)[number]])
+        deadline = time.monotonic() + 5
+        while not cache.touch(shards.entries[number]):  # then it is done with the one before
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    assert [name for name, _ in server.requests].count("000.tar") == requests
+
+
 def test_what_is_here_is_not_queued_again(shards, remote):
     cache = ShardCache(remote)
     for name, entry in pairs(shards):
