@@ -18,6 +18,7 @@ with --label-key json:KEY, or done without (--unlabelled), and then are in the i
 from __future__ import annotations
 
 import argparse
+import errno
 import re
 import sys
 from collections import Counter
@@ -40,6 +41,7 @@ from data.skipped import DEFAULT_SHARE, Skipped, told
 from data.statistics import combine
 from data.tar_index import CLS, JSON, UNLABELLED
 
+NOT_OURS = (errno.EROFS, errno.EACCES, errno.EPERM)
 MAX_LINES = 50  # findings printed; the count is of all
 
 
@@ -244,7 +246,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"data.check: {error}", file=sys.stderr)
         return 2
     except OSError as error:  # a full disk, a folder that is not ours
-        print(f"data.check: {error}; mend it and start the same command again", file=sys.stderr)
+        mend = "mend it and start the same command again"
+        if error.errno in NOT_OURS:
+            mend = "link the shards (ln -s) into a folder that you may write into, and name it"
+        print(f"data.check: {error}; {mend}", file=sys.stderr)
         return 2
 
 

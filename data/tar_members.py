@@ -76,9 +76,9 @@ class Tar:
             if kind in (b"x", b"L"):
                 long_name = self._long_name(kind, offset, size, position)
             elif kind in (b"0", b"\0"):
-                name = _plain_name(long_name or self._short_name(header, position))
-                if name is None:
-                    self.fault(position, f"the member name {long_name or header[:100]!r} is unsafe")
+                given = long_name or self._short_name(header, position)
+                if (name := _plain_name(given)) is None:
+                    self.fault(position, f"the member name {given!r} is unsafe")
                 yield Member(name, position, offset, size, head[:size])
                 long_name = None
             elif kind == b"5":

@@ -304,11 +304,20 @@ def test_what_was_drafted_for_a_set_that_is_refused_is_taken_away(good):
     assert {path.name for path in good.iterdir()} == before
 
 
-def test_a_folder_that_cannot_be_written_is_said_in_a_line(good, capsys, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.ENOSPC, "No space left on device; mend it and start the same command again"),
+        (errno.EROFS, "Read-only file system; link the shards (ln -s) into a folder that you may"),
+    ],
+)
+def test_a_folder_that_cannot_be_written_is_said_in_a_line(
+    good, capsys, monkeypatch, number, words
+):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(examination, "write_atomically", full)
+    monkeypatch.setattr(examination, "write_atomically", refuse)
     assert check.main(["--write-manifest", str(good / "*.tar")]) == 2
     said = capsys.readouterr().err.splitlines()[-1]
-    assert "No space left on device; mend it and start the same command again" in said
+    assert words in said
