@@ -63,6 +63,7 @@ class _Batches(Dataset[Batch]):
         self.batch_size = batch_size
         self.world_size = world_size
         self.quarantine = quarantine
+        self.prefetcher = Prefetcher(reader.cache)
 
     def load(self, shard: int, sample: int) -> tuple[Sample, torch.Tensor]:
         """The sample and its image [C, H, W], float32 or, where `transform.levels` says so, uint8.
@@ -111,7 +112,6 @@ class TrainBatches(_Batches):
         super().__init__(reader, transform, **common)
         self.order = order
         self.turn = turn
-        self.prefetcher = Prefetcher(reader.cache)
 
     def __getitem__(self, first: int) -> Batch:
         rows = np.arange(self.batch_size, dtype=np.int64)
@@ -241,7 +241,18 @@ class EvalBatches(_Batches):
         shard = int(np.searchsorted(self.begins, number, side="right")) - 1
         return shard, number - int(self.begins[shard])
 
+    def _prefetch(self, first: int) -> None:
+        """Fetch side by side the shards that come from the sample `first` on."""
+        shards, ahead = self.reader.shards, self.reader.cache.remote.prefetch
+        if not shards.remote or not ahead:
+            return
+        of_one = max(1, self.num_samples // len(shards.names))  # with a limit none of some
+        numbers = range(first, min(self.num_samples, first + (1 + ahead) * of_one), of_one)
+        coming = dict.fromkeys(self.place(number)[0] for number in numbers)
+        self.prefetcher.want((shards.names[shard], shards.entries[shard]) for shard in coming)
+
     def __getitem__(self, number: int) -> Batch:
+        self._prefetch(self.rank + self.world_size * number * self.batch_size)
         images = _empty(self.batch_size, *self.input_size).zero_()
         targets = torch.zeros(self.batch_size, dtype=torch.int64)
         valid = torch.zeros(self.batch_size, dtype=torch.bool)

@@ -12,7 +12,7 @@ from data.cache import ShardCache
 from data.locks import locked
 from data.prefetch import Prefetcher
 from data.shards import resolve
-from tests.unit.data.test_loaders import train_loader
+from tests.unit.data.test_loaders import eval_loader, train_loader
 
 
 @pytest.fixture
@@ -126,3 +126,21 @@ def test_what_the_first_batch_needs_comes_side_by_side_before_what_comes_later(
     dataset[0]
     assert asked[0] == [dataset.reader.shards.names[shard] for shard in np.unique(needed)]
     assert len(asked) == 1 + remote.prefetch
+
+
+@pytest.mark.parametrize(
+    ("limit", "shards"),
+    [(None, [[0, 1, 2], [1, 2, 3], [2, 3, 4], [3, 4, 5], [4, 5], [5]]), (3, [[0, 2, 4], [4]])],
+)
+def test_an_evaluation_fetches_the_shards_that_come_next(
+    make_set, make_config, server, remote, limit, shards
+):
+    """Of a part of the set those alone that it reads."""
+    make_set([2] * 6)
+    config = make_config(f"{server.url}/train", remote=remote)
+    dataset = eval_loader(config, batch_size=2, split="train", limit=limit).dataset
+    asked = []
+    dataset.prefetcher.want = lambda shards: asked.append([int(e.name[:3]) for _, e in shards])
+    for number in range(len(dataset)):
+        dataset[number]
+    assert asked == shards
