@@ -123,14 +123,15 @@ class TrainBatches(_Batches):
         dtype = torch.float32 if levels is None else torch.uint8
         images = _empty(self.batch_size, *self.input_size, dtype=dtype)
         targets, keys, bad = [], [], []
-        samples = list(zip(*(column.tolist() for column in place), strict=True))
+        samples = zip(positions.tolist(), *(column.tolist() for column in place), strict=True)
         with borrowed_generators():
-            for row, (position, lost) in enumerate(zip(positions.tolist(), samples, strict=True)):
+            for row, (position, epoch, shard, sample) in enumerate(samples):
                 seed_generators(seeds[row])
                 try:
-                    found, images[row] = self.load(*lost[1:])
+                    found, images[row] = self.load(shard, sample)
                 except BadSample as error:
-                    bad.append(self.bad(*lost[1:], error, position=position))
+                    bad.append(self.bad(shard, sample, error, position=position))
+                    lost = epoch, shard, sample
                     scatter = lost if isinstance(error, Quarantined) else None
                     found, images[row] = self._substitute(position, seeds[row], bad, scatter)
                 targets.append(found.label)
