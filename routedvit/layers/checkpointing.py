@@ -61,10 +61,11 @@ class _Decision:
     """The outputs of a routing operator, kept outside of any graph."""
 
     def __init__(self, output: Tensor | tuple[Tensor, ...]) -> None:
+        outputs = output if isinstance(output, tuple) else (output,)
         self.is_tuple = isinstance(output, tuple)
         # below autograd, where this runs, an alias would have a version counter of its own
         with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
-            self.tensors = [x.detach() for x in (output if self.is_tuple else (output,))]
+            self.tensors = [x.detach() for x in outputs]
         self.versions = [x._version for x in self.tensors]
 
     def output(self) -> Tensor | tuple[Tensor, ...]:

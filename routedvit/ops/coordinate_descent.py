@@ -222,8 +222,9 @@ def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():  # create_graph=True
 
         def reference(logits: Tensor, k: Tensor) -> Tensor:
+            eps, eps_init, eps_decay = ctx.schedule
             steps = sums.shape[-1]
-            return coordinate_descent_reference(logits, k, *ctx.schedule, steps, mask)
+            return coordinate_descent_reference(logits, k, eps, eps_init, eps_decay, steps, mask)
 
         return *gradients_in_graph(reference, (logits, k), grad), None, None, None, None, None
     out, grad_k = torch.ops.routedvit.coordinate_descent_backward(
