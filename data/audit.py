@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.errors import DataError
+from data.errors import DataError, legible
 from data.history import history_of
 from data.mixture import TURNS, order_of, resolve_train
 from data.order import Place
@@ -81,9 +81,12 @@ def audit(run: Path) -> Audit:
             substituted += position in substitutes
             planned = reader.key(int(shard), int(sample))
             for key in sorted(set(keys) - {planned, substitutes.get(position)}):
-                found.tell(f"position {position} was {key}, the order says {planned}")
+                found.tell(
+                    f"position {position} was {legible(key)}, the order says {legible(planned)}"
+                )
             if len(set(keys)) > 1:
-                found.tell(f"position {position} was {' and '.join(sorted(set(keys)))} in turn")
+                both = " and ".join(map(legible, sorted(set(keys))))
+                found.tell(f"position {position} was {both} in turn")
     found.report.append(
         f"{count} samples taken, positions {begin} to {following - 1}; {again} of them again after "
         f"a restart; {substituted} substitutes for bad ones"

@@ -9,16 +9,19 @@ image, looks for keys that come twice, and prints a report for people. Exit code
 
 --write-manifest makes the manifest of shards that were written elsewhere, and their index files.
 It vouches for the files as they are now, so it refuses shards whose structure is damaged. Samples
-that lack a label or an image of a type that is read are left out and named in skipped.jsonl; more
-than --max-skipped of them stop the command. Labels are looked for in .cls members; others are found
+that lack a label or an image of a type that is read, or whose name makes them a part of another
+(img.1.jpg beside img.jpg), are left out and named in skipped.jsonl; more than --max-skipped of them
+stop the command. Labels are looked for in .cls members; others are found
 with --label-key json:KEY, or done without (--unlabelled), and then are in the index files alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +37,11 @@ from data.pool import each
 from data.remote import is_url
 from data.report import describe
 from data.shards import match
-from data.skipped import DEFAULT_SHARE, Skipped, skipped_in
+from data.skipped import DEFAULT_SHARE, Skipped, told
 from data.statistics import combine
 from data.tar_index import CLS, JSON, UNLABELLED
 
+NOT_OURS = (errno.EROFS, errno.EACCES, errno.EPERM)
 MAX_LINES = 50  # findings printed; the count is of all
 
 
@@ -68,11 +72,12 @@ def check_folder(
                 f"{len(found.class_counts) - 1}; give one line per class, label 0 first"
             )
         ignored = sum(report.ignored for report in reports)
-        print(*describe(folder, found, names, notes, ignored), sep="\n")
+        images = sum((report.images for report in reports), Counter())
+        print(*describe(folder, found, names, notes, ignored, images), sep="\n")
         if write:
             _adopt(folder, reports, found, earlier)
-        if any(report.skipped for report in reports) and (told := skipped_in(folder)):
-            print(f"  skipped   {told}")
+        if skipped := [line for report in reports for line in report.skipped]:
+            print(f"  skipped   {told(skipped, folder)}")
     elif write:
         raise DataError(f"{folder}: no usable sample; nothing to write a manifest about")
     manifest = read_manifest(folder / MANIFEST_NAME)
@@ -228,7 +233,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--max-skipped",
         type=share,
         default=DEFAULT_SHARE,
-        help="share of a folder's samples that may lack an image or a label (0.01)",
+        help="share of a folder's samples that may be left out (0.01)",
     )
     parser.add_argument("--label-names", type=Path, help="file with one class name per line")
     parser.add_argument(
@@ -241,7 +246,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"data.check: {error}", file=sys.stderr)
         return 2
     except OSError as error:  # a full disk, a folder that is not ours
-        print(f"data.check: {error}; mend it and start the same command again", file=sys.stderr)
+        mend = "mend it and start the same command again"
+        if error.errno in NOT_OURS:
+            mend = "link the shards (ln -s) into a folder that you may write into, and name it"
+        print(f"data.check: {error}; {mend}", file=sys.stderr)
         return 2
 
 

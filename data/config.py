@@ -290,7 +290,8 @@ class DataConfig(_Section):
     log_samples: bool = Field(
         default=False,
         description="Write the position and key of every training sample into the run folder's "
-        "logs; `python -m data.audit` proves from them that none was lost or came twice.",
+        "logs, some 30 bytes each; `python -m data.audit` proves from them that none was lost or "
+        "came twice.",
     )
     remote: RemoteConfig = Field(
         default_factory=RemoteConfig, description="How shards that are URLs are fetched and kept."

@@ -6,6 +6,10 @@ What a run ends with is exit code 2, which schedulers take for final, unless the
 
 from __future__ import annotations
 
+import unicodedata
+
+_JOINERS = "\u200c\u200d"  # part of Persian words and of emoji, and unseen by isprintable
+
 
 class DataError(ValueError):
     """What the user has to mend before training can go on: one line, with the mend."""
@@ -43,3 +47,16 @@ class BadSample(Exception):
 
 class Quarantined(BadSample):
     """A sample that cannot be used because its whole shard cannot: that counts, not the sample."""
+
+
+def legible(name: str) -> str:
+    """A sample's name as messages show it: what nobody sees, or what turns the line, is escaped."""
+    return "".join(c if _shows(c) else c.encode("unicode_escape").decode() for c in name)
+
+
+def _shows(character: str) -> bool:
+    return (
+        character.isprintable()
+        or unicodedata.category(character) == "Zs"  # macOS writes U+202F into screenshots' names
+        or character in _JOINERS
+    )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data.decode import MAX_IMAGE_BYTES, MAX_PIXELS, decode, open_image
-from data.errors import BadSample, DataError
+from data.errors import BadSample, DataError, legible
 from data.index_file import SUFFIX, entry_for, pack
 from data.manifest import MAX_CLASSES, ShardEntry, write_atomically
 from data.statistics import ShardStatistics
@@ -48,7 +49,8 @@ class ShardReport:
     damage: list[str] = field(default_factory=list)  # of the shard
     bad: list[str] = field(default_factory=list)  # samples
     skipped: list[dict[str, str]] = field(default_factory=list)  # samples that are left out
-    ignored: int = 0
+    ignored: int = 0  # members, and the images among them by extension
+    images: Counter[str] = field(default_factory=Counter)
 
 
 def index_beside(shard: Path) -> Path:
@@ -91,7 +93,8 @@ def _examine(report: ShardReport, task: Task) -> bytes:
     path = task.path
     with open(path, "rb", buffering=0) as file:
         index = index_of(file.fileno(), str(path), labels=task.labels)
-        report.keys, report.ignored = key_hashes(index), index.ignored
+        report.keys = key_hashes(index)
+        report.ignored, report.images = index.ignored, index.images
         report.skipped = [
             {"key": key, "reason": reason, "shard": path.name}
             for key, reason in index.left_out.items()
@@ -105,7 +108,7 @@ def _examine(report: ShardReport, task: Task) -> bytes:
             try:
                 _examine_sample(payload, index, sample, statistics, task.full_decode)
             except BadSample as error:
-                report.bad.append(f"{path}: {index.key(sample)}: {error}")
+                report.bad.append(f"{path}: {legible(index.key(sample))}: {error}")
         size = os.fstat(file.fileno()).st_size
     content = pack(replace(index, checks=np.array(checks, dtype=np.int64)))
     report.note = statistics.note(

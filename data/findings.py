@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from data.errors import legible
 from data.examination import ShardReport, index_beside, key_hashes
 from data.manifest import Manifest, ShardEntry, sha256_of
 from data.tar_index import read_index
@@ -81,4 +82,6 @@ def repeated_keys(reports: list[ShardReport]) -> list[str]:
             index = read_index(report.path, labels=report.labels)
             rows = np.flatnonzero(np.isin(key_hashes(index), repeated)).tolist()
             counts.update(index.key(row) for row in rows)
-    return [f"key {key} is in {count} shards" for key, count in counts.items() if count > 1]
+    return [
+        f"key {legible(key)} is in {count} shards" for key, count in counts.items() if count > 1
+    ]

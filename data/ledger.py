@@ -15,7 +15,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from data.errors import DataError
+from data.errors import DataError, legible
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class Ledger:
             log.warning(
                 "bad %s sample %s in %s: %s; further ones are %s",
                 self.split,
-                entry["key"],
+                legible(entry["key"]),
                 entry["shard"],
                 entry["reason"],
                 f"named in {self.path}" if self.path else "counted in silence",
@@ -85,8 +85,9 @@ class Ledger:
         if len(self.samples) > self.limit:
             raise DataError(
                 f"{len(self.samples)} bad {self.split} samples, more than data.max_bad_samples = "
-                f"{self.limit}; the last: {entry['key']} in {entry['shard']}: {entry['reason']}; "
-                "mend the shards (`python -m data.check` lists what is wrong) or raise the limit"
+                f"{self.limit}; the last: {legible(entry['key'])} in {entry['shard']}: "
+                f"{entry['reason']}; mend the shards (`python -m data.check` lists what is wrong) "
+                "or raise the limit"
             )
 
     def _quarantine(self, entry: dict[str, Any]) -> None:

@@ -48,7 +48,7 @@ from data.recent import Recent
 
 PLACES = 4096  # of a block; part of the order, as the random numbers are drawn per block
 DEFAULT_MAX_STREAMS = 64
-_SHARDS, _WINDOW, _STARTS = 1, 2, 5  # what random numbers are for; `data.mixture` has 3 and 4
+_SHARDS, _WINDOW, _STARTS = 1, 2, 5  # what random numbers are for; others have 3, 4 and 6
 
 
 def uniform(entropy: Sequence[int], count: int) -> np.ndarray:

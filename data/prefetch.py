@@ -15,7 +15,7 @@ import threading
 from collections.abc import Iterable
 
 from data.cache import ShardCache
-from data.errors import DataError
+from data.errors import BadShard, DataError
 from data.manifest import ShardEntry
 from data.remote import is_url
 
@@ -60,6 +60,9 @@ class Prefetcher:
             name, entry = waiting.get()
             try:
                 self.cache.fetch(name, entry)
+            except BadShard as error:
+                log.debug("prefetch: %s", error)
+                continue  # it stays asked for: to fetch it again would bring the same again
             except (DataError, OSError) as error:
                 log.debug("prefetch: %s", error)
             asked.discard(name)  # it may be evicted and wanted again in a later epoch

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from data.config import DataConfig
-from data.errors import DataError
+from data.errors import DataError, legible
 from data.loaders import build_eval_loader, build_train_loader
 from data.mixture import resolve_train
 
@@ -57,9 +57,10 @@ class Preview:
         shards = loader.dataset.reader.shards
         batch = loader.dataset[0]
         size = " x ".join(map(str, batch["image"].shape[1:]))
-        sample = f"{batch['key'][0]}, class {int(batch['target'][0])}, {size}"
+        sample = f"{legible(batch['key'][0])}, class {int(batch['target'][0])}, {size}"
         if batch["bad"]:
-            sample += f", in place of {batch['bad'][0]['key']}: {batch['bad'][0]['reason']}"
+            bad = batch["bad"][0]
+            sample += f", in place of {legible(bad['key'])}: {bad['reason']}"
         lines = [
             f"{len(shards.names)} shards, {shards.num_samples:,} images of {loader.num_classes} "
             f"classes, for {world_size} x {max(1, self.config.num_workers)} workers",

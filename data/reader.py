@@ -23,7 +23,7 @@ import torch
 from data.cache import ShardCache
 from data.config import RemoteConfig
 from data.decode import MAX_IMAGE_BYTES
-from data.errors import BadSample, BadShard, Unreachable
+from data.errors import BadSample, BadShard, Refused, Unreachable
 from data.index_file import SUFFIX, unpack
 from data.manifest import IndexEntry, sha256_of_open
 from data.remote import is_url, shown, sibling
@@ -199,7 +199,7 @@ class ShardReader:
                 reason = (
                     f"{shown(beside)} has {len(index)} samples, the manifest says {entry.samples}"
                 )
-        except (BadShard, OSError) as error:
+        except (BadShard, Refused, OSError) as error:
             reason = str(error)
         if not self._told:
             log.warning("%s; headers of shards are read instead, which takes longer", reason)

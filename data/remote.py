@@ -179,7 +179,7 @@ def persist(
             if meant := permanent(error, first=not met):
                 raise type(meant)(f"{shown(url)}: {meant}") from error
             failures += 1
-            pause = min(MAX_PAUSE, 0.5 * 2**failures) * jitter.uniform(0.5, 1)
+            pause = min(MAX_PAUSE, 0.5 * 2 ** min(failures, 10)) * jitter.uniform(0.5, 1)
             rest, mend = progress.rest(), "mend the server or raise data.remote.give_up_after"
             if not met and unconnected(error):
                 pause = min(pause, FIRST_PAUSE)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from data.errors import legible
 from data.manifest import Manifest
 from data.statistics import MAX_TRAINED_PIXELS
 
@@ -22,9 +23,10 @@ def describe(
     names: list[str] | None,
     notes: list[dict[str, Any]],
     ignored: int,
+    images: Counter[str],
 ) -> list[str]:
     """The lines about what a folder holds: as `manifest` describes what was found in its shards,
-    `names` call the classes, and `notes` tell of each shard."""
+    `names` call the classes, `notes` tell of each shard, and `images` are among the `ignored`."""
     size = sum(entry.bytes for entry in manifest.shards)
     (low, high), (short, tall) = manifest.width, manifest.height
     mean, std = ([f"{value:.4f}" for value in values] for values in (manifest.mean, manifest.std))
@@ -39,7 +41,13 @@ def describe(
         *histogram(manifest.class_counts, names),
     ]
     if ignored:
-        lines.append(f"  ignored   {ignored} members that are neither image nor label")
+        lines.append(
+            f"  ignored   {ignored} members that are neither a sample's image nor its label"
+        )
+    if images:
+        most = ", ".join(f"{count} .{legible(kind)}" for kind, count in images.most_common(ENDS))
+        more = f" and {len(images) - ENDS} more kinds" if len(images) > ENDS else ""
+        lines.append(f"            of them {images.total()} images: {most}{more}")
     if large := sum(note["large"] for note in notes):
         lines.append(
             f"  NOTE      {large} images of more than {MAX_TRAINED_PIXELS:,} pixels: training "

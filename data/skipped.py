@@ -12,7 +12,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from data.errors import DataError
+from data.errors import DataError, legible
 from data.manifest import write_atomically
 
 LIST_NAME = "skipped.jsonl"
@@ -36,7 +36,7 @@ class Skipped:
         if len(self.lines) > allowed:
             self.save()
             raise DataError(
-                f"{_told(self.lines, self.path)}; that is more than the {allowed} of "
+                f"{told(self.lines, self.path.parent)}; that is more than the {allowed} of "
                 f"{self.samples} that --max-skipped {self.share:g} allows: mend them, or start "
                 "again with a higher one (finished shards are kept)"
             )
@@ -53,10 +53,11 @@ def skipped_in(folder: Path) -> str:
     path = folder / LIST_NAME
     if not path.exists():
         return ""
-    return _told([json.loads(line) for line in path.read_text().splitlines()], path)
+    return told([json.loads(line) for line in path.read_text().splitlines()], folder)
 
 
-def _told(lines: list[dict[str, Any]], path: Path) -> str:
-    return (
-        f"{len(lines)} skipped, the first {lines[0]['key']}: {lines[0]['reason']} (all in {path})"
-    )
+def told(lines: list[dict[str, Any]], folder: Path) -> str:
+    """In words what was skipped, with the place of the list where there is one."""
+    key, reason = legible(lines[0]["key"]), lines[0]["reason"]
+    everything = f" (all in {folder / LIST_NAME})" if (folder / LIST_NAME).exists() else ""
+    return f"{len(lines)} skipped, the first {key}: {reason}{everything}"

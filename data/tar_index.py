@@ -7,6 +7,10 @@ as img.1.jpg and img.1.cls, are grouped by what stands before the last dot inste
 A sample is one image plus one `.cls` (the label as text). Shards made elsewhere may keep labels in
 a JSON member, or have none; `labels` says so. What lacks an image that we read, or a label, is left
 out and named; what has neither (a README, what macOS leaves) is ignored.
+
+A sample may have further images, such as c.depth.png beside c.png: ignored, but counted by their
+extension. Where such an image has a label of its own (img.1.jpg and img.1.cls beside img.jpg), a
+sample was meant that its name makes a part of another: left out and named.
 """
 
 from __future__ import annotations
@@ -14,12 +18,15 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 
+from data.errors import legible
 from data.tar_members import Member, Tar
 
 IMAGE_EXTENSIONS = frozenset({"png", "jpg", "jpeg", "webp"})
@@ -46,7 +53,8 @@ class TarIndex:
     labels: np.ndarray  # int64: the class, NO_LABEL where it is no number
     faults: dict[int, str] = field(default_factory=dict)  # sample -> why it cannot be used
     checks: np.ndarray | None = None  # int64: CRC-32 of each sample, see data.index_file
-    ignored: int = 0  # members that are neither image nor label
+    ignored: int = 0  # members that are neither a sample's image nor its label
+    images: Counter[str] = field(default_factory=Counter)  # those of them: extension -> how many
     left_out: dict[str, str] = field(default_factory=dict)  # key -> why it is no sample here
 
     def __len__(self) -> int:
@@ -88,6 +96,7 @@ class _Builder:
         self.samples: list[_Draft] = []
         self.left_out: dict[str, str] = {}
         self.ignored = 0
+        self.images: Counter[str] = Counter()
         self._seen: set[str] = set()
         self._neighbours: list[Member] = []  # that have the name up to the first dot in common
 
@@ -114,11 +123,12 @@ class _Builder:
             self.tar.fault(header, f"key {key!r} comes a second time or is interleaved")
         sample = _Draft(key, members[0][1].header)
         kinds = [extension for extension, _ in members]
-        others = sum(not self._take(sample, extension, member) for extension, member in members)
+        others = [kind for kind, member in members if not self._take(sample, kind, member)]
+        self._name_parts(key, members)
         if sample.fault is None and sample.image is None:
             unread = next((kind for kind in kinds if kind in UNREAD_EXTENSIONS), None)
             if sample.label is None and unread is None:
-                self.ignored += len(members)
+                self._ignore(kinds)
                 return
             sample.missing = "a label and no image"
             if unread is not None:
@@ -128,9 +138,29 @@ class _Builder:
         self._seen.add(key)
         if sample.missing is None:
             self.samples.append(sample)
-            self.ignored += others
+            self._ignore(others)
         else:
             self.left_out[key] = sample.missing
+
+    def _ignore(self, kinds: list[str]) -> None:
+        self.ignored += len(kinds)
+        self.images.update(kind for kind in kinds if _is_image(kind))
+
+    def _name_parts(self, key: str, members: list[tuple[str, Member]]) -> None:
+        """Name the images among the parts of a sample that were meant to be samples themselves."""
+        kinds = {kind for kind, _ in members}
+        for kind, member in members:
+            if _is_image(kind) and self._has_label(kind.rpartition(".")[0], kinds):
+                own, _ = split_name(member.name, last=True)
+                self.left_out[own] = (
+                    f"a part of sample {key!r}, as keys end at the first dot; it needs another name"
+                )
+
+    def _has_label(self, part: str, kinds: Iterable[str]) -> bool:
+        """Whether the image `part` of a sample has a label of its own; where none has, a number."""
+        if self.labels == UNLABELLED:
+            return part.isdecimal()
+        return part != "" and f"{part}.{'cls' if self.labels == CLS else 'json'}" in kinds
 
     def _take(self, sample: _Draft, extension: str, member: Member) -> bool:
         """Add a member to a sample; whether it says anything about it."""
@@ -149,7 +179,7 @@ class _Builder:
         elif extension == "json" and self.labels.startswith(JSON):
             sample.label, sample.missing = self._in_json(member)
         elif _forbidden(extension):
-            sample.fault = f"a member of the forbidden type .{extension}"
+            sample.fault = f"a member of the forbidden type .{legible(extension)}"
         else:
             return False
         return True
@@ -174,6 +204,10 @@ class _Builder:
 
 def _known(extension: str) -> bool:
     return extension in IMAGE_EXTENSIONS or extension == "cls" or _forbidden(extension)
+
+
+def _is_image(extension: str) -> bool:
+    return extension.rpartition(".")[2] in IMAGE_EXTENSIONS | UNREAD_EXTENSIONS
 
 
 def _forbidden(extension: str) -> bool:
@@ -211,7 +245,7 @@ def index_of(
     builder.close()
     samples = builder.samples
     if expected_samples is not None and len(samples) != expected_samples:
-        out = f" ({len(builder.left_out)} lack an image or a label)" if builder.left_out else ""
+        out = f" ({len(builder.left_out)} are left out)" if builder.left_out else ""
         tar.fault(
             tar.size, f"{len(samples)} samples found{out} and the manifest says {expected_samples}"
         )
@@ -224,5 +258,6 @@ def index_of(
         ),
         faults={number: s.fault for number, s in enumerate(samples) if s.fault is not None},
         ignored=builder.ignored,
+        images=builder.images,
         left_out=builder.left_out,
     )

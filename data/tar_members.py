@@ -22,7 +22,7 @@ ZERO_BLOCK = bytes(BLOCK)
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
 MAX_NAME_BYTES = 4096  # a longer name is an attack on memory
 MAX_RECORD_BYTES = 1 << 20  # of a pax header: beside the name it may hold a file's attributes
-_JOINERS = "\u200c\u200d"  # part of Persian words and of emoji, and unseen by isprintable
+_REFUSED = ("Cc", "Zl", "Zp")  # kinds of characters: controls, ends of lines and paragraphs
 
 
 class Member(NamedTuple):
@@ -76,9 +76,9 @@ class Tar:
             if kind in (b"x", b"L"):
                 long_name = self._long_name(kind, offset, size, position)
             elif kind in (b"0", b"\0"):
-                name = _plain_name(long_name or self._short_name(header, position))
-                if name is None:
-                    self.fault(position, f"the member name {long_name or header[:100]!r} is unsafe")
+                given = long_name or self._short_name(header, position)
+                if (name := _plain_name(given)) is None:
+                    self.fault(position, f"the member name {given!r} is unsafe")
                 yield Member(name, position, offset, size, head[:size])
                 long_name = None
             elif kind == b"5":
@@ -157,17 +157,13 @@ def _pax_records(payload: bytes) -> dict[str, bytes]:
 
 
 def _plain_name(name: str) -> str | None:
-    """The name without a leading './'; None when it could lead out of a folder or hide in a log."""
+    """The name without a leading './'; None when it could lead out of a folder or steer a terminal.
+
+    What merely cannot be seen is in honest names: soft hyphens, marks of direction, new emoji.
+    """
     name = name.removeprefix("./")
-    if not name or name.startswith("/") or "\\" in name or not all(map(_shows, name)):
+    if not name or name.startswith("/") or "\\" in name:
+        return None
+    if not name.isprintable() and any(unicodedata.category(c) in _REFUSED for c in name):
         return None
     return None if any(part in ("", ".", "..") for part in name.split("/")) else name
-
-
-def _shows(character: str) -> bool:
-    """Whether a character may be in a name: no control, no change of direction, no line end."""
-    return (
-        character.isprintable()
-        or unicodedata.category(character) == "Zs"  # macOS writes U+202F into screenshots' names
-        or character in _JOINERS
-    )

@@ -90,17 +90,19 @@ def _next(batches: Iterator[Any]) -> Any:
 
 def _raise_in_words(error: RuntimeError) -> NoReturn:
     """What torch says of its workers as LoaderFailed with the mend; any other error as it is."""
-    first_line = str(error).partition("\n")[0]
-    if "DataLoader timed out" in first_line:
+    words, *rest = str(error).strip().splitlines() or [""]
+    less = "lower data.num_workers or data.prefetch_factor"
+    if words.startswith("Caught "):  # a traceback follows, of what a worker was at
+        if "shared memory" not in rest[-1]:
+            raise error
+        words, mend = rest[-1], f"/dev/shm ran out: {less}, or make it larger"
+    elif "DataLoader timed out" in words:
         mend = "a loader process hangs: look at the disk that the shards are on"
-    elif "DataLoader worker" in first_line:
-        mend = (
-            "a killed loader process often means that memory or /dev/shm ran out: lower "
-            "data.num_workers or data.prefetch_factor"
-        )
+    elif "DataLoader worker" in words:
+        mend = f"a killed loader process often means that memory or /dev/shm ran out: {less}"
     else:
         raise error
-    raise LoaderFailed(f"{first_line}; {mend}, then start again") from error
+    raise LoaderFailed(f"{words}; {mend}, then start again") from error
 
 
 def _explain_deaths() -> None:

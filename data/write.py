@@ -18,9 +18,10 @@ them stop the command.
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from data.writer import write_split
 
 SOURCES = ("mnist", "folder", "idx", "list", "dataset")
 HOLD_OUT = ("folder", "list")
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)
 COMPLETE = "; it is complete already (remove it to write it anew)"
 
 
@@ -176,15 +178,21 @@ def run(arguments: argparse.Namespace) -> list[str]:
 
 @contextmanager
 def alone_in(out: Path) -> Iterator[None]:
-    """Keep other writers out of the folder. DataError when there is one."""
+    """Keep other writers out of the folder, where its disk knows locks: Lustre may be mounted
+    without. DataError when there is one.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    try:
-        with locked(out / ".data.write.lock", wait=False, remove=True):
-            yield
-    except Busy:
-        raise DataError(
-            f"another data.write is at work in {out}; wait for it, or name another --out"
-        ) from None
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked(out / ".data.write.lock", wait=False, remove=True))
+        except Busy:
+            raise DataError(
+                f"another data.write is at work in {out}; wait for it, or name another --out"
+            ) from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+        yield
 
 
 def write_splits(

@@ -260,8 +260,12 @@ class ConditionalRoutedImageAttention(Renamed):
         self.channel_first = channel_first
         _set_number(layer.q_router, "num_heavy_tokens_q", num_heavy_tokens_q)
         _set_number(layer.kv_router, "num_heavy_tokens_kv", num_heavy_tokens_kv)
-        if layer.null_token is not None:
-            nn.init.normal_(layer.null_token)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """The null token, which starts as nothing elsewhere."""
+        if self.layer.null_token is not None:
+            nn.init.normal_(self.layer.null_token)
 
     def forward(self, x: Tensor, residual: bool = False) -> Tensor:
         """x [B, H, W, D], or [B, D, H, W] if channel_first -> like x: what is to be added to it, or

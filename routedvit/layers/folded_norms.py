@@ -39,6 +39,11 @@ class LayerNormLinear(nn.Module):
         self.norm_bias = nn.Parameter(torch.zeros(in_features))
         self.eps = eps
 
+    def reset_parameters(self) -> None:
+        nn.Linear.reset_parameters(cast(nn.Linear, self))
+        nn.init.ones_(self.norm_weight)
+        nn.init.zeros_(self.norm_bias)
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., E]."""
         x = F.layer_norm(x, (self.in_features,), eps=self.eps)
@@ -61,6 +66,10 @@ class RmsNormLinear(nn.Module):
         self.weight, self.bias = linear.weight, linear.bias
         self.norm_weight = cast(nn.Parameter, norm.weight)
         self.eps = cast(float, norm.eps)
+
+    def reset_parameters(self) -> None:
+        nn.Linear.reset_parameters(cast(nn.Linear, self))
+        nn.init.ones_(self.norm_weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., E]."""

@@ -29,14 +29,16 @@ from routedvit.layers.norms import gather_rows
 from routedvit.layers.positions import take_rope
 from routedvit.layers.router import Router, decide_together, keep_in_graph
 from routedvit.layers.stochastic_depth import add_to_kept_images
+from routedvit.layers.wrapped import is_watched
 from routedvit.ops import (
     gather_tokens,
     merge_windows,
     partition_windows,
     prepend_prefix,
     scatter_add_tokens,
+    settle_gradient,
 )
-from routedvit.ops.backend import traced_for_export
+from routedvit.ops.backend import plain_pytorch
 
 __all__ = ["RoutedAttention"]
 
@@ -247,7 +249,7 @@ class RoutedAttention(nn.Module):
         residual: Tensor | None,
         same_window: Tensor | None,
     ) -> Tensor:
-        tokens = self.norm(x)
+        tokens = settle_gradient(self.norm(x))
         q_index, q_gate, kv_index, kv_gate = self._route(x if self.route_raw else tokens)
         source = tokens if self.shared_norm else x
         if self.recompute_heavy and not torch.jit.is_scripting():
@@ -269,6 +271,9 @@ class RoutedAttention(nn.Module):
             return rows if residual is None else residual + rows
         base = torch.zeros_like(x) if light is None else light
         if self.null_token is not None:
+            if not torch.jit.is_scripting():  # noqa: SIM102 -- TorchScript wants it alone
+                if self.light is not None and is_watched(self.light):
+                    base = base.clone()
             base = base.add_(self.null_token)  # nobody else holds it
             rows = rows * q_gate.unsqueeze(-1).to(rows.dtype) - self.null_token
             q_gate = torch.ones_like(q_gate)
@@ -296,7 +301,7 @@ class RoutedAttention(nn.Module):
     @torch.jit.ignore
     def _decides_together(self, x: Tensor) -> bool:
         """Both routers by one operator; graphs for other runtimes take them one by one."""
-        if traced_for_export() or isinstance(x, torch.fx.Proxy):
+        if plain_pytorch() or isinstance(x, torch.fx.Proxy):
             return False
         routers = (self.q_router, self.kv_router)
         return all(isinstance(r, Router) and not r.takes_all() for r in routers)

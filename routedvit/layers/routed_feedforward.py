@@ -20,7 +20,12 @@ from routedvit.layers.fixed_router import build_router
 from routedvit.layers.norms import gather_rows
 from routedvit.layers.router import keep_in_graph
 from routedvit.layers.stochastic_depth import add_to_kept_images
-from routedvit.ops import gather_tokens, prepend_prefix, scatter_add_tokens
+from routedvit.ops import (
+    gather_tokens,
+    prepend_prefix,
+    scatter_add_tokens,
+    settle_gradient,
+)
 
 __all__ = ["MLP_LAYERS", "RoutedFeedForward"]
 
@@ -139,7 +144,7 @@ class RoutedFeedForward(nn.Module):
 
         Where the patches lie otherwise than in raster order, `order` [N] is the place of each.
         """
-        tokens = self.norm(x)
+        tokens = settle_gradient(self.norm(x))
         logits = self.router(x if self.route_raw else tokens, self.num_prefix)
         if torch.jit.is_scripting() or order is None:
             index, gate, _ = self.router.decide(logits)

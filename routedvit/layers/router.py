@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.jit import Final
 
 from routedvit.ops import coordinate_descent, route, route_all, router_logits, select
+from routedvit.ops.backend import transformed
 from routedvit.ops.soft_topk import SOLVERS
 
 __all__ = ["Router", "as_ratio", "decide_together", "keep_in_graph"]
@@ -91,6 +92,8 @@ def keep_in_graph(x: Tensor, gates: Tensor) -> Tensor:
     Under ZeRO-3 a parameter without a gradient would be given that of an earlier step.
     """
     if torch.jit.is_scripting():
+        return x
+    if transformed():  # which gives zeros itself
         return x
     return _Keep.apply(x, gates)
 

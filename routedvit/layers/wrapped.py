@@ -1,4 +1,4 @@
-"""Whether a module's weights may be read in place of calling it.
+"""Whether a module's weights may be read in place of calling it, and what it gives written to.
 
 Where one operator does the work of two modules, the module that holds the weights is not called.
 That is wrong once somebody has put another in its place (adapters, quantisation), changed its class
@@ -7,7 +7,7 @@ That is wrong once somebody has put another in its place (adapters, quantisation
 
 from torch import nn
 
-__all__ = ["is_plain"]
+__all__ = ["is_plain", "is_watched"]
 
 
 def is_plain(module: nn.Module, *classes: type[nn.Module]) -> bool:
@@ -17,6 +17,17 @@ def is_plain(module: nn.Module, *classes: type[nn.Module]) -> bool:
     """
     if type(module) not in classes:
         return False
-    if not (module._forward_hooks or module._forward_pre_hooks):
+    if not (_has_hooks(module) or module._forward_pre_hooks):
         return True
     return any(hasattr(weight, "ds_id") for weight in module.parameters(recurse=False))
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether a hook, but for those of ZeRO-3, may hold what it or a part of it returns."""
+    if not any(map(_has_hooks, module.modules())):
+        return False
+    return not any(hasattr(weight, "ds_id") for weight in module.parameters())
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._backward_hooks or module._backward_pre_hooks)

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, cast
 import torch
 from einops.layers.torch import Rearrange, Reduce
 from timm.layers import to_2tuple
+from timm.models import named_apply
 from torch import Tensor, nn
 
 from routedvit.layers.conditional_routed import (
@@ -23,7 +24,7 @@ from routedvit.layers.conditional_routed import (
     ConditionalRoutedImageAttention,
 )
 from routedvit.layers.folded_norms import LayerNormLinear
-from routedvit.layers.renamed import Renamed, public_names
+from routedvit.layers.renamed import Renamed, saved_names, use_package_names
 from routedvit.layers.routed_attention import check_windows
 from routedvit.models.fitting import check_fit
 from routedvit.ops import partition_windows
@@ -64,6 +65,10 @@ class _PatchEmbedding(Renamed):
 
 class ConditionalRoutedViT(nn.Module):
     """Routed vision transformer with the interface of `colt5_attention.ConditionalRoutedViT`.
+
+    The names in its state dict are that package's, not the paths that `named_parameters()` gives.
+    `load_state_dict` takes either. Tools that look parameters up by the names in a state dict need
+    paths there, see `use_package_names`.
 
     Args:
         image_size, patch_size: pixels, one number or (height, width). Images of another size work
@@ -174,8 +179,22 @@ class ConditionalRoutedViT(nn.Module):
         order = partition_windows(places, height, width, side).flatten().argsort()
         for attention, feed_forward in cast(Any, self.transformer["layers"]):
             x = attention(x.unflatten(1, (side, side)), residual=True).view_as(x)
-            x = feed_forward(x.view(batch, -1, dim), residual=True, order=order).view_as(x)
+            tokens = x.view(batch, height * width, dim)
+            x = feed_forward(tokens, residual=True, order=order).view_as(x)
         return self.linear_head(x.view(batch, height, width, dim))
+
+    def init_weights(self) -> None:
+        """Fresh weights, as after the constructor, for a model that was made on the meta device."""
+        named_apply(_init_own, self)
+
+    def use_package_names(self, use: bool = True) -> None:
+        """Whether state dicts are saved under the names of colt5-attention.
+
+        With False they are saved under the paths of the parameters, as tools want it that look
+        parameters up by these names: `get_state_dict` and `set_state_dict` of
+        torch.distributed.checkpoint, `torch.func.functional_call(model, model.state_dict(), ...)`.
+        """
+        use_package_names(self, use)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
@@ -186,10 +205,16 @@ class ConditionalRoutedViT(nn.Module):
             MisfitError: the weights of another model, with the names that do not fit.
         """
         if strict:
-            check_fit(self, state_dict)
+            check_fit(self, saved_names(self, state_dict))
         result = super().load_state_dict(state_dict, strict, assign)
-        names = public_names(self)
-        return type(result)(*([names.get(key, key) for key in keys] for keys in result))
+        return type(result)(*(list(saved_names(self, dict.fromkeys(keys))) for keys in result))
+
+
+def _init_own(module: nn.Module, name: str) -> None:
+    """The weights that a module holds itself; `name` is for timm."""
+    init: Any = getattr(module, "init_weights", None) or getattr(module, "reset_parameters", None)
+    if init is not None:
+        init()
 
 
 def _check_sizes(image: tuple[int, int], patch: tuple[int, int], window: int, dim: int) -> None:

@@ -6,6 +6,7 @@ place behind the same signature, see `backend.py`.
 
 from routedvit.ops.backend import set_backend
 from routedvit.ops.coordinate_descent import coordinate_descent
+from routedvit.ops.fused_tokens import settle_gradient
 from routedvit.ops.gather_norm import gather_norm, gather_norm_all
 from routedvit.ops.rms_norm import rms_norm
 from routedvit.ops.rms_norm_linear import rms_norm_linear
@@ -38,6 +39,7 @@ __all__ = [
     "scatter_add_tokens",
     "select",
     "set_backend",
+    "settle_gradient",
     "shared_windows",
     "soft_topk",
     "window_padding_mask",

@@ -17,8 +17,17 @@ import os
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 
-__all__ = ["BACKENDS", "backend", "set_backend", "traced_for_export", "uses_triton"]
+__all__ = [
+    "BACKENDS",
+    "backend",
+    "differentiates_itself",
+    "plain_pytorch",
+    "set_backend",
+    "transformed",
+    "uses_triton",
+]
 
 BACKENDS = ("auto", "torch", "triton")
 VARIABLE = "ROUTEDVIT_BACKEND"
@@ -63,25 +72,39 @@ def backend() -> str:
 
 
 @torch.compiler.assume_constant_result
-def traced_for_export() -> bool:
-    """Whether a graph is made for another runtime, by torch.export or torch.jit.trace.
+def plain_pytorch() -> bool:
+    """Whether only PyTorch's own operators will do: a graph is made for another runtime (by
+    torch.export or torch.jit.trace), or a transform watches that knows no others.
 
     Dynamo calls it instead of tracing it: that of torch 2.11 takes `is_exporting()` for True in all
     that it compiles, and no compiled model would ever see a kernel.
     """
-    return torch.jit.is_tracing() or torch.compiler.is_exporting()
+    return torch.jit.is_tracing() or torch.compiler.is_exporting() or transformed()
+
+
+@torch.jit.ignore
+def differentiates_itself() -> bool:
+    """Whether an `autograd.Function` must step back for operators that differentiate themselves:
+    compilers fuse those, and transforms (vmap, forward-mode AD) know how to treat them.
+    """
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed()
+
+
+def transformed() -> bool:
+    """Whether this runs under torch.func (grad, vmap, jacrev, jvp) or forward-mode AD."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def uses_triton(x: Tensor) -> bool:
     """Whether kernels compute what depends on x.
 
-    Always the reference: float64, which is there for checking gradients, and whatever is traced
-    for export, since other runtimes know PyTorch's operators only.
+    Always the reference: float64, which is there for checking gradients, and whatever needs plain
+    PyTorch, see `plain_pytorch`.
 
     Raises:
         ValueError: 'triton' was asked for, by name, and x lies where it cannot run.
     """
-    if traced_for_export():
+    if plain_pytorch():
         return False
     if x.is_meta or x.dtype == torch.float64:
         return False

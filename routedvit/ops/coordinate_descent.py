@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from routedvit.ops.backend import traced_for_export, uses_triton
+from routedvit.ops.backend import plain_pytorch, uses_triton
+from routedvit.ops.double_backward import gradients_in_graph
 
 __all__ = ["coordinate_descent", "coordinate_descent_reference"]
 
@@ -53,7 +54,7 @@ def coordinate_descent(
         return coordinate_descent_reference(
             logits, k, eps, eps_init, eps_decay, num_iterations, mask
         )
-    if traced_for_export():
+    if plain_pytorch():
         return coordinate_descent_reference(
             logits, k, eps, eps_init, eps_decay, num_iterations, mask
         )
@@ -217,8 +218,17 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 
 def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    logits, k, mask, gates, sums = ctx.saved_tensors
+    if torch.is_grad_enabled():  # create_graph=True
+
+        def reference(logits: Tensor, k: Tensor) -> Tensor:
+            eps, eps_init, eps_decay = ctx.schedule
+            steps = sums.shape[-1]
+            return coordinate_descent_reference(logits, k, eps, eps_init, eps_decay, steps, mask)
+
+        return *gradients_in_graph(reference, (logits, k), grad), None, None, None, None, None
     out, grad_k = torch.ops.routedvit.coordinate_descent_backward(
-        *ctx.saved_tensors, grad, *ctx.schedule
+        logits, k, mask, gates, sums, grad, *ctx.schedule
     )
     return out, grad_k, None, None, None, None, None
 

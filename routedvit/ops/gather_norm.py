@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from routedvit.ops.backend import uses_triton
+from routedvit.ops.fused_tokens import fuses
 from routedvit.ops.rms_norm import rms_norm
 from routedvit.ops.tokens import gather_all, gather_tokens
 
@@ -46,7 +47,7 @@ def gather_norm(
     """
     if rms and bias is not None:
         raise ValueError("bias must be None with rms=True: RMSNorm has none")
-    if uses_triton(x):
+    if uses_triton(x) and not fuses(x):
         routes = index if index.ndim == 3 else index.unsqueeze(1)
         rows = torch.ops.routedvit.gather_norm(x, routes, weight, bias, eps, rms)
         return rows if index.ndim == 3 else rows.squeeze(1)
@@ -63,7 +64,7 @@ def gather_norm_all(
     rms: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     """`gather_norm` at each of `indices`, and x for its next reader, as in `gather_all`."""
-    if uses_triton(x):
+    if uses_triton(x) and not fuses(x):
         return x, [gather_norm(x, index, weight, bias, eps, rms=rms) for index in indices]
     x, rows = gather_all(x, indices)
     return x, [_normalise(own, weight, bias, eps, rms) for own in rows]

@@ -9,13 +9,16 @@ gradients are summed per program, then over the programs in a fixed order: no at
     B images, N tokens, R routes, K routed tokens of each, D width:  index [B, R, K], x [B, N, D]
 """
 
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from routedvit.ops.double_backward import gradients_in_graph
 from routedvit.ops.row_tiles_triton import MAX_PROGRAMS, row_tile
 from routedvit.ops.tokens_triton import find_row
 
@@ -158,6 +161,12 @@ def _(
     return x.new_empty(x.shape), x.new_empty((2, x.shape[-1]), dtype=torch.float32)
 
 
+def _plain(x: Tensor, weight: Tensor, index: Tensor, eps: float, rms: bool) -> Tensor:
+    rows = torch.ops.routedvit.gather_tokens(x, index).float()
+    norm = F.rms_norm if rms else F.layer_norm
+    return norm(rows, weight.shape, weight.float(), eps=eps).to(x.dtype)
+
+
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, index, weight, bias, ctx.eps, ctx.rms = inputs
     ctx.save_for_backward(x, index, weight)
@@ -166,6 +175,11 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, index, weight = ctx.saved_tensors
+    if torch.is_grad_enabled():  # create_graph=True
+        plain = partial(_plain, index=index, eps=ctx.eps, rms=ctx.rms)
+        grad_bias = None if ctx.bias_dtype is None else grad.sum((0, 1, 2)).to(ctx.bias_dtype)
+        grad_x, grad_weight = gradients_in_graph(plain, (x, weight), grad)
+        return grad_x, None, grad_weight, grad_bias, None, None
     grad_x, sums = torch.ops.routedvit.gather_norm_backward(
         x, index, weight, grad, ctx.eps, ctx.rms
     )

@@ -11,11 +11,15 @@ where both sums over u are matrix-vector products. Left out: everything but a CP
 where PyTorch's own operator is at least as good.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from routedvit.ops.backend import differentiates_itself
+from routedvit.ops.double_backward import gradients_in_graph
 
 __all__ = ["rms_norm"]
 
@@ -29,10 +33,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         eps: added to the mean square.
     """
     if torch.jit.is_scripting():
-        return F.rms_norm(x, weight.shape, weight, eps)
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return F.rms_norm(x, weight.shape, weight, eps)
+        return _plain(x, weight, eps)
+    if x.device.type != "cpu" or differentiates_itself():
+        return _plain(x, weight, eps)
     return _RmsNorm.apply(x, weight, eps)
+
+
+def _plain(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x, weight.shape, weight, eps)
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -41,12 +49,14 @@ class _RmsNorm(torch.autograd.Function):
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         scale = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
+        ctx.eps = eps
         return (x * scale).mul_(weight)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True
+            return *gradients_in_graph(partial(_plain, eps=ctx.eps), (x, weight), grads[0]), None
         grad, dim = grads[0].reshape(-1, x.shape[-1]), x.shape[-1]
         flat, scale = x.reshape(-1, dim), scale.reshape(-1, 1)
         product = grad * flat

@@ -11,11 +11,15 @@ gradient of y, all that the norm adds to that of a linear layer is narrow or a s
 and the pass over x is what the product then adds to.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from routedvit.ops.backend import differentiates_itself
+from routedvit.ops.double_backward import gradients_in_graph
 
 __all__ = ["rms_norm_linear"]
 
@@ -35,12 +39,19 @@ def rms_norm_linear(
     Returns:
         [..., E].
     """
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if traced or x.dtype != weight.dtype or torch.is_autocast_enabled(x.device.type):
-        y = F.linear(x, weight * norm_weight)
-        scale = _inverse_rms(x, eps).to(y.dtype)
-        return y * scale if bias is None else torch.addcmul(bias.to(y.dtype), y, scale)
+    if x.is_meta or x.dtype != weight.dtype or differentiates_itself():
+        return _plain(x, norm_weight, weight, bias, eps)
+    if torch.is_autocast_enabled(x.device.type):
+        return _plain(x, norm_weight, weight, bias, eps)
     return _RmsNormLinear.apply(x, norm_weight, weight, bias, eps)
+
+
+def _plain(
+    x: Tensor, norm_weight: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> Tensor:
+    y = F.linear(x, weight * norm_weight)
+    scale = _inverse_rms(x, eps).to(y.dtype)
+    return y * scale if bias is None else torch.addcmul(bias.to(y.dtype), y, scale)
 
 
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:
@@ -57,15 +68,19 @@ class _RmsNormLinear(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1])
         scale = _inverse_rms(flat, eps)  # fp32 also beside bf16, which is what is then rounded
         y = (flat @ (weight * norm_weight).t()).mul_(scale)
-        ctx.save_for_backward(flat, norm_weight, weight, scale, y)
-        ctx.shape, ctx.has_bias = x.shape, bias is not None
+        ctx.save_for_backward(x, norm_weight, weight, scale, y)
+        ctx.has_bias, ctx.eps = bias is not None, eps
         return (y if bias is None else y + bias).unflatten(0, x.shape[:-1])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, norm_weight, weight, scale, y = ctx.saved_tensors
+        whole, norm_weight, weight, scale, y = ctx.saved_tensors
         grad = grads[0].reshape(-1, weight.shape[0])
+        if torch.is_grad_enabled():  # create_graph=True
+            plain = partial(_plain, bias=None, eps=ctx.eps)
+            found = gradients_in_graph(plain, (whole, norm_weight, weight), grads[0])
+            return *found, grad.sum(0) if ctx.has_bias else None, None
+        x = whole.reshape(-1, whole.shape[-1])
         dot = (grad * y).sum(-1, keepdim=True, dtype=scale.dtype)
         shrink = dot.mul_(scale.square()).div_(-x.shape[-1])
         grad_bias = grad.sum(0) if ctx.has_bias else None
@@ -74,4 +89,4 @@ class _RmsNormLinear(torch.autograd.Function):
         grad_x.addmm_(scaled, weight * norm_weight)
         grad_folded = scaled.t() @ x
         grad_norm = (grad_folded * weight).sum(0)
-        return grad_x.view(ctx.shape), grad_norm, grad_folded.mul_(norm_weight), grad_bias, None
+        return grad_x.view(whole.shape), grad_norm, grad_folded.mul_(norm_weight), grad_bias, None

@@ -8,6 +8,7 @@ first route write the gradients of the tokens, of all routes at once.
     B images, P prefix tokens, N patches, R routes, D width:  x [B, P + N, D], weight [R, D]
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from routedvit.ops.double_backward import gradients_in_graph
+from routedvit.ops.router_logits import products
 from routedvit.ops.row_tiles_triton import MAX_PROGRAMS, row_tile
 
 __all__ = ["router_logits"]
@@ -136,8 +139,11 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(x, weight)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
+    if torch.is_grad_enabled():  # create_graph=True
+        plain = partial(products, scale=ctx.scale, num_prefix=ctx.num_prefix)
+        return *gradients_in_graph(plain, (x, weight), grad), None, None
     grad_x, grad_weight = torch.ops.routedvit.router_logits_backward(
         x, weight, grad, ctx.scale, ctx.num_prefix
     )

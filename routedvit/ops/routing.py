@@ -16,13 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from routedvit.ops.backend import traced_for_export, uses_triton
-from routedvit.ops.soft_topk import capped_softmax
+from routedvit.ops.backend import plain_pytorch, uses_triton
+from routedvit.ops.soft_topk import TINY, capped_softmax, gates_gradient
 from routedvit.ops.sorted_routing import route_rows
 
 __all__ = ["SAVED_OPS", "route", "route_all", "route_reference", "select", "select_reference"]
-
-TINY = torch.finfo(torch.float32).tiny
 
 
 def select_reference(scores: Tensor, k: int) -> Tensor:
@@ -60,7 +58,7 @@ def route(
     """
     if torch.jit.is_scripting():
         return route_reference(logits, k, fetch_ratio, eps)
-    if traced_for_export():
+    if plain_pytorch():
         return route_reference(logits, k, fetch_ratio, eps)
     gates, indices, _ = torch.ops.routedvit.route(logits.unsqueeze(-2), [k], fetch_ratio, eps)
     return indices, gates
@@ -87,7 +85,7 @@ def select(scores: Tensor, k: int) -> Tensor:
     """`select_reference` as an operator that activation checkpointing can name."""
     if torch.jit.is_scripting():
         return select_reference(scores, k)
-    if traced_for_export():
+    if plain_pytorch():
         return select_reference(scores, k)
     return torch.ops.routedvit.select(scores.detach(), k)
 
@@ -151,13 +149,29 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 def _route_backward(
-    ctx: Any, grad_selected: Tensor | None, *_: Any
+    ctx: Any, grad_selected: Tensor | None, _: None, grad_all: Tensor | None
 ) -> tuple[Tensor | None, None, None, None]:
-    if grad_selected is None:
+    if grad_selected is None and grad_all is None:
         return None, None, None, None
     indices, gates = ctx.saved_tensors
+    if grad_all is not None or torch.is_grad_enabled():
+        # create_graph=True: this gradient depends on all gates, and they on the logits
+        total = torch.zeros_like(gates) if grad_all is None else grad_all
+        if grad_selected is not None:
+            flat = total.flatten(-2)
+            places = _places(indices, gates.shape[-1], ctx.counts)
+            total = flat.scatter_add(-1, places, grad_selected).view_as(gates)
+        return gates_gradient(gates, total, ctx.eps)[0], None, None, None
     grad = torch.ops.routedvit.route_backward(indices, gates, grad_selected, ctx.counts, ctx.eps)
     return grad, None, None, None
+
+
+def _places(indices: Tensor, n: int, counts: Sequence[int]) -> Tensor:
+    """Indices [..., sum(counts)] within the routes -> within their R * n tokens."""
+    if len(counts) == 1:
+        return indices
+    of_route = indices.split(list(counts), -1)
+    return torch.cat([own + r * n for r, own in enumerate(of_route)], -1)
 
 
 @torch.library.custom_op("routedvit::route_backward", mutates_args=())
@@ -172,10 +186,7 @@ def _route_gradient(
         from routedvit.ops import routing_triton
 
         return routing_triton.route_backward(indices, gates, grad, counts, eps)
-    if len(counts) > 1:
-        n = gates.shape[-1]
-        of_route = indices.split(list(counts), -1)
-        indices = torch.cat([own + r * n for r, own in enumerate(of_route)], -1)
+    indices = _places(indices, gates.shape[-1], counts)
     free = gates.frac()  # a saturated 1 becomes 0
     weighted = free.flatten(-2).gather(-1, indices) * grad
     out = torch.zeros_like(free).flatten(-2).scatter_(-1, indices, weighted).view_as(free)

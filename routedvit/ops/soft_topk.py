@@ -32,9 +32,10 @@ from torch import Tensor
 from routedvit.ops.backend import uses_triton
 from routedvit.ops.coordinate_descent import coordinate_descent
 
-__all__ = ["capped_softmax", "soft_topk"]
+__all__ = ["TINY", "capped_softmax", "gates_gradient", "soft_topk"]
 
 SOLVERS = ("exact", "coordinate_descent")
+TINY = torch.finfo(torch.float32).tiny
 
 
 def soft_topk(
@@ -111,6 +112,23 @@ def capped_softmax(logits: Tensor, top: Tensor, k: Tensor, eps: float) -> Tensor
     # among ties
     closed = saturated | (valid & (k >= num_valid))
     return torch.where(valid & ~closed, gates, closed.to(gates.dtype))
+
+
+def gates_gradient(gates: Tensor, grad: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The closed form above in PyTorch that differentiates itself, for a second derivative.
+
+    Args:
+        gates: [..., n], all of them.
+        grad: [..., n], theirs.
+        eps: temperature.
+
+    Returns:
+        gradients of the logits [..., n] and of k [..., 1].
+    """
+    free = gates.masked_fill(gates == 1, 0)
+    weighted = free * grad
+    mean = weighted.sum(-1, keepdim=True) / free.sum(-1, keepdim=True).clamp(min=TINY)
+    return (weighted - free * mean) / eps, mean
 
 
 def _saturation(scores: Tensor, top: Tensor, k: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from routedvit.ops.routing_triton import TINY, free_gates, launch_routing
 from routedvit.ops.row_tiles_triton import row_blocks
+from routedvit.ops.soft_topk import gates_gradient
 
 __all__ = ["soft_topk"]
 
@@ -86,7 +87,10 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
     (gates,) = ctx.saved_tensors
-    grad_logits, grad_k = torch.ops.routedvit.soft_topk_backward(gates, grad, ctx.eps)
+    if torch.is_grad_enabled():  # create_graph=True
+        grad_logits, grad_k = gates_gradient(gates, grad, ctx.eps)
+    else:
+        grad_logits, grad_k = torch.ops.routedvit.soft_topk_backward(gates, grad, ctx.eps)
     return grad_logits.to(ctx.dtype), grad_k, None, None
 
 

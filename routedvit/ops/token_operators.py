@@ -15,13 +15,29 @@ from torch import Tensor
 
 from routedvit.ops.backend import uses_triton
 
-__all__ = ["flat_index"]
+__all__ = ["flat_index", "token_rows"]
 
 
 def flat_index(index: Tensor, num_tokens: int) -> Tensor:
     """[B, K] indices within an image -> [B * K] rows of the flat [B * N, D] view."""
     offset = torch.arange(index.shape[0], device=index.device) * num_tokens
     return (index + offset.unsqueeze(1)).flatten()
+
+
+@torch.library.custom_op("routedvit::token_rows", mutates_args=())
+def token_rows(index: Tensor, num_tokens: int) -> Tensor:
+    """index [B, R, K] -> [B, R, N]: as which row each route took a token, or -1. int64."""
+    if uses_triton(index):
+        from routedvit.ops import tokens_triton
+
+        return tokens_triton.token_rows(index, num_tokens)
+    rows = torch.arange(index.shape[-1], device=index.device).expand(index.shape)
+    return index.new_full((*index.shape[:-1], num_tokens), -1).scatter_(-1, index, rows)
+
+
+@token_rows.register_fake
+def _(index: Tensor, num_tokens: int) -> Tensor:
+    return index.new_empty((*index.shape[:-1], num_tokens))
 
 
 @torch.library.custom_op("routedvit::gather_tokens", mutates_args=())
@@ -93,6 +109,17 @@ def _gather_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
 gather.register_autograd(_gather_gradient, setup_context=_save_index)
 
 
+def _save_index_alone(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[0])
+
+
+def _gather_second_gradient(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
+    return None, torch.ops.routedvit.gather_tokens(grad, *ctx.saved_tensors), None
+
+
+gather_backward.register_autograd(_gather_second_gradient, setup_context=_save_index_alone)
+
+
 @torch.library.custom_op("routedvit::scatter_add_tokens", mutates_args=())
 def scatter_add(
     base: Tensor, index: Tensor, rows: Tensor, gate: Tensor, residual: Tensor | None
@@ -153,6 +180,11 @@ def _scatter_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         taken = torch.ops.routedvit.gather_tokens(grad, index.unsqueeze(1)).squeeze(1)
         # in place: out of place fp32 gates would make an fp32 copy of bf16 rows
         grad_rows, grad_gate = taken.mul_(gate.unsqueeze(-1)).to(ctx.rows_dtype), None
+    elif torch.is_grad_enabled():  # create_graph=True
+        taken = torch.ops.routedvit.gather_tokens(grad, index.unsqueeze(1)).squeeze(1)
+        taken = taken.to(rows.dtype)
+        grad_rows = taken * gate.unsqueeze(-1).to(rows.dtype)
+        grad_gate = torch.linalg.vecdot(taken, rows).to(gate.dtype)
     else:
         backward = torch.ops.routedvit.scatter_add_tokens_backward
         grad_rows, grad_gate = backward(index, rows, gate, grad)

@@ -14,17 +14,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from routedvit.ops.backend import traced_for_export, uses_triton
+from routedvit.ops import fused_tokens
+from routedvit.ops.backend import differentiates_itself, plain_pytorch, uses_triton
+from routedvit.ops.fused_tokens import fuses
 from routedvit.ops.token_operators import flat_index
 
 __all__ = ["gather_all", "gather_tokens", "prepend_prefix", "scatter_add_tokens"]
 
 
 def _as_operator(x: Tensor) -> bool:
-    """Whether to call the operators of `token_operators.py`: for the kernels, or when compiling."""
+    """Whether to call the operators of `token_operators.py`: for the kernels, or when compiling for
+    a CPU.
+    """
     if uses_triton(x):
         return True
-    return torch.compiler.is_dynamo_compiling() and not traced_for_export() and x.is_cpu
+    return torch.compiler.is_dynamo_compiling() and not plain_pytorch() and x.is_cpu
 
 
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
@@ -38,7 +42,9 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
     Returns:
         [B, K, D] or [B, R, K, D].
     """
-    if not torch.jit.is_scripting():  # noqa: SIM102 -- TorchScript wants it alone
+    if not torch.jit.is_scripting():
+        if fuses(x):
+            return fused_tokens.gather_all(x, [index])[1][0]
         if _as_operator(x):
             routes = index if index.ndim == 3 else index.unsqueeze(1)
             rows = torch.ops.routedvit.gather_tokens(x, routes)
@@ -52,14 +58,16 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
 def gather_all(x: Tensor, indices: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """`gather_tokens` at each of `indices`, and x itself for whoever reads all of it next.
 
-    Read on through the x that comes back: by the kernels, and in eager mode on a CPU, the gradients
+    Read on through the x that comes back: on a GPU, and in eager mode on a CPU, the gradients
     of the rows are then added to that of x where they belong, instead of to zeros of the size of x,
     one per index, that are summed up afterwards.
     """
+    if fuses(x):
+        return fused_tokens.gather_all(x, indices)
     if uses_triton(x):
         x, *rows = _GatherAllByKernel.apply(x, *indices)
         return x, rows
-    if _as_operator(x) or not x.is_cpu or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if _as_operator(x) or not x.is_cpu or differentiates_itself():
         return x, [gather_tokens(x, index) for index in indices]
     x, *rows = _GatherAll.apply(x, *indices)
     return x, rows
@@ -76,7 +84,6 @@ class _GatherAll(torch.autograd.Function):
         return x.view_as(x), *(r.view(shape) for r, shape in zip(rows, shapes, strict=True))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         total = grads[0].clone(memory_format=torch.contiguous_format)
         flat = total.view(-1, total.shape[-1])
@@ -96,7 +103,14 @@ class _GatherAllByKernel(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         indices = [i if i.ndim == 3 else i.unsqueeze(1) for i in ctx.saved_tensors]
         rows = [g.unflatten(0, (-1, 1)) if g.ndim == 3 else g for g in grads[1:]]
-        total = torch.ops.routedvit.gather_all_backward(grads[0], indices, rows)
+        total = grads[0]
+        if torch.is_grad_enabled():  # create_graph=True
+            for index, grad in zip(indices, rows, strict=True):
+                total = total + torch.ops.routedvit.gather_tokens_backward(
+                    index, grad, total.shape[1]
+                )
+            return total, *(None for _ in indices)
+        total = torch.ops.routedvit.gather_all_backward(total, indices, rows)
         return total, *(None for _ in indices)
 
 
@@ -113,7 +127,9 @@ def scatter_add_tokens(
         residual: [B, N, D], another summand, which may have another type: one pass with the rest
             in the kernel.
     """
-    if not torch.jit.is_scripting():  # noqa: SIM102 -- TorchScript wants it alone
+    if not torch.jit.is_scripting():
+        if fuses(base):
+            return fused_tokens.scatter_add_tokens(base, index, rows, gate, residual)
         if _as_operator(base):
             return torch.ops.routedvit.scatter_add_tokens(base, index, rows, gate, residual)
     batch, num_tokens, dim = base.shape

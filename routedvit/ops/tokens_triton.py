@@ -20,8 +20,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["add_rows", "gather", "gather_backward", "scatter_add", "scatter_add_backward"]
+__all__ = [
+    "add_rows",
+    "gather",
+    "gather_backward",
+    "scatter_add",
+    "scatter_add_backward",
+    "token_rows",
+]
 
+TOKENS = 256  # of a program that looks up tokens alone
 TILE = 4096  # elements of a program: 32 per thread at 4 warps, 8 loads of 16 bytes in bf16
 
 
@@ -146,6 +154,15 @@ def scatter_add_backward_kernel(
     tl.store(grad_gate_ptr + image * num_rows + row, grad_gate, mask=mine)
 
 
+@triton.jit
+def token_rows_kernel(index_ptr, out_ptr, num_tokens, num_rows, BLOCK_N: tl.constexpr):
+    """out[g, n] = j where index[g, j] = n, else -1; g is an image and a route."""
+    group = tl.program_id(0).to(tl.int64)
+    token = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    row = find_row(index_ptr + group * num_rows, token, num_rows)
+    tl.store(out_ptr + group * num_tokens + token, row, mask=token < num_tokens)
+
+
 def _tile(dim: int) -> dict[str, int]:
     """BLOCK_D columns, the power of two that wastes least up to 1024, and rows to fill a TILE."""
     block = max(16, min(triton.next_power_of_2(dim), 1024))
@@ -157,6 +174,18 @@ def _tile(dim: int) -> dict[str, int]:
 def _grid(num_rows: int, batch: int, dim: int, tile: dict[str, int]) -> tuple[int, int, int]:
     """Images first: CUDA allows 2^31 of them, but 65,535 of the others."""
     return batch, triton.cdiv(num_rows, tile["ROWS"]), triton.cdiv(dim, tile["BLOCK_D"])
+
+
+def token_rows(index: Tensor, num_tokens: int) -> Tensor:
+    """index [B, R, K] -> [B, R, N]: as which row each route took a token, or -1."""
+    out = index.new_empty((*index.shape[:2], num_tokens))
+    if out.numel() > 0:
+        grid = (index.shape[0] * index.shape[1], triton.cdiv(num_tokens, TOKENS))
+        with torch.cuda.device_of(index):
+            token_rows_kernel[grid](
+                index.contiguous(), out, num_tokens, index.shape[2], BLOCK_N=TOKENS
+            )
+    return out
 
 
 def gather(x: Tensor, index: Tensor) -> Tensor:

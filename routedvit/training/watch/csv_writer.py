@@ -9,7 +9,7 @@ interrupted run wrote beyond it. Pictures, text and histograms have no place her
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,12 @@ class CsvWriter:
 
     def _open(self, step: int) -> None:
         path = self._path
-        kept = _lines_up_to(path, step) if path.exists() else []
         part = path.with_suffix(".part")
         with part.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([COLUMNS, *kept])
+            lines = csv.writer(file)
+            lines.writerow(COLUMNS)
+            if path.exists():
+                lines.writerows(_lines_up_to(path, step))
         part.replace(path)
         self._file = path.open("a", newline="", encoding="utf-8")
         self._lines = csv.writer(self._file)
@@ -63,8 +65,12 @@ class CsvWriter:
         self._file.close()
 
 
-def _lines_up_to(path: Path, step: int) -> list[list[str]]:
-    """Whole lines of earlier steps: a run that was killed may have left half a line."""
+def _lines_up_to(path: Path, step: int) -> Iterator[list[str]]:
+    """Whole lines of earlier steps: a run that was killed may have left half a line.
+
+    One after the other, since a long run has millions.
+    """
     with path.open(newline="", encoding="utf-8") as file:
-        lines = [line for line in csv.reader(file) if len(line) == len(COLUMNS)][1:]
-    return [line for line in lines if line[0].isdigit() and int(line[0]) <= step]
+        for line in csv.reader(file):
+            if len(line) == len(COLUMNS) and line[0].isdigit() and int(line[0]) <= step:
+                yield line

@@ -134,6 +134,13 @@ def test_nothing_to_check_is_exit_code_two(tmp_path, capsys):
     assert "no shard matches" in capsys.readouterr().err
 
 
+def test_a_finding_hides_nothing_of_a_name(tmp_path, capsys):
+    good = pair("good", 0, 0)
+    write_tar(tmp_path / "a.tar", [*good, ("\u202ea\xadb.png", b""), ("\u202ea\xadb.cls", b"0")])
+    assert check.main(["--write-manifest", str(tmp_path / "*.tar")]) == 1
+    assert r"a.tar: \u202ea\xadb: no JPEG" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("depth", [[], ["--headers-only"]])
 def test_a_cut_image_is_a_finding_at_any_depth(tmp_path, capsys, depth):
     write_tar(
@@ -200,6 +207,21 @@ def test_samples_that_lack_a_label_or_an_image_are_left_out_and_listed(tmp_path,
     assert read_manifest(tmp_path / "manifest.json").samples == 200
     lines = [json.loads(line) for line in (tmp_path / "skipped.jsonl").open()]
     assert [(line["key"], line["shard"]) for line in lines] == [("x", "a.tar"), ("y", "a.tar")]
+
+
+def test_samples_that_are_parts_of_others_by_name_are_told_of(tmp_path, capsys):
+    """Also where the list is not there, as of a set adopted before they were looked for."""
+    foreign(tmp_path / "a.tar", count=200)
+    write_tar(tmp_path / "b.tar", pair("cat", 0, 0) + pair("cat.1", 1, 1))
+    assert check.main(["--write-manifest", "--max-skipped", "0.02", f"{tmp_path}/*.tar"]) == 0
+    assert read_manifest(tmp_path / "manifest.json").samples == 201
+    keys = [json.loads(line)["key"] for line in (tmp_path / "skipped.jsonl").open()]
+    assert keys == ["x", "y", "cat.1"]
+    assert check.main(["--write-manifest", f"{tmp_path}/*.tar"]) == 2
+    (tmp_path / "skipped.jsonl").unlink()
+    capsys.readouterr()
+    assert check.main([f"{tmp_path}/b.tar"]) == 0
+    assert "1 skipped, the first cat.1: a part of sample 'cat'" in capsys.readouterr().out
 
 
 def test_more_left_out_than_is_allowed_stops_the_command_and_vouches_for_nothing(tmp_path, capsys):
@@ -282,11 +304,20 @@ def test_what_was_drafted_for_a_set_that_is_refused_is_taken_away(good):
     assert {path.name for path in good.iterdir()} == before
 
 
-def test_a_folder_that_cannot_be_written_is_said_in_a_line(good, capsys, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.ENOSPC, "No space left on device; mend it and start the same command again"),
+        (errno.EROFS, "Read-only file system; link the shards (ln -s) into a folder that you may"),
+    ],
+)
+def test_a_folder_that_cannot_be_written_is_said_in_a_line(
+    good, capsys, monkeypatch, number, words
+):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(examination, "write_atomically", full)
+    monkeypatch.setattr(examination, "write_atomically", refuse)
     assert check.main(["--write-manifest", str(good / "*.tar")]) == 2
     said = capsys.readouterr().err.splitlines()[-1]
-    assert "No space left on device; mend it and start the same command again" in said
+    assert words in said

@@ -21,7 +21,7 @@ from data.errors import BadSample, DataError
 from data.lazy_image import LazyImage
 from data.tar_index import read_index
 from tests.unit.data.making import pair, write_tar
-from tests.unit.data.test_faults import bomb
+from tests.unit.data.test_faults import bomb, many_scans
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -126,6 +126,19 @@ def test_a_bomb_is_refused_from_its_header_in_no_time():
         with pytest.raises(BadSample, match="pixels"):
             decode(bomb(10_000, 9_000), 3, 50_000_000)
     assert (time.perf_counter() - started) / 20 < 0.05
+
+
+@pytest.mark.parametrize("progressive", [True, False])
+def test_a_jpeg_of_thousands_of_scans_is_refused_before_they_are_decoded(progressive):
+    """At 50 megapixels each would cost milliseconds, for ten bytes."""
+    with pytest.raises(BadSample, match="a JPEG of 50000 scans"):
+        decode(many_scans(50_000, progressive), 3, 1000)
+    assert decode(many_scans(100, progressive), 3, 1000).size == (16, 16)
+
+
+def test_what_a_phone_keeps_behind_a_picture_is_no_scan_of_it():
+    film = np.random.default_rng(0).bytes(2000) + b"\xff\xda" * 600
+    assert decode(encoded("JPEG", progressive=True) + film, 3, 10_000).size == (64, 48)
 
 
 MEMORY = """

@@ -7,7 +7,7 @@ import pickle
 import pytest
 
 from data import workers
-from data.errors import BadShard, DataError, LoaderFailed, Unreachable
+from data.errors import BadShard, DataError, LoaderFailed, Unreachable, legible
 from routedvit.training.watch.console import CRASH_CODE, USER_ERROR_CODE
 
 
@@ -30,8 +30,26 @@ def test_exit_codes(error: DataError, code: int) -> None:
     [
         "DataLoader worker (pid 7) is killed by signal: Killed. ",
         "DataLoader timed out after 540 seconds",
+        "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback:\n  ...\n"
+        "RuntimeError: unable to allocate shared memory(shm) for file </torch_1_2_0>: No space\n",
     ],
 )
 def test_the_death_of_a_loader_process_may_pass(text: str) -> None:
     with pytest.raises(LoaderFailed, match="then start again"):
         workers._raise_in_words(RuntimeError(text))
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("größe/ทดสอบ 1", "größe/ทดสอบ 1"),
+        ("می\u200cروم", "می\u200cروم"),
+        ("👩\u200d🔬 1.23\u202fPM", "👩\u200d🔬 1.23\u202fPM"),
+        ("co\xadop", r"co\xadop"),
+        ("\u202egpj.tac\ue000", r"\u202egpj.tac\ue000"),
+        ("\U0001f3f4\U000e0067", "🏴" + r"\U000e0067"),
+    ],
+)
+def test_a_message_shows_what_is_in_a_name(name: str, shown: str) -> None:
+    """Letters of any script as they are; what nobody sees, or what turns the line, escaped."""
+    assert legible(name) == shown

@@ -33,6 +33,15 @@ def bomb(width: int = 16_000, height: int = 12_500) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + data + chunk(b"IEND", b"")
 
 
+def many_scans(scans: int, progressive: bool = True) -> bytes:
+    """A JPEG that passes so often over its pixels, at ten bytes a time."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(buffer, format="JPEG", progressive=progressive)
+    content = buffer.getvalue()
+    scan = "ffda 0008 01 0100 00003f00" if not progressive else "ffda 000c 03 010002000300 000001"
+    return content[: content.index(b"\xff\xda")] + bytes.fromhex(scan) * scans + b"\xff\xd9"
+
+
 def sixteen_bit() -> bytes:
     buffer = io.BytesIO()
     Image.new("I;16", (8, 8), 30_000).save(buffer, format="PNG")
@@ -55,6 +64,7 @@ BAD_SAMPLES = {
     "empty": ([("bad.png", b""), ("bad.cls", b"0")], "no JPEG, PNG or WebP"),
     "bomb": ([("bad.png", bomb()), ("bad.cls", b"0")], "too many pixels"),
     "large": ([("bad.png", bomb(10_000, 6_000)), ("bad.cls", b"0")], "10000 x 6000 pixels"),
+    "scans": ([("bad.jpg", many_scans(101)), ("bad.cls", b"0")], "a JPEG of 101 scans; 100 are"),
     "deep": ([("bad.png", sixteen_bit()), ("bad.cls", b"0")], "more than 8 bits"),
     "label": ([("bad.png", png(0)), ("bad.cls", b"cat")], "no class number"),
     "class": ([("bad.png", png(0)), ("bad.cls", b"3")], "label 3 is outside 0..2"),

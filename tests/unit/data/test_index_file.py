@@ -161,6 +161,20 @@ def test_remote_index_files_are_fetched_and_verified(indexed, make_config, tmp_p
         server.shutdown()
 
 
+@pytest.mark.parametrize("answer", ["404", "403"])
+def test_index_files_that_a_store_does_not_give_are_done_without(
+    indexed, make_config, server, remote, caplog, answer
+):
+    """S3 says 403 of what is not there to whoever may read objects and not list them."""
+    folder = indexed([5, 4])
+    local = epoch(make_config(folder, streams=2))
+    for number in range(2):
+        server.faults[f"00{number}.tar.index"] = [answer] * 9
+    config = make_config(f"{server.url}/train", streams=2, remote=remote)
+    assert same(epoch(config), local)
+    assert "headers of shards are read instead" in caplog.text
+
+
 def test_check_says_what_is_wrong_with_index_files(indexed, capsys):
     folder = indexed([3, 3, 3])
     assert check.main([str(folder)]) == 0

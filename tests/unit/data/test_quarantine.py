@@ -73,6 +73,34 @@ def test_the_replacements_are_the_same_on_every_world(make_set, make_config, ran
     }
 
 
+@pytest.mark.parametrize(("streams", "ranks", "workers"), [(1, 1, 0), (1, 1, 2), (2, 2, 1)])
+def test_one_image_does_not_stand_in_for_a_whole_shard(
+    make_set, make_config, streams, ranks, workers
+):
+    """And which one does is the same on every world, also beside a shard that nobody met yet."""
+    folder = make_set([60] * 4)
+    fields = {"streams": streams, "shuffle_buffer": 0, "max_bad_shards": 2}
+    whole = epoch(make_config(folder, **fields), samples=240)
+    spoil(folder, "001.tar")
+    (folder / "003.tar").unlink()
+    keys = epoch(make_config(folder, **fields), samples=240)
+    stand_ins = [keys[position] for position, key in whole.items() if keys[position] != key]
+    assert len(stand_ins) == 120
+    assert max(Counter(stand_ins).values()) <= 6  # of 120 samples, each drawn once on average
+    other = make_config(folder, num_workers=workers, **fields)
+    assert epoch(other, ranks=ranks, samples=240) == keys
+
+
+def test_copies_of_a_lost_sample_have_one_stand_in(make_set, make_config):
+    folder = make_set([10] * 4)
+    augment = {"mode": "light", "repeats": 2}
+    fields = {"streams": 2, "max_bad_shards": 1, "augment": augment}
+    spoil(folder, "001.tar")
+    keys = epoch(make_config(folder, **fields), samples=80)
+    turns = [(keys[p], keys[p + 2]) for p in range(80) if p // 2 % 2 == 0]
+    assert [first for first, _ in turns] == [second for _, second in turns]
+
+
 @pytest.mark.parametrize("limit", [0, 1])
 def test_past_the_limit_of_shards_the_run_stops(make_set, make_config, limit):
     folder = make_set([5, 5, 5, 5])

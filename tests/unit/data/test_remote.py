@@ -19,6 +19,7 @@ import pytest
 
 from data.cache import ShardCache
 from data.clients import client
+from data.config import RemoteConfig
 from data.errors import BadShard, DataError, Refused, Unreachable
 from data.manifest import MANIFEST_NAME
 from data.reader import ShardReader
@@ -393,3 +394,15 @@ def test_the_next_shard_is_fetched_before_it_is_needed(make_set, make_config, se
     while len(list(Path(remote.cache_dir).glob("*.tar"))) < 2:
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_an_outage_may_last_as_long_as_the_user_has_patience(monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    failures = iter(range(1100))
+
+    def attempt(_):
+        if next(failures, None) is not None:
+            raise OSError("down")
+
+    persist(attempt, "http://x/0.tar", RemoteConfig(give_up_after=1e6), vouched=True)
+    assert next(failures, None) is None

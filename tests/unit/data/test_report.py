@@ -52,3 +52,13 @@ def test_sizes_are_told_by_the_shorter_side(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "10 to 19 pixels wide, 40 to 40 high; 10 L" in said
     assert "shorter side: median 14, a tenth up to 10, a tenth from 18 on" in said
+
+
+def test_images_that_are_ignored_are_counted_by_kind(tmp_path, capsys):
+    members = [*pair("a", 0, 0), ("a.depth.png", b"x"), ("a.txt", b"a cat"), ("a.gif", b"x")]
+    members += [*pair("b", 1, 0), ("b.depth.png", b"x")]
+    write_tar(tmp_path / "a.tar", members)
+    assert check.main(["--write-manifest", str(tmp_path / "a.tar")]) == 0
+    said = capsys.readouterr().out
+    assert "ignored   4 members that are neither a sample's image nor its label\n" in said
+    assert "of them 3 images: 2 .depth.png, 1 .gif\n" in said

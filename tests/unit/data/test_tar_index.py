@@ -98,9 +98,11 @@ def test_a_missing_end_block_is_found(shard):
         ([("a.png", b"x"), ("b.png", b"x"), ("a.cls", b"1"), ("b.cls", b"1")], r"interleaved"),
         (pair("i.1", 0, 0) + pair("i.2", 1, 1) + pair("i.1", 2, 2), r"'i\.1' comes a second time"),
         ([("../../a.png", b"x")], r"unsafe"),
-        ([("/etc/a.png", b"x")], r"unsafe"),
+        ([("/etc/a.png", b"x")], r"the member name '/etc/a\.png' is unsafe"),
         ([("x/../../a.png", b"x")], r"unsafe"),
         ([("a\x1b[2J.png", b"x")], r"unsafe"),
+        ([("a\u2028b.png", b"x")], r"unsafe"),
+        ([("a\x85b.png", b"x")], r"unsafe"),
     ],
 )
 def test_samples_that_come_twice_or_names_that_lead_out_are_refused(tmp_path, members, words):
@@ -133,7 +135,7 @@ def test_a_sample_that_lacks_an_image_or_a_label_is_left_out_alone(
     assert keys_of(index) == ["a", "z"]
     assert list(index.left_out) == ["x"]
     assert reason in index.left_out["x"]
-    with pytest.raises(DataError, match=r"2 samples found \(1 lack an image or a label\) and"):
+    with pytest.raises(DataError, match=r"2 samples found \(1 are left out\) and"):
         read_index(tmp_path / "x.tar", 3)
 
 
@@ -156,6 +158,42 @@ def test_names_with_dots_are_cut_at_the_last_where_nothing_is_known_behind_the_f
     index = read_index(tmp_path / "x.tar", 6)
     assert keys_of(index) == [*names, "c"]
     assert (index.labels.tolist(), index.ignored) == ([1] * 5 + [2], 2)
+
+
+@pytest.mark.parametrize(
+    ("label", "labels", "parts"),
+    [
+        (".cls", "cls", ["cat.1", "cat.V2"]),
+        (".json", "json:label", ["cat.1", "cat.V2"]),
+        (".txt", "none", ["cat.1"]),  # where nothing has a label, a number tells
+    ],
+)
+def test_a_sample_that_its_name_makes_a_part_of_another_is_named(tmp_path, label, labels, parts):
+    text = b'{"label": 1}' if label == ".json" else b"1"
+    members = [("cat.depth.png", b"x"), ("cat.2.txt", b"x"), ("cat.3.cls.txt", b"x")]
+    for number, stem in enumerate(["cat", "cat.1", "cat.V2", "dog.1", "dog.2"]):
+        members += [(f"{stem}.png", png(number)), (f"{stem}{label}", text)]
+    write_tar(tmp_path / "x.tar", members)
+    index = read_index(tmp_path / "x.tar", 3, labels=labels)
+    assert keys_of(index) == ["cat", "dog.1", "dog.2"]  # as WebDataset has it, and manifests
+    assert list(index.left_out) == parts
+    assert all("a part of sample 'cat'" in reason for reason in index.left_out.values())
+    assert index.images == {"depth.png": 1, "1.png": 1, "v2.png": 1}
+    assert index.ignored == (7 if labels != "none" else 10)
+
+
+def test_a_sample_within_one_that_is_none_is_named_too(tmp_path):
+    members = [("cat.cls", b"1"), ("cat.1.png", png(1)), ("cat.1.cls", b"1")]
+    write_tar(tmp_path / "x.tar", members)
+    assert list(read_index(tmp_path / "x.tar").left_out) == ["cat.1", "cat"]
+
+
+def test_names_that_merely_cannot_be_seen_are_names(tmp_path):
+    """Thai, Persian, emoji made of several or newer than this Python, soft hyphens, private use."""
+    names = ["กำ", "می\u200cروم", "👩\u200d🔬", "🏴\U000e0067\U000e007f", "\U0001faff"]
+    names += ["co\xadop", "\u200eשם\u200f", "\u202dC", "\ufeffa", "\ue000", "\U0003ffff"]
+    write_tar(tmp_path / "x.tar", [m for n, name in enumerate(names) for m in pair(name, n, 1)])
+    assert keys_of(read_index(tmp_path / "x.tar", len(names))) == names
 
 
 @pytest.mark.parametrize("attribute", ["x" * 70_000, "\udcff\udcfe"])

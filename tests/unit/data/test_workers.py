@@ -33,7 +33,7 @@ next(batches)
 def test_workers_go_on_after_sigterm_and_sigint(make_set, make_config):
     config = make_config(make_set(SIZES), num_workers=2)
     batches = train_loader(config).batches(0)
-    next(batches)
+    next(batches), next(batches)  # of either worker: both have begun
     for child in multiprocessing.active_children():
         os.kill(child.pid, signal.SIGTERM)
         os.kill(child.pid, signal.SIGINT)
@@ -67,6 +67,17 @@ def test_a_worker_killed_while_the_trainer_computes_is_the_same_error(make_set, 
     with pytest.raises(DataError, match=r"DataLoader worker .*lower data\.num_workers"):
         compute_while_it_dies()
     batches.close()
+
+
+def test_a_mistake_in_a_loader_process_is_no_death_of_it(make_set, make_config):
+    """What went wrong, and where, is the traceback; it comes again after every restart."""
+    loader = train_loader(make_config(make_set(SIZES), num_workers=1))
+    whole = loader.dataset.transform
+    cut = lambda image: whole(image)[:, 1:]  # noqa: E731
+    cut.levels = whole.levels
+    loader.dataset.transform = cut
+    with pytest.raises(RuntimeError, match=r"(?s)Traceback.*must match the existing size"):
+        next(loader.batches(0))
 
 
 def test_a_trainer_that_fails_in_mid_stream_ends_its_workers(make_set):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import struct
@@ -412,3 +413,13 @@ def test_two_writers_of_one_set_are_not_at_work_at_once(photographs, tmp_path, c
     assert "another data.write is at work" in capsys.readouterr().err
     assert write.main(from_folder(photographs, out)) == 0
     assert sorted(path.name for path in out.iterdir()) == ["train"]
+
+
+def test_a_disk_without_locks_serves(photographs, tmp_path, monkeypatch):
+    """As Lustre where it is mounted without them."""
+
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    assert write.main([*from_folder(photographs, tmp_path / "out"), "--max-skipped", "0.5"]) == 0

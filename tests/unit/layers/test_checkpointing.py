@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.checkpointing import saved_activation_bytes
@@ -97,6 +98,36 @@ def test_debug_switch_raises_when_the_recompute_would_route_otherwise():
     with torch.no_grad():
         model.attn.q_router.weight.neg_()
     with pytest.raises(RuntimeError, match="otherwise than the forward pass"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("check_routing", [False, True])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_graph_may_be_gone_through_again(policy, check_routing):
+    """retain_graph=True, and create_graph=True for a penalty of the gradient."""
+    model = block()
+    x = torch.randn(2, 37, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    found = []
+    for own in ("none", policy):
+        model.set_checkpointing(own, check_routing)
+        model.zero_grad()
+        with sdpa_kernel(SDPBackend.MATH):  # the fused attention has no second derivative
+            loss = model(x, GRID).square().sum()
+            loss.backward(retain_graph=True, inputs=list(model.parameters()))
+            (slope,) = torch.autograd.grad(loss, x, create_graph=True)
+            slope.square().sum().backward(inputs=list(model.parameters()))
+        found.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_decision_that_a_hook_writes_to_is_not_written_to_twice():
+    model = block()
+    model.set_checkpointing("block")
+    model.mlp.router.decision.register_forward_hook(
+        lambda _, __, out: (*out[:1], out[1].mul_(0.5), *out[2:])
+    )
+    out = model(torch.randn(1, 37, 32, requires_grad=True), GRID)
+    with pytest.raises(RuntimeError, match="written to in place"):
         out.sum().backward()
 
 

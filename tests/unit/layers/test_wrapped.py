@@ -87,6 +87,33 @@ def test_hooks_see_and_change_what_a_module_gives(name: str) -> None:
     torch.testing.assert_close(block(x, grid=(4, 4)), before)
 
 
+@pytest.mark.parametrize("name", ["attn.light", "attn.light.proj", "attn.light.proj_drop"])
+def test_what_a_hook_holds_is_not_written_to(name: str) -> None:
+    block = RoutedBlock(32, 2, num_prefix=0, light_window=2, null_token=True)
+    nn.init.ones_(block.attn.null_token)
+    held: list[Tensor] = []
+    block.get_submodule(name).register_forward_hook(
+        lambda m, args, out: held.extend([out, out.clone()])
+    )
+    block(torch.randn(2, 16, 32), grid=(4, 4))
+    assert torch.equal(*held)
+
+
+def test_backward_hooks_see_every_module_and_change_no_gradient() -> None:
+    options = {"kv_routes": 2, "separate_norms": True, "null_token": True}
+    x, gradients, seen = torch.randn(2, 16, 32, requires_grad=True), [], set()
+    for hooked in (False, True):
+        torch.manual_seed(0)
+        block = RoutedBlock(32, 2, num_prefix=0, light_window=2, **options)
+        for name, module in block.named_modules() if hooked else ():
+            module.register_full_backward_hook(lambda *_, name=name: seen.add(name))
+        block(x, grid=(4, 4)).square().sum().backward()
+        gradients.append([p.grad for p in block.parameters()])
+    with_weights = {name.rpartition(".")[0] for name, _ in block.named_parameters()}
+    assert with_weights - seen == set()
+    torch.testing.assert_close(*gradients)
+
+
 def test_parametrised_weights_give_the_same() -> None:
     torch.manual_seed(0)
     model = timm.create_model("colt5_vit_test", depth=1, img_size=96, kv_routes=2).eval()

@@ -11,6 +11,7 @@ import colt5_attention
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 import routedvit
 from routedvit.layers import ConditionalRoutedFeedForward, ConditionalRoutedImageAttention
@@ -267,7 +268,64 @@ def test_triton_asked_for_on_a_gpu_is_insisted_on() -> None:
     set_backend(None)
 
 
-def test_keys_that_do_not_fit_have_the_packages_names() -> None:
+@pytest.mark.parametrize("package_names", [True, False])
+def test_keys_that_do_not_fit_have_the_names_that_are_saved(package_names: bool) -> None:
     model = routedvit.ConditionalRoutedViT(**BASE)
+    model.use_package_names(package_names)
     result = model.load_state_dict({}, strict=False)
     assert set(result.missing_keys) == set(model.state_dict())
+
+
+@pytest.mark.parametrize("package_names", [True, False])
+def test_weights_under_either_names_load_but_not_under_both(package_names: bool) -> None:
+    """An average of the weights, say, is kept by the names of the parameters."""
+    _, ours, images = pair()
+    other = routedvit.ConditionalRoutedViT(**BASE)
+    other.use_package_names(package_names)
+    by_path = {name: p.detach().clone() for name, p in ours.named_parameters()}
+    for state in (by_path, ours.state_dict()):
+        for p in other.parameters():
+            nn.init.zeros_(p)
+        other.load_state_dict(state)
+        assert torch.equal(other(images), ours(images))
+    with pytest.raises(ValueError, match="they hold also"):
+        other.load_state_dict({**by_path, **ours.state_dict()})
+
+
+def test_under_paths_torch_finds_the_parameters_of_a_state_dict() -> None:
+    _, ours, images = pair()
+    ours.use_package_names(False)
+    state = ours.state_dict()
+    assert state.keys() == dict(ours.named_parameters()).keys()
+    zeros = {name: torch.zeros_like(p) for name, p in state.items()}
+    assert not torch.func.functional_call(ours, zeros, images, strict=True).any()
+    fresh = routedvit.ConditionalRoutedViT(**BASE)
+    fresh.use_package_names(False)
+    optimizers = [torch.optim.AdamW(model.parameters()) for model in (ours, fresh)]
+    ours(images).sum().backward()
+    optimizers[0].step()
+    weights, moments = get_state_dict(ours, optimizers[0])
+    set_state_dict(fresh, optimizers[1], model_state_dict=weights, optim_state_dict=moments)
+    assert torch.equal(fresh(images), ours(images))
+    for p, q in zip(ours.parameters(), fresh.parameters(), strict=True):
+        assert torch.equal(optimizers[0].state[p]["exp_avg"], optimizers[1].state[q]["exp_avg"])
+
+
+def test_a_model_from_the_meta_device_is_initialised_like_any() -> None:
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = routedvit.ConditionalRoutedViT(**BASE)
+        assert model(torch.empty(2, 3, 32, 32)).shape == (2, 7)
+    model.to_empty(device="cpu")
+    for p in model.parameters():
+        nn.init.constant_(p, torch.nan)
+    model.init_weights()
+    usual = routedvit.ConditionalRoutedViT(**BASE)
+    for (name, p), q in zip(model.named_parameters(), usual.parameters(), strict=True):
+        assert p.isfinite().all(), name
+        if p.numel() >= 32:  # enough to tell their spread
+            torch.testing.assert_close(p.std(), q.std(), rtol=0.5, atol=0.01, msg=name)
+
+
+def test_no_images_give_no_logits() -> None:
+    assert routedvit.ConditionalRoutedViT(**BASE)(torch.randn(0, 3, 32, 32)).shape == (0, 7)

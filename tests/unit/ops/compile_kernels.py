@@ -87,6 +87,7 @@ def launch_tokens(x: Tensor) -> None:
     index = torch.zeros(2, 2, 50, dtype=torch.int64)
     rows = tokens_triton.gather(x, index)
     tokens_triton.gather_backward(index, rows, x.shape[1])
+    tokens_triton.token_rows(index, x.shape[1])
     tokens_triton.add_rows(x, index[:, 0], rows[:, 0])
     one, rows, gate = index[:, 0], rows[:, 0], torch.zeros(2, 50)
     tokens_triton.scatter_add(x, one, rows, gate, x.float())

@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from routedvit.ops import gather_tokens
 from routedvit.ops.backend import (
     VARIABLE,
     backend,
+    plain_pytorch,
     set_backend,
-    traced_for_export,
     uses_triton,
 )
 
@@ -94,7 +95,7 @@ def test_unknown_backend_is_named():
 
 class OneIfExported(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + 1 if traced_for_export() else x
+        return x + 1 if plain_pytorch() else x
 
 
 def test_an_export_is_told_from_a_compiled_function():
@@ -105,3 +106,25 @@ def test_an_export_is_told_from_a_compiled_function():
     for strict in (True, False):
         assert torch.export.export(model, (zero,), strict=strict).module()(zero).item() == 1
     assert torch.jit.trace(model, zero)(zero).item() == 1
+
+
+def test_transforms_are_given_plain_pytorch_also_when_they_are_compiled():
+    seen = []
+
+    def watched(x: torch.Tensor) -> torch.Tensor:
+        seen.append(plain_pytorch())
+        return gather_tokens(x, torch.zeros(1, 1, dtype=torch.long)).square().sum()
+
+    x = torch.ones(1, 1, 1)
+    for function in (
+        watched,
+        torch.func.grad(watched),
+        lambda x: torch.func.vmap(watched)(x[None]),
+    ):
+        function(x)
+    with torch.autograd.forward_ad.dual_level():
+        watched(x)
+    watched(x)
+    assert seen == [False, True, True, True, False]
+    compiled = torch.compile(torch.func.vmap(watched), backend="eager", fullgraph=True)
+    assert compiled(x[None]).item() == 1

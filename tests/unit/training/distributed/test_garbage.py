@@ -11,6 +11,7 @@ import pytest
 
 from routedvit.training.distributed.garbage import (
     EVERY_STEPS,
+    MANY,
     collect_at,
     collected_at_will,
     collected_by_step,
@@ -40,6 +41,19 @@ def test_a_cycle_lives_until_the_step_comes_round() -> None:
         assert node() is not None
         collect_at(EVERY_STEPS)
         assert node() is None
+
+
+def test_what_a_compilation_leaves_is_walked_over_once() -> None:
+    with collected_by_step():
+        compiled = [[number] for number in range(MANY)]
+        collect_at(EVERY_STEPS)
+        assert len(gc.get_objects()) < MANY < gc.get_freeze_count()
+        frozen, few = gc.get_freeze_count(), weakref.ref(node := Node())
+        collect_at(2 * EVERY_STEPS)
+        assert gc.get_freeze_count() <= frozen
+        del node, compiled
+        collect_at(3 * EVERY_STEPS)
+        assert few() is None
 
 
 def test_an_evaluation_collects_at_will() -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import sys
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from routedvit.training.config.watch import LogConfig, WandbConfig
+from routedvit.training.watch.csv_writer import CsvWriter
 from routedvit.training.watch.metrics import FanOutWriter, build_writer, flat_hparams
 
 
@@ -86,6 +88,20 @@ def test_csv_holds_every_scalar_and_a_resume_cuts_it(tmp_path: Path) -> None:
         ["2", "train/loss", "1.0"], ["2", "val/top1", "10.0"],
         ["3", "train/loss", "9.0"],
     ]  # fmt: skip
+
+
+def test_a_resume_does_not_hold_the_csv_of_a_long_run_in_memory(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    lines = "".join(f"{step},train/loss,0.5\n" for step in range(20_000))
+    path.write_text("step,name,value\n" + lines)
+    tracemalloc.start()
+    try:
+        CsvWriter(path, resume_step=20_000).close()
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert path.read_text().splitlines()[-1] == "19999,train/loss,0.5"
+    assert peak < 1 << 20  # 0.2 MiB, however long the file is; held as lists it takes 5
 
 
 class FakeWandb:
