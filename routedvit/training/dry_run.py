@@ -222,9 +222,9 @@ def _table(
 
 
 def _policies(compute: Compute) -> str:
-    """Activations under every checkpointing policy."""
-    sizes = {name: readable(compute.activations[policy]) for name, policy in POLICIES.items()}
-    listed = ", ".join(f"{name} {size}" for name, size in sizes.items())
+    """Activations under every checkpointing policy that the model knows."""
+    known = {name: policy for name, policy in POLICIES.items() if policy in compute.activations}
+    listed = ", ".join(f"{name} {readable(compute.activations[p])}" for name, p in known.items())
     return f"activations by train.grad_checkpointing: {listed}"
 
 

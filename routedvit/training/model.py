@@ -104,12 +104,22 @@ def set_checkpointing(model: nn.Module, policy: str, every: int = 1) -> None:
         ConfigError: the model is not a routed one and knows whole blocks only.
     """
     switch: Any = model.set_grad_checkpointing
-    if "policy" in inspect.signature(switch).parameters:
-        switch(policy != "none", policy=policy, every=every)
-    elif policy in ("none", "block") and every == 1:
-        switch(policy != "none")
-    else:
+    if not knows_checkpointing(model, policy, every):
         raise ConfigError(
             f"train.grad_checkpointing = {policy}/{every}: {type(model).__name__} does not route "
             "and can recompute all blocks or none; use true or false"
         )
+    if _has_policies(model):
+        switch(policy != "none", policy=policy, every=every)
+    else:
+        switch(policy != "none")
+
+
+def knows_checkpointing(model: nn.Module, policy: str, every: int = 1) -> bool:
+    """Whether `set_checkpointing` can: models that do not route recompute all blocks or none."""
+    return _has_policies(model) or (policy in ("none", "block") and every == 1)
+
+
+def _has_policies(model: nn.Module) -> bool:
+    switch: Any = model.set_grad_checkpointing
+    return "policy" in inspect.signature(switch).parameters

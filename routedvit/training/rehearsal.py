@@ -37,7 +37,7 @@ from routedvit.training.distributed.world import World
 from routedvit.training.engine import cast_to_parameters, pretend
 from routedvit.training.interfaces import Batch
 from routedvit.training.memory import MemoryMeter, storage_bytes
-from routedvit.training.model import create_model, set_checkpointing
+from routedvit.training.model import create_model, knows_checkpointing, set_checkpointing
 from routedvit.training.objectives import DistillationObjective, build_objective
 from routedvit.training.objectives.teacher import Teacher, build_teacher
 from routedvit.training.precision import DTYPES
@@ -77,7 +77,9 @@ class Compute:
 def measure_compute(
     config: RunConfig, world_size: int, policies: tuple[tuple[str, int], ...]
 ) -> Compute:
-    """FLOPs, and what forward keeps for backward under each of `policies`, without any engine."""
+    """FLOPs, and what forward keeps for backward under each of `policies` that the model knows,
+    without any engine.
+    """
     size, _ = split_batch(config.train.batch_size, config.train.micro_batch_size, world_size)
     with _fakes() as meter:
         objective = _fake_objective(config, world_size)
@@ -100,6 +102,8 @@ def measure_compute(
             del loss
         activations = {}
         for policy, every in policies:
+            if not knows_checkpointing(model, policy, every):
+                continue
             set_checkpointing(model, policy, every)
             before = meter.live
             loss = forward()

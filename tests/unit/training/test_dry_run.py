@@ -147,6 +147,12 @@ def test_a_dry_run_refuses(overrides: list[str], words: str) -> None:
     assert re.search(words, str(found.value))
 
 
+def test_a_dense_model_is_told_what_it_can_recompute() -> None:
+    words = "\n".join(dry_run("model.name=test_vit", "model.kwargs.dynamic_img_size=false"))
+    (policies,) = re.findall("activations by train.grad_checkpointing: (.*)", words)
+    assert [entry.split()[0] for entry in policies.split(", ")] == ["false", "block"]
+
+
 def test_a_teacher_whose_weights_lie_here_is_read(tmp_path: Path) -> None:
     teacher = timm.create_model("test_vit", num_classes=7, **TEACHER["kwargs"])
     torch.save(teacher.state_dict(), tmp_path / "teacher.pth")
