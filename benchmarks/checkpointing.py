@@ -1,11 +1,13 @@
-"""What each checkpointing policy saves: `python -m benchmarks.checkpointing [MODEL] [BATCH]`.
+"""What each checkpointing policy saves.
+
+    python -m benchmarks.checkpointing [--model colt5_vit_b] [--batch 4] [--rounds 5]
 
 Counts the bytes of activations that are alive between forward and backward, from the storages that
 the forward pass made and that have not been freed, and times a training step, policies interleaved.
 """
 
+import argparse
 import statistics
-import sys
 import time
 from typing import Any
 
@@ -57,14 +59,20 @@ def saved_activation_bytes(model: nn.Module, *inputs: Any) -> int:
     )
 
 
-def main(name: str = "colt5_vit_b", batch: int = 4, rounds: int = 5) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="colt5_vit_b")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    name, batch, rounds = arguments.model, arguments.batch, arguments.rounds
     model: Any = timm.create_model(name).train()
     images = torch.randn(batch, 3, *model.patch_embed.img_size)
     saved: dict[str, int] = {}
     seconds: dict[str, list[float]] = {policy: [] for policy in POLICIES}
     for _ in range(rounds):
-        for policy, arguments in POLICIES.items():
-            model.set_grad_checkpointing(**arguments)
+        for policy, options in POLICIES.items():
+            model.set_grad_checkpointing(**options)
             saved[policy] = saved_activation_bytes(model, images)
             model.zero_grad()
             start = time.perf_counter()
@@ -84,4 +92,4 @@ def main(name: str = "colt5_vit_b", batch: int = 4, rounds: int = 5) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(int, sys.argv[2:3])) if sys.argv[1:] else main()
+    main()

@@ -37,7 +37,9 @@ def test_every_benchmark_can_be_imported(module: str) -> None:
         pytest.param(["benchmarks.loader", "--rounds", "1"], 9, marks=pytest.mark.slow),
         pytest.param(["benchmarks.tokens", "--rounds", "1"], 16, marks=pytest.mark.slow),
         pytest.param(["benchmarks.block", "--rounds", "1"], 12, marks=pytest.mark.slow),
-        pytest.param(["benchmarks.checkpointing", "colt5_vit_test"], 4, marks=pytest.mark.slow),
+        pytest.param(
+            ["benchmarks.checkpointing", "--model", "colt5_vit_test"], 4, marks=pytest.mark.slow
+        ),
         pytest.param(
             ["benchmarks.drop_path", "--rounds", "1", "--depth", "2"], 6, marks=pytest.mark.slow
         ),
@@ -64,6 +66,17 @@ def test_a_short_run_ends_in_rows_with_a_baseline(
         found = list(csv.DictReader(lines))
     assert len(found) == rows
     assert all(row["baseline"] and float(row["median"]) > 0 and row["hardware"] for row in found)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.__version__ < "2.15", reason="reaches into Inductor as it is there")
+def test_compiled_for_a_gpu_a_block_moves_less_than_its_dense_twin_and_than_with_kernels() -> None:
+    command = [sys.executable, "-m", "benchmarks.traffic", "--batch", "64"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    passes = [float(line.split(" passes")[0].split()[-1]) for line in done.stdout.splitlines()]
+    dense, kernels, fused = (sum(passes[at : at + 2]) for at in (0, 2, 4))
+    assert fused < 0.96 * dense < 0.8 * kernels
 
 
 def test_the_gpu_run_names_what_failed_and_what_its_minutes_did_not_suffice_for() -> None:

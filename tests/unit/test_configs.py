@@ -60,5 +60,6 @@ def test_every_key_has_a_meaning() -> None:
     keys, meanings = lines[::2], lines[1::2]
     assert "  optim.lr = required" in keys
     assert "  data.train.shards = required" in keys
+    assert {'  data.normalize = "dataset"', "  data.normalize.mean = required"} <= {*keys}
     without = [key for key, text in zip(keys, meanings, strict=True) if not text.strip()]
     assert not without

@@ -66,7 +66,8 @@ def describe_keys(config_class: type[BaseModel], prefix: str = "") -> str:
         if models := _models_inside(field.annotation):
             models = models if field.discriminator else models[:1]
             lines += [describe_keys(model, f"{prefix}{name}.") for model in models]
-            continue
+            if not isinstance(field.default, str):  # a word in place of the section
+                continue
         default = "required"
         if typing.get_origin(field.annotation) is typing.Literal and field.is_required():
             default = json.dumps(typing.get_args(field.annotation)[0])  # the tag of a union
