@@ -11,7 +11,7 @@ PORT ?= 29500
 # processes that run the tests; those of the integration tests start their own, and wait for them
 TESTERS ?= 2
 
-.PHONY: help env train tensorboard test test-slow lint schema bench gpu clean
+.PHONY: help env train tensorboard test test-slow test-oldest lint schema bench gpu clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -53,6 +53,19 @@ test: lint  ## lint, types, unit and integration tests (what CI runs)
 
 test-slow: $(VENV)/dev.stamp  ## the tests that take longer
 	@$(BIN)/pytest -m "slow and not gpu"
+
+# numpy: Triton 3.6 interprets kernels with scalars that 2.4 has done away with
+OLDEST := .venv-oldest
+$(OLDEST)/stamp: pyproject.toml
+	@$(PYTHON) -m venv $(OLDEST)
+	@$(OLDEST)/bin/python -m pip --disable-pip-version-check install --progress-bar off -q -e . \
+		'torch==2.11.*' torchvision 'triton==3.6.*' 'numpy<2.4' 'timm==1.0.31' \
+		colt5-attention==0.11.2 hypothesis onnx onnxruntime onnxscript pytest pytest-timeout pytest-xdist
+	@touch $@
+
+test-oldest: $(OLDEST)/stamp  ## tests of the model on the oldest torch that it runs on (6 GB more)
+	@OMP_NUM_THREADS=1 $(OLDEST)/bin/pytest -m "not slow and not gpu" -n $(TESTERS) --dist worksteal \
+		tests/unit/ops tests/unit/layers tests/unit/models
 
 schema: $(VENV)/train.stamp  ## write configs/schema.json anew from the config models
 	@$(BIN)/python train.py --write-schema configs/schema.json

@@ -92,10 +92,12 @@ class _ScatterAdd(torch.autograd.Function):
         row_of = token_rows(index.unsqueeze(1), base.shape[1]).squeeze(1)
         weight = gate.float().gather(1, row_of.clamp(min=0)).unsqueeze(-1)
         total = base.float() + _spread(rows, row_of).float() * weight
-        if residual is None:
-            return total.to(base.dtype)
-        dtype = torch.promote_types(base.dtype, residual.dtype)
-        return (total + residual.float()).to(dtype)
+        dtype = base.dtype
+        if residual is not None:
+            total = total + residual.float()
+            dtype = torch.promote_types(dtype, residual.dtype)
+        # where nothing is cast, Dynamo of torch 2.11 would give what `to` returns no gradient
+        return total if total.dtype == dtype else total.to(dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -18,10 +18,13 @@ CASES = [
 ]
 
 
-@pytest.mark.skipif(
+counts_attention = pytest.mark.skipif(
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu not in flop_registry,
     reason="this torch does not count attention on a CPU",
 )
+
+
+@counts_attention
 @pytest.mark.parametrize("kwargs", CASES)
 def test_count_agrees_with_torchs_counter(kwargs):
     model = timm.create_model("colt5_vit_test", **kwargs).eval()
@@ -39,6 +42,7 @@ def test_parts_add_up_and_other_sizes_can_be_asked_for():
     assert model.flops(320) == larger.flops()
 
 
+@counts_attention
 def test_training_counts_what_efficient_drop_path_computes():
     rate = {"drop_path_rate": 0.5, "efficient_drop_path": True}
     model = timm.create_model("colt5_vit_test", depth=3, dense_blocks=1, **rate).train()
