@@ -38,6 +38,7 @@ from routedvit.training.checkpoints.run_state import RunState
 from routedvit.training.config import run as training
 from routedvit.training.config.file import describe_keys, json_schema, load_config
 from routedvit.training.config.native import split_batch
+from routedvit.training.config.secrets import without_secrets
 from routedvit.training.determinism import be_deterministic
 from routedvit.training.distributed.agreement import check_same_run, check_shared_folder
 from routedvit.training.distributed.collective import must_agree, on_rank_zero, together
@@ -134,7 +135,7 @@ def run_in(
 ) -> int:
     """As `run`, once the ranks have met. What one of them cannot build, all hear of."""
     built = partial(together, mistakes=MISTAKES)
-    record = config.model_dump(mode="json")
+    record = without_secrets(config.model_dump(mode="json"))
     train = built(lambda: resolve_train(config.data))
     check_same_run(record, train.shards.digest(), SOURCES)
     # without labels there is no classifier
@@ -234,7 +235,7 @@ def open_run(
 
     Only once there are all parts, since a run that cannot be built must not claim or move a folder.
     """
-    record = config.model_dump(mode="json")
+    record = without_secrets(config.model_dump(mode="json"))
     free = tuple(f"data.{key}" for key in FREE_ON_RESUME)
     claims = partial(open_folder, folder, record, fresh=wish.fresh, free=free, resume=wish.resume)
     opened, owner = on_rank_zero(claims)

@@ -37,6 +37,7 @@ from data.refusals import permanent, said, unconnected
 log = logging.getLogger(__name__)
 
 SCHEMES = ("http", "https", "s3", "gs")
+HIDDEN = "***"  # in place of what the record of a run leaves out of a URL
 CHUNK = 1 << 20
 STEP = 8 * CHUNK  # what counts as progress; also one request to s3 and gs, slow to begin an answer
 MAX_PAUSE = 30.0  # seconds between two attempts, at most
@@ -98,6 +99,11 @@ def check_url(url: str, field: str) -> None:
         raise DataError(
             f"{field}: {shown(url)!r} is neither a path nor a URL we read ({', '.join(SCHEMES)}); "
             "copy the shards to a disk or a store that speaks one of them"
+        )
+    if HIDDEN in url:
+        raise DataError(
+            f"{field}: {url!r} is from the record of a run, which leaves out user, password and "
+            f"query; give the URL again (--set {field}=...)"
         )
 
 

@@ -8,6 +8,7 @@ from timm.data import resolve_input_data_config
 from torch import nn
 
 from routedvit.training.config.run import ConfigError, RunConfig
+from routedvit.training.config.secrets import without_secrets
 from routedvit.training.engine import Engine
 from routedvit.training.evaluators import build_evaluators
 from routedvit.training.evaluators.held_out_loss import HeldOutLoss
@@ -103,8 +104,9 @@ def count_forwards(engine: Engine, config: RunConfig) -> ForwardCounter:
 
 def describe_run(config: RunConfig, writer: MetricWriter, step: int) -> None:
     """The resolved config to be read, and what was chosen in it to be compared with other runs'."""
-    resolved = config.model_dump(mode="json", exclude_none=True)
+    resolved = without_secrets(config.model_dump(mode="json", exclude_none=True))
     writer.text("config", f"```json\n{json.dumps(resolved, indent=2)}\n```", step)
     chosen = config.model_dump(mode="json", exclude_defaults=True, exclude=set(NO_HPARAMS))
     augment = chosen.pop("data", {}).get("augment", {})
+    chosen = without_secrets(chosen)
     writer.hparams(flat_hparams(chosen | {"augment": augment}), ["val/top1", "val/loss"])

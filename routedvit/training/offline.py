@@ -27,6 +27,7 @@ from torch import nn
 from routedvit.training.assembly_watch import build_run_evaluators
 from routedvit.training.checkpoints.stored_weights import find, load, title, weights_in
 from routedvit.training.config.run import ConfigError, PrecisionConfig, RunConfig
+from routedvit.training.config.secrets import without_secrets
 from routedvit.training.distributed.collective import on_rank_zero
 from routedvit.training.distributed.world import World
 from routedvit.training.evaluators import record
@@ -162,7 +163,7 @@ def write_report(
         "processes": world.size,
         "images": num_samples,
         "metrics": numbers,
-        "config": config.model_dump(mode="json"),
+        "config": without_secrets(config.model_dump(mode="json")),
     }
     report = folder / "report.json"
     report.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

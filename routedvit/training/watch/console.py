@@ -37,6 +37,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, NoReturn, TextIO
 
+from routedvit.training.config.secrets import without_secrets
+
 USER_ERROR_CODE = 2
 CRASH_CODE = 1
 INTERRUPT_CODE = 128 + signal.SIGINT
@@ -94,7 +96,8 @@ class Console:
         self._pending.seek(0)
         with path.open("ab", buffering=0) as log:
             with contextlib.suppress(OSError):  # a full disk
-                title = f"=== {datetime.now():%Y-%m-%d %H:%M:%S}  {' '.join(sys.argv)}\n"
+                command = without_secrets(" ".join(sys.argv))
+                title = f"=== {datetime.now():%Y-%m-%d %H:%M:%S}  {command}\n"
                 log.write(title.encode())
                 shutil.copyfileobj(self._pending, log)
             _redirect(log.fileno())
