@@ -9,7 +9,6 @@ whose message tells the mend; 75 stopped by a signal and saved, start again to g
 """
 
 import argparse
-import json
 import os
 import sys
 from contextlib import nullcontext
@@ -31,17 +30,15 @@ from routedvit.training import engine as engines
 from routedvit.training.arguments import parse_arguments
 from routedvit.training.assembly import build_engine, build_retention, build_trainer
 from routedvit.training.assembly_watch import build_run_evaluators
-from routedvit.training.checkpoints.checkpoint import Checkpoints
-from routedvit.training.checkpoints.export import export_model
+from routedvit.training.checkpoints.export import export_run
 from routedvit.training.checkpoints.retention import Retention
-from routedvit.training.checkpoints.run_state import RunState
 from routedvit.training.config import run as training
 from routedvit.training.config.file import describe_keys, json_schema, load_config
 from routedvit.training.config.native import split_batch
 from routedvit.training.config.secrets import without_secrets
 from routedvit.training.determinism import be_deterministic
-from routedvit.training.distributed.agreement import check_same_run, check_shared_folder
-from routedvit.training.distributed.collective import must_agree, on_rank_zero, together
+from routedvit.training.distributed.agreement import check_same_run
+from routedvit.training.distributed.collective import must_agree, together
 from routedvit.training.distributed.connection import lost_rank, record_collectives
 from routedvit.training.distributed.last_words import last_words
 from routedvit.training.distributed.parting import leave
@@ -54,11 +51,11 @@ from routedvit.training.export_checkpoint import export_checkpoint
 from routedvit.training.interfaces import EvalLoaders, Evaluator
 from routedvit.training.model import create_model
 from routedvit.training.offline import evaluate_offline
+from routedvit.training.opening import keep_order, open_run, wish_of
 from routedvit.training.out_of_memory import out_of_memory
-from routedvit.training.provenance import versions
 from routedvit.training.recipe.schedules import Schedules
-from routedvit.training.repeated import Wish, note, still_wanted
-from routedvit.training.run_folder import RunFolder, check_same_data, earlier_config, open_folder
+from routedvit.training.repeated import Wish
+from routedvit.training.run_folder import RunFolder
 from routedvit.training.watch.console import Console
 from routedvit.training.watch.report import closing, opening
 
@@ -149,17 +146,28 @@ def run_in(
             config, model, world, held_out, checkpoint=args.evaluate, folder=folder, console=console
         )
     asked = Wish(args.resume, args.fresh)
-    wish = on_rank_zero(lambda: still_wanted(asked, folder, os.environ))
-    if wish != asked:
-        console.print(f"{asked.words} was obeyed by an earlier start; going on from the newest")
-    keep_order(config, folder, wish, console)
+    wish = wish_of(asked, folder, console.print)
+    keep_order(config.data, folder, wish, console.print)
     started = built(lambda: begin_from(model, config.model.warm_start, folder, wish))
     parts = build_parts(config, model, world, folder.logs, train)
-    checkpoints, state = open_run(config, parts, world, folder, console, asked, wish, started)
+    checkpoints, state = open_run(
+        without_secrets(config.model_dump(mode="json")), parts.engine, folder, console,
+        asked=asked, wish=wish, retention=parts.retention, read=parts.read,
+        free=tuple(f"data.{key}" for key in FREE_ON_RESUME),
+    )  # fmt: skip
+    state.image_format = parts.image_format
+    if started:
+        console.print(str(started))
+        state.warm_start = asdict(started)
     trainer = build_trainer(
         config, parts.engine, parts.schedules, parts.loader, parts.eval_loaders,
         evaluators=parts.evaluators, checkpoints=checkpoints, state=state, folder=folder.path,
         console=console, signals=signals, patience=patience,
+        export=partial(
+            export_run, parts.engine,
+            {**config.model.created_from(), "data_config": parts.image_format},
+            folder.weights, folder.ema_weights if config.ema.decay is not None else None,
+        ),
     )  # fmt: skip
     console.print(opening(config, trainer))
     result = trainer.fit()
@@ -168,28 +176,8 @@ def run_in(
         again = "the same command without --fresh" if args.fresh else "the same command"
         console.print(f"stopped at step {result.step}{saved}; {again} goes on")
         return REQUEUE_EXIT_CODE
-    with patience.busy():
-        export(config, parts.engine, parts.image_format, folder)
     console.print(closing(result, folder))
     return 0
-
-
-def keep_order(config: RunConfig, folder: RunFolder, wish: Wish, console: Console) -> None:
-    """Go on in the order of samples that a run began in, unless another is asked for. Collective.
-
-    Runs from before there was `data.shard_start` have no such key, and null is what they did.
-    """
-
-    def begun_in() -> Any:
-        before = earlier_config(folder, fresh=wish.fresh, resume=wish.resume)
-        if before is None or "shard_start" in config.data.model_fields_set:
-            return config.data.shard_start
-        return before["data"].get("shard_start")
-
-    shard_start = on_rank_zero(begun_in)
-    if shard_start != config.data.shard_start:
-        config.data.shard_start = shard_start
-        console.print(f"data.shard_start is {json.dumps(shard_start)}, as the run began")
 
 
 class Parts(NamedTuple):
@@ -219,54 +207,6 @@ def build_parts(
     evaluators = build_run_evaluators(config, engine.objective, eval_loaders, samples)
     retention = build_retention(config, engine.objective, evaluators)
     return Parts(loader, eval_loaders, image_format, engine, schedules, evaluators, retention, read)
-
-
-def open_run(
-    config: RunConfig,
-    parts: Parts,
-    world: World,
-    folder: RunFolder,
-    console: Console,
-    asked: Wish,
-    wish: Wish,
-    started: WarmStart | None,
-) -> tuple[Checkpoints, RunState]:
-    """Claim the folder, and load the checkpoint that the run goes on from. Collective.
-
-    Only once there are all parts, since a run that cannot be built must not claim or move a folder.
-    """
-    record = without_secrets(config.model_dump(mode="json"))
-    free = tuple(f"data.{key}" for key in FREE_ON_RESUME)
-    claims = partial(open_folder, folder, record, fresh=wish.fresh, free=free, resume=wish.resume)
-    opened, owner = on_rank_zero(claims)
-    console.print(opened)
-    check_shared_folder(folder.path)
-    console.log_to(folder.logs / f"rank_{world.rank}.log")
-    if started:
-        console.print(str(started))
-    checkpoints = Checkpoints(
-        folder.checkpoints, parts.engine, keep=parts.retention, owner=owner, tell=console.print
-    )
-    state = checkpoints.load_named(wish.resume) if wish.resume else checkpoints.load_newest()
-    on_rank_zero(lambda: note(asked, folder, os.environ))
-    state = state or RunState(warm_start=asdict(started) if started else None)
-    check_same_data(folder, (state.data, state.held_out), parts.read)
-    # of this start: a resume may change some
-    state.config, state.versions = record, versions()
-    state.data, state.held_out = parts.read
-    state.image_format = parts.image_format
-    return checkpoints, state
-
-
-def export(
-    config: RunConfig, engine: engines.Engine, image_format: dict[str, Any], folder: RunFolder
-) -> None:
-    """Write the trained network, and its average if the run keeps one, for timm. Collective."""
-    made = {**config.model.created_from(), "data_config": image_format}
-    export_model(engine, folder.weights, **made)
-    if config.ema.decay is not None:
-        with engine.ema_weights():
-            export_model(engine, folder.ema_weights, **made)
 
 
 def begin_from(

@@ -1,6 +1,6 @@
 """From the sections of a run config to the objects that train: the meaning of each key."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from timm.data import resolve_input_data_config
@@ -204,6 +204,7 @@ def build_trainer(
     console: Console,
     signals: StopSignals,
     patience: Patience | None = None,
+    export: Callable[[], None] | None = None,
 ) -> Trainer:
     """The loop and everything it calls; `state` says where it begins, `folder` is the run's."""
     samples = loader.samples_per_epoch
@@ -251,6 +252,7 @@ def build_trainer(
         forwards=count_forwards(engine, config),
         profiler=profiler,
         patience=patience,
+        export=export,
     )
 
 

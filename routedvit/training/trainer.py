@@ -8,7 +8,7 @@ screen or disk is a null object on ranks other than 0.
 import dataclasses
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -61,6 +61,7 @@ class Trainer:
         state: where to begin: `checkpoints.load_newest()` or a fresh `RunState`.
         signals: wishes to stop, caught by the caller.
         patience: told of every step and of what may take longer; None: wait for ever.
+        export: called on all ranks after the last step, before the run counts as finished.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Trainer:
         forwards: ForwardCounter | None = None,
         profiler: ProfilerWindow | None = None,
         patience: Patience | None = None,
+        export: Callable[[], None] | None = None,
     ) -> None:
         self.engine = engine
         self.loader = loader
@@ -98,6 +100,7 @@ class Trainer:
         self.save_is_due = False  # since a step that had to be passed over
         self.signals = signals
         self.patience = patience or Patience()  # a new one waits for ever
+        self.export = export
         self.meter = Meter(settings.batch_size)
         self.step_log = StepLog(
             engine, schedules, writer=writer, progress=progress, meter=self.meter,
@@ -245,15 +248,18 @@ class Trainer:
                 self.monitor.run(model, self.state.step)
 
     def finish(self) -> Summary:
-        """Close what is open and leave a word for whoever started the run."""
+        """Export, close what is open and leave a word for whoever started the run."""
         self.checkpoints.fence.check()
         if self.profiler is not None:
             self.profiler.close()
         self.progress.close()
         self.writer.flush()
-        self.engine.close()
         state = self.state
         finished = state.step >= self.settings.total_steps and not self.evaluation.due(state)
+        if finished and self.export is not None:
+            with self.patience.busy():
+                self.export()
+        self.engine.close()
         self.note("finished" if finished else "stopped")
         return Summary(
             step=state.step,

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import train
+from routedvit.training import opening
 from routedvit.training.config.file import load_config
 from routedvit.training.repeated import Wish
 from routedvit.training.run_folder import RunFolder
@@ -16,16 +17,10 @@ from routedvit.training.run_folder import RunFolder
 QUICKSTART = str(Path(__file__).parents[2] / "configs" / "quickstart.json")
 
 
-class Said(list[str]):
-    """A console."""
-
-    print = list.append
-
-
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
     """Of a run from before there was data.shard_start."""
-    monkeypatch.setattr(train, "on_rank_zero", lambda action: action())
+    monkeypatch.setattr(opening, "on_rank_zero", lambda action: action())
     folder = RunFolder(tmp_path / "run")
     saved = folder.checkpoints / "step_00000001"
     saved.mkdir(parents=True)
@@ -38,8 +33,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
 def kept(folder: RunFolder, *given: str, fresh: bool = False, resume: Path | None = None) -> Any:
     """data.shard_start of such a start, and what it says."""
     config = load_config(train.RunConfig, QUICKSTART, [f"data.shard_start={g}" for g in given])
-    said = Said()
-    train.keep_order(config, folder, Wish(resume, fresh), said)  # type: ignore[arg-type]
+    said: list[str] = []
+    opening.keep_order(config.data, folder, Wish(resume, fresh), said.append)
     return config.model_dump(mode="json")["data"]["shard_start"], "".join(said)
 
 

@@ -5,18 +5,23 @@
 
 The weights are gathered one parameter at a time, so a rank other than 0 never holds more than one
 of them whole, and loaded strictly into a fresh model on rank 0's CPU, which is what is saved: a
-missing weight or a wrong argument fails here and not months later. Cost: fp32 weights twice in the
-memory of rank 0's machine.
+missing weight or a wrong argument fails here and not months later. Each file takes the place of an
+earlier one when it is whole and on the disk. Cost: fp32 weights twice in the memory of rank 0's
+machine.
 """
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import timm
 import timm.models
+from safetensors import SafetensorError
 from torch import Tensor
 
+from routedvit.training.checkpoints.manifest import sync
 from routedvit.training.checkpoints.permissions import as_umask_says
+from routedvit.training.config.base import ConfigError
 from routedvit.training.engine import Engine
 
 WEIGHTS = "model.safetensors"
@@ -40,16 +45,58 @@ def export_model(
 
     Raises:
         RuntimeError: the model made from `name` and `kwargs` has other weights than the engine's.
+        ConfigError: on every rank, if the disk does not take them.
     """
     weights: dict[str, Tensor] = {}
+    fault: str | None = None
     for key, parameter in engine.full_parameters():
         if engine.rank == 0:
             weights[key] = parameter.cpu().clone()
     if engine.rank == 0:
         buffers = {key: buffer.cpu() for key, buffer in engine.model.named_buffers()}
-        write_model(folder, weights, buffers, name=name, kwargs=kwargs, data_config=data_config)
-    engine.barrier()
+        try:
+            temporary = folder.with_name(f".{folder.name}.tmp")
+            write_model(
+                temporary, weights, buffers, name=name, kwargs=kwargs, data_config=data_config
+            )
+            move_files(temporary, folder)
+        except (OSError, SafetensorError) as error:
+            fault = str(error)
+    if fault := engine.broadcast(fault):
+        raise ConfigError(
+            f"the trained weights could not be written into {folder} ({fault}); make room on that "
+            "disk or see to its rights; the same command then writes them"
+        )
     return folder / WEIGHTS
+
+
+def export_run(
+    engine: Engine,
+    made: dict[str, Any],
+    weights: Path,
+    averaged: Path | None,
+) -> None:
+    """Write the trained network, and where `averaged` says its average. Collective.
+
+    Args:
+        engine: holds both.
+        made: what `export_model` is told of the network.
+        weights, averaged: the folders.
+    """
+    export_model(engine, weights, **made)
+    if averaged is not None:
+        with engine.ema_weights():
+            export_model(engine, averaged, **made)
+
+
+def move_files(source: Path, folder: Path) -> None:
+    """Move the files of `source` into `folder`, whole and synced, over those of the same names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in source.iterdir():
+        sync(file)
+        file.replace(folder / file.name)
+    sync(folder)
+    shutil.rmtree(source)
 
 
 def write_model(

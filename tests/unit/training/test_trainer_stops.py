@@ -86,3 +86,29 @@ def test_a_disk_too_full_for_a_word_does_not_end_a_run_that_saved(tmp_path, monk
     monkeypatch.setattr("routedvit.training.trainer.write_status", full)
     assert trainer(tmp_path, FakeEngine(), sink, RunState()).fit().finished
     assert any("status.json does not say 'finished'" in message for message in sink.messages)
+
+
+def test_a_run_whose_weights_could_not_be_written_is_not_finished(tmp_path):
+    status = tmp_path / "status.json"
+    exported = []
+
+    def fail() -> None:
+        exported.append(json.loads(status.read_text())["status"])
+        raise SaveError("no space left on device")
+
+    with pytest.raises(SaveError):
+        trainer(tmp_path, FakeEngine(), Sink(), RunState(), total_steps=4, export=fail).fit()
+    assert exported == ["running"]
+    assert json.loads(status.read_text())["status"] == "running"
+
+
+def test_a_run_that_is_stopped_exports_nothing(tmp_path):
+    exported: list[bool] = []
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGTERM)
+        run = trainer(
+            tmp_path, FakeEngine(), Sink(), RunState(step=2, samples_seen=8),
+            signals=signals, export=lambda: exported.append(True),
+        )  # fmt: skip
+        assert not run.fit().finished
+    assert not exported

@@ -76,7 +76,7 @@ def trainer(
     keep = changes.pop("keep", 2)
     signals = changes.pop("signals", None) or StopSignals()
     dials = changes.pop("dials", [])
-    patience = changes.pop("patience", None)
+    patience, export = changes.pop("patience", None), changes.pop("export", None)
     guard = {"max_bad_steps": 3, "max_rollbacks": 2} | changes.pop("guard", {})
     return Trainer(
         engine,
@@ -101,5 +101,6 @@ def trainer(
         settings=TrainerSettings(**(settings | changes)),
         state=state,
         signals=signals,
+        export=export,
         patience=patience,
     )

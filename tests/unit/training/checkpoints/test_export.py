@@ -7,6 +7,7 @@ import timm
 import torch
 
 from routedvit.training.checkpoints.export import export_model
+from routedvit.training.config.run import ConfigError
 from tests.unit.training.fake_engine import FakeEngine
 
 KWARGS = {"num_classes": 3, "img_size": 64}
@@ -58,3 +59,22 @@ def test_what_training_began_from_is_not_loaded_again(model, tmp_path):
     kwargs = KWARGS | {"checkpoint_path": "/nowhere.safetensors", "pretrained": False}
     export_model(FakeEngine(model), tmp_path, name="test_vit", kwargs=kwargs)
     assert "checkpoint_path" not in (tmp_path / "config.json").read_text()
+
+
+def test_a_full_disk_leaves_the_earlier_weights_and_is_told(model, tmp_path, monkeypatch):
+    folder = tmp_path / "weights"
+    export_model(FakeEngine(model), folder, name="test_vit", kwargs=KWARGS)
+    (folder / "NOTES.md").write_text("mine")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def full(*args, **kwargs):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("timm.models.save_for_hf", full)
+    with pytest.raises(ConfigError, match=r"weights \(no space left on device\); make room"):
+        export_model(FakeEngine(model), folder, name="test_vit", kwargs=KWARGS)
+    monkeypatch.undo()
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    export_model(FakeEngine(model), folder, name="test_vit", kwargs=KWARGS)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["weights"]
