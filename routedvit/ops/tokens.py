@@ -122,7 +122,8 @@ def scatter_add_tokens(
     Args:
         base: [B, N, D].
         index: [B, K] int64, unique and ascending within an image.
-        rows: [B, K, D] of the type of base.
+        rows: [B, K, D]; under autocast of another type than base where the light path is missing
+            or a parameter is added to one of them.
         gate: [B, K], one factor per row, cast to the type of base.
         residual: [B, N, D], another summand, which may have another type: one pass with the rest
             in the kernel.
@@ -137,7 +138,8 @@ def scatter_add_tokens(
     flat = base.reshape(batch * num_tokens, dim)
     positions = flat_index(index, num_tokens)
     if residual is None:
-        return flat.index_add(0, positions, weighted).view(batch, num_tokens, dim)
+        out = flat.index_add(0, positions, weighted.to(flat.dtype))
+        return out.view(batch, num_tokens, dim)
     # into the fresh sum, in place: one pass over [B, N, D] less
     total = flat + residual.reshape(batch * num_tokens, dim)
     return total.index_add_(0, positions, weighted.to(total.dtype)).view(batch, num_tokens, dim)

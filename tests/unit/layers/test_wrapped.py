@@ -3,16 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import routedvit
 from routedvit.layers import RoutedBlock
 from routedvit.layers.wrapped import is_plain
+
+
+class Halved(Tensor):
+    """A weight kept in another form, as torchao's are: it can be multiplied with and no more."""
+
+    @staticmethod
+    def __new__(cls, half: Tensor) -> Halved:
+        return Tensor._make_wrapper_subclass(cls, half.shape, dtype=torch.float32)
+
+    def __init__(self, half: Tensor) -> None:
+        self.half = half
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["half"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, parts: dict[str, Tensor], *_: object) -> Halved:
+        return cls(parts["half"])
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is F.linear:
+            return F.linear(args[0], args[1].half * 2, *args[2:], **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].half)
+        raise NotImplementedError(func)
 
 
 class Adapter(nn.Module):
@@ -121,6 +157,21 @@ def test_parametrised_weights_give_the_same() -> None:
     out = model(x)
     parametrizations.weight_norm(model.blocks[0].attn.heavy.kv)
     torch.testing.assert_close(model(x), out, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_weights_of_a_class_of_their_own_are_used_by_their_layer(compiled: bool) -> None:
+    """Quantisation by torchao changes the weights of a linear layer, not the layer."""
+    torch.manual_seed(0)
+    model = timm.create_model("colt5_vit_test", depth=1, img_size=96, kv_routes=2).eval()
+    x = torch.randn(1, 3, 96, 96)
+    with torch.no_grad():
+        out = model(x)
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                module.weight = nn.Parameter(Halved(module.weight / 2), requires_grad=False)
+        run = torch.compile(model, fullgraph=True, backend="eager") if compiled else model
+        torch.testing.assert_close(run(x), out, rtol=1e-4, atol=1e-4)
 
 
 def test_hooks_of_zero_3_do_not_count() -> None:

@@ -71,10 +71,13 @@ def images(batch: int = 3, height: int = 24, width: int = 32) -> Tensor:
     return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("kwargs", OPTIONS.values(), ids=OPTIONS)
-def test_every_option_trains_every_parameter(kwargs):
+def test_every_option_trains_every_parameter(kwargs, autocast):
     model = create(**kwargs).train()
-    model(images()).square().mean().backward()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        logits = model(images())
+    logits.float().square().mean().backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
     assert all(p.grad.isfinite().all() for p in model.parameters())
 

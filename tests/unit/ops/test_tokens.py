@@ -58,6 +58,22 @@ def test_result_has_the_type_of_the_tokens_whatever_the_gate():
     assert out.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize(
+    "types", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)]
+)
+def test_rows_may_have_another_type_than_the_tokens(types, residual):
+    x, index, rows, gate = case(4)
+    base, rows = x.to(types[0]).requires_grad_(), rows.to(types[1]).requires_grad_()
+    summand = x.flip(0) if residual else None
+    out = scatter_add_tokens(base, index, rows, gate, summand)
+    assert out.dtype == (torch.float32 if residual else base.dtype)
+    expected = scatter_add_tokens(base.float(), index, rows.float(), gate, summand)
+    torch.testing.assert_close(out.float(), expected, rtol=2**-7, atol=2**-7)
+    out.float().square().sum().backward()
+    assert (base.grad.dtype, rows.grad.dtype) == types
+
+
 @pytest.mark.parametrize("shape", [(2, 3), (2, 4, 3), (2, 0)])
 def test_prefix_comes_first_with_gate_one(shape):
     index, gate = torch.arange(shape[-1]).expand(shape), torch.full(shape, 0.5)
