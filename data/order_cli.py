@@ -5,13 +5,14 @@
     python -m data.order --shards a --weight 3 --shards b --weight 1 ...     # a mixture
     python -m data.order ... --epoch 1 --steps 0:2 --world-size 4 --rank 1 --workers 2
 
---steps A:B are steps of the run, A included and B not; with --epoch E they count from the first
-step that begins in epoch E (the "step" of a line is the run's all the same). --config takes sets,
-weights, seed and batch from a run config or a run folder, which also tells where the run began and
-went back to; without it they are given here and must be those of the run. With --world-size each
-line names the rank, and with --workers the loader process that made the row in a run begun at step
-0 (`--begin` for one resumed later). A sample that could not be used has its substitute named in the
-run's ledger, not here.
+--steps A:B are steps of the run, A included and B not, counted from 0: what the console and
+TensorBoard call step 100 is 99:100 here, and 100:101 is what follows the checkpoint step_00000100.
+With --epoch E they count from the first step that begins in epoch E (the "step" of a line is the
+run's all the same). --config takes sets, weights, seed and batch from a run config or a run folder,
+which also tells where the run began and went back to; without it they are given here and must be
+those of the run. With --world-size each line names the rank, and with --workers the loader process
+that made the row in a run begun at step 0 (`--begin` for one resumed later). A sample that could
+not be used has its substitute named in the run's ledger, not here.
 """
 
 from __future__ import annotations

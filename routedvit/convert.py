@@ -106,7 +106,13 @@ def load_dense(name: str, weights: Path | None) -> VisionTransformer:
             # the filter knows the layouts in which such models were published
             model.load_state_dict(checkpoint_filter_fn(state, model, adapt_layer_scale=True))
         except RuntimeError as error:
-            raise ValueError(f"--weights {weights} does not fit --from {name}: {error}") from None
+            # its first line says of which class, the others name every parameter
+            mistakes = str(error).splitlines()[1:]
+            first = (mistakes or [str(error)])[0].strip()
+            more = f" (and {len(mistakes) - 1} more)" if len(mistakes) > 1 else ""
+            raise ValueError(
+                f"--weights {weights} does not fit --from {name}: {first}{more}"
+            ) from None
     return model.eval()
 
 

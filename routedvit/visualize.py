@@ -52,7 +52,13 @@ def load_model(name: str | None, checkpoint: Path | None) -> nn.Module:
     if checkpoint is not None and checkpoint.is_dir():
         if not (checkpoint / "config.json").is_file():
             raise ValueError(f"--checkpoint {checkpoint} has no config.json; name a weights folder")
-        model = timm.create_model(f"local-dir:{checkpoint.resolve()}", pretrained=True)
+        try:
+            model = timm.create_model(f"local-dir:{checkpoint.resolve()}", pretrained=True)
+        except KeyError:  # a run folder has a config.json too, which names no architecture
+            raise ValueError(
+                f"--checkpoint {checkpoint} holds no weights that timm reads; "
+                f"of a run name the folder of its weights, {checkpoint / 'weights'}"
+            ) from None
         return _drawable(model.eval())
     if name is None:
         raise ValueError("give --model NAME, or a --checkpoint folder that holds a config.json")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from timm.data import resolve_input_data_config
 from torch import nn
@@ -74,6 +75,23 @@ def build_engine(
     return engine, build_schedules(config, engine, average, loader.samples_per_epoch)
 
 
+def native_config(config: RunConfig, world_size: int, num_parameters: int) -> dict[str, Any]:
+    """What DeepSpeed is given for a run; see `resolve_native_config`."""
+    micro_batch_size, _ = split_batch(
+        config.train.batch_size, config.train.micro_batch_size, world_size
+    )
+    return resolve_native_config(
+        config.deepspeed,
+        batch_size=config.train.batch_size,
+        micro_batch_size=micro_batch_size,
+        world_size=world_size,
+        grad_clip=config.train.grad_clip,
+        dtype=config.precision.dtype,
+        autocast=config.precision.autocast,
+        num_parameters=num_parameters,
+    )
+
+
 def wrap_objective(
     config: RunConfig, objective: nn.Module, world: World
 ) -> tuple[Engine, WeightAverage | None]:
@@ -81,19 +99,8 @@ def wrap_objective(
     model: nn.Module = objective.model  # type: ignore[assignment]
     if world.size > 1:
         check_statistics(objective)
-    micro_batch_size, _ = split_batch(
-        config.train.batch_size, config.train.micro_batch_size, world.size
-    )
-    native = resolve_native_config(
-        config.deepspeed,
-        batch_size=config.train.batch_size,
-        micro_batch_size=micro_batch_size,
-        world_size=world.size,
-        grad_clip=config.train.grad_clip,
-        dtype=config.precision.dtype,
-        autocast=config.precision.autocast,
-        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
-    )
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    native = native_config(config, world.size, num_parameters)
     if config.train.compile and zero_stage(native) == 3:
         check_right_under_zero3()
         native["zero_optimization"].setdefault("leaf_module", leaf_modules(model))

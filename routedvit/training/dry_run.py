@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from routedvit.training.assembly import build_retention, build_schedules
+from routedvit.training.assembly import build_retention, build_schedules, native_config
 from routedvit.training.assembly_watch import build_run_evaluators
 from routedvit.training.config.native import split_batch, zero_stage
 from routedvit.training.config.run import ConfigError, RunConfig
@@ -130,6 +130,7 @@ def describe_step(config: RunConfig, machine: Machine, data: Any) -> str:
     size, accumulation = split_batch(
         config.train.batch_size, config.train.micro_batch_size, world_size
     )
+    native_config(config, world_size, 0)  # what is rehearsed below leaves the batch keys out
     chosen = config.train.checkpointing
     routed = dict.fromkeys([*POLICIES.values(), chosen])
     with rehearse_memory(with_micro_batch(config, size, world_size), world_size) as rehearsal:

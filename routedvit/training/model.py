@@ -63,7 +63,12 @@ def check_name(name: str) -> None:
 
 
 def check_num_classes(config: ModelConfig, num_classes: int) -> None:
-    """Refuse a model of fewer classes than the data set's `num_classes`."""
+    """Refuse a model of fewer classes than the data set's `num_classes`, or one class to learn."""
+    if num_classes == 1:
+        raise ConfigError(
+            "objective.name: the data set has one class, so there is nothing to learn from its "
+            "labels; images without labels are for objective.name = 'mae'"
+        )
     given = config.kwargs.get("num_classes", num_classes)
     if isinstance(given, bool) or not isinstance(given, int):
         raise ConfigError(

@@ -73,6 +73,7 @@ def test_images_are_prepared_for_the_model_and_shown_as_prepared(
         (["{photo}", "--model", "colt5_vit_test", "--router", "v"], "it has ffn, kv0, q"),
         (["{photo}", "--model", "colt5_vit_test", "--checkpoint", "no.safetensors"], "not exist"),
         (["{photo}", "--checkpoint", "{folder}"], "has no config.json"),
+        (["{photo}", "--checkpoint", "{run}"], "of a run name the folder of its weights"),
         (["{photo}", "--model", "test_vit"], "VisionTransformer does not route"),
         (["missing.jpg", "--model", "colt5_vit_test"], "missing.jpg cannot be read"),
         (["{text}", "--model", "colt5_vit_test"], "cannot be read as an image"),
@@ -86,7 +87,10 @@ def test_mistakes_are_one_line_and_exit_code_2(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "text.png").write_text("not an image")
-    places = {"photo": photograph, "folder": tmp_path, "text": tmp_path / "text.png"}
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text('{"config": {}}')
+    places = {"photo": photograph, "folder": tmp_path, "run": run, "text": tmp_path / "text.png"}
     with pytest.raises(SystemExit) as stop:
         visualize.main([argument.format(**places) for argument in arguments])
     assert stop.value.code == 2

@@ -40,6 +40,9 @@ def read_json(path: str) -> dict[str, Any]:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"config file {path} does not exist{_similar_files(path)}") from None
+    except IsADirectoryError:
+        inside = _similar_files(str(Path(path, "config.json")))
+        raise ConfigError(f"config file {path} is a folder{inside}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {path} cannot be read: {error}") from None
     try:

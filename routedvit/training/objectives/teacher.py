@@ -116,6 +116,11 @@ def build_teacher(
         network = timm.create_model(config.name, pretrained=config.pretrained and trained, **kwargs)
     except (RuntimeError, TypeError, ValueError, OSError) as error:
         raise ConfigError(f"objective.teacher {config.name!r}: {one_line(error)}") from error
+    except KeyError as error:  # a run folder has a config.json too, which names no architecture
+        raise ConfigError(
+            f"objective.teacher {config.name!r}: its config.json is not that of a model "
+            f"(no {error}); of a run name the folder of its weights, {config.name}/weights"
+        ) from error
     if network.num_classes != num_classes:
         raise ConfigError(
             f"objective.teacher {config.name!r} knows {network.num_classes} classes, the student "

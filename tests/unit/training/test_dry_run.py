@@ -107,6 +107,11 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         ["deepspeed.zero_optimization.stage=two"],
         'deepspeed.zero_optimization.stage = "two" is no ZeRO stage; write 0',
     ),
+    "another batch": (
+        ["deepspeed.train_batch_size=64"],
+        "deepspeed.train_batch_size = 64 contradicts train.batch_size, which makes it 32; delete",
+    ),
+    "auto": (["deepspeed.gradient_accumulation_steps=auto"], '"auto": only Hugging Face trainers'),
     "DeepSpeed's keys": (["deepspeed.zero_optimization.stge=1"], "did you mean 'stage'"),
 }  # fmt: skip
 

@@ -31,6 +31,12 @@ def test_unknown_argument_is_named() -> None:
         create_model(config, num_classes=3, seed=0)
 
 
+def test_labels_of_one_class_teach_nothing() -> None:
+    config = ModelConfig(name="vit_tiny_patch16_224", kwargs=SMALL)
+    with pytest.raises(ConfigError, match=r"one class.*objective\.name = 'mae'"):
+        create_model(config, num_classes=1, seed=0)
+
+
 def test_too_few_classes_are_refused() -> None:
     config = ModelConfig(name="vit_tiny_patch16_224", kwargs=SMALL | {"num_classes": 2})
     with pytest.raises(ConfigError, match="data set has 3 classes"):

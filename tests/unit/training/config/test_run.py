@@ -102,6 +102,11 @@ def test_missing_file_lists_its_neighbours(path: str) -> None:
         load_config(RunConfig, path.replace("run.json", "runs.json"), [])
 
 
+def test_a_folder_is_told_what_it_holds(path: str) -> None:
+    with pytest.raises(ConfigError, match=r"is a folder; there are .*run\.json"):
+        load_config(RunConfig, str(Path(path).parent), [])
+
+
 def test_broken_json_is_located_by_line_and_column(path: str) -> None:
     Path(path).write_text('{"name": "x",\n "model" {}}')
     with pytest.raises(ConfigError, match="line 2, column 10: not JSON"):

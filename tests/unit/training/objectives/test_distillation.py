@@ -194,11 +194,14 @@ def test_a_teacher_is_read_from_a_checkpoint(checkpoint: str) -> None:
             "knows 3 classes, the student 4",
         ),
         ({"name": "local-dir:nowhere", "pretrained": True}, "local-dir:nowhere"),
+        ({"name": "local-dir:RUN", "pretrained": True}, "of a run name the folder of its weights"),
     ],
 )
 def test_a_teacher_that_cannot_teach_is_refused_in_words(
-    config: dict[str, Any], words: str, checkpoint: str
+    config: dict[str, Any], words: str, checkpoint: str, tmp_path: Path
 ) -> None:
+    (tmp_path / "config.json").write_text('{"config": {"name": "a run"}}')
+    config = {**config, "name": config["name"].replace("RUN", str(tmp_path))}
     if config.get("checkpoint") == "HERE":
         config = {**config, "checkpoint": checkpoint}
     with pytest.raises(ConfigError, match=words):
