@@ -23,7 +23,8 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    # as routedvit.training.config.base: numbers are never made from strings
+    model_config = ConfigDict(extra="forbid", strict=True, validate_default=True)
 
 
 class SourceConfig(_Section):

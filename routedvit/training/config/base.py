@@ -15,6 +15,8 @@ def one_line(error: BaseException | str, limit: int | None = 300) -> str:
 class Section(BaseModel):
     """Base of every section: unknown keys are refused, numbers are never made from strings.
 
+    Those of `data`, which imports nothing from here, have one alike in `data.config`.
+
     The string below a field is its description in `configs/schema.json`.
     """
 

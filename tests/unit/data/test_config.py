@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from pydantic import ValidationError
 
@@ -27,11 +29,25 @@ def test_a_shards_pattern_is_all_that_must_be_given():
         ),
         ({"train": {"shards": "x"}, "normalize": {"mean": [0.5], "std": [0]}}, "std"),
         ({"train": {"shards": "x"}, "verify": "md5"}, "verify"),
+        ({"train": {"shards": "x"}, "num_workers": "2"}, "num_workers"),
+        ({"train": {"shards": "x"}, "num_workers": 2.0}, "num_workers"),
+        ({"train": {"shards": "x"}, "log_samples": "yes"}, "log_samples"),
+        ({"train": {"shards": "x"}, "crop_pct": "0.9"}, "crop_pct"),
+        ({"train": {"shards": "x", "repeat": True}}, "repeat"),
+        ({"train": [{"shards": "x", "weight": "2"}]}, "weight"),
     ],
 )
 def test_a_wrong_key_or_value_is_named(section, words):
     with pytest.raises(ValidationError, match=words):
-        DataConfig.model_validate(section)
+        DataConfig.model_validate_json(json.dumps(section))
+
+
+def test_a_whole_number_may_stand_for_a_share_and_a_list_for_a_range():
+    augment = {"hflip": 1, "scale": [0.5, 1], "color_jitter": [0, 0.1, 1]}
+    section = {"train": [{"shards": "x", "weight": 2}], "crop_pct": 1, "augment": augment}
+    config = DataConfig.model_validate_json(json.dumps(section))
+    assert config.augment.color_jitter == (0, 0.1, 1)
+    assert DataConfig.model_validate_json(config.model_dump_json()) == config
 
 
 def test_every_key_is_described_in_the_schema():
