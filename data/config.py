@@ -23,8 +23,10 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class _Section(BaseModel):
-    # as routedvit.training.config.base: numbers are never made from strings
-    model_config = ConfigDict(extra="forbid", strict=True, validate_default=True)
+    # as routedvit.training.config.base: numbers are finite, and never made from strings
+    model_config = ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False, validate_default=True
+    )
 
 
 class SourceConfig(_Section):

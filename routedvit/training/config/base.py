@@ -13,11 +13,13 @@ def one_line(error: BaseException | str, limit: int | None = 300) -> str:
 
 
 class Section(BaseModel):
-    """Base of every section: unknown keys are refused, numbers are never made from strings.
+    """Base of every section: unknown keys are refused, numbers are finite, never made from strings.
 
     Those of `data`, which imports nothing from here, have one alike in `data.config`.
 
     The string below a field is its description in `configs/schema.json`.
     """
 
-    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )

@@ -33,6 +33,8 @@ def test_a_shards_pattern_is_all_that_must_be_given():
         ({"train": {"shards": "x"}, "num_workers": 2.0}, "num_workers"),
         ({"train": {"shards": "x"}, "log_samples": "yes"}, "log_samples"),
         ({"train": {"shards": "x"}, "crop_pct": "0.9"}, "crop_pct"),
+        ({"train": {"shards": "x"}, "remote": {"cache_gb": float("inf")}}, "finite number"),
+        ({"train": {"shards": "x"}, "augment": {"zoom": [0.9, float("inf")]}}, "finite number"),
         ({"train": {"shards": "x", "repeat": True}}, "repeat"),
         ({"train": [{"shards": "x", "weight": "2"}]}, "weight"),
     ],
