@@ -13,26 +13,45 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    Strict,
     TypeAdapter,
-    field_validator,
+    WrapValidator,
     model_validator,
 )
+
+# as routedvit.training.config.base: numbers are finite, and never made from strings
+_STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 
 Interpolation = Literal["bilinear", "bicubic", "nearest", "lanczos", "random"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class _Section(BaseModel):
-    # as routedvit.training.config.base: numbers are finite, and never made from strings
-    model_config = ConfigDict(
-        extra="forbid", strict=True, allow_inf_nan=False, validate_default=True
-    )
+    model_config = _STRICT | ConfigDict(extra="forbid", validate_default=True)
+
+
+def _one_of(form: Any, this: Any, other: Any) -> WrapValidator:
+    """Of a union only the member that was meant is tried, so that its mistakes are the ones told.
+
+    That is `this` for a value of type `form`, `other` for any other.
+    """
+    chosen, rest = _adapter(this), _adapter(other)
+
+    def validate(value: Any, _: Any) -> Any:
+        return (chosen if isinstance(value, form) else rest).validate_python(value)
+
+    return WrapValidator(validate)
+
+
+def _adapter(member: Any) -> TypeAdapter[Any]:
+    section = isinstance(member, type) and issubclass(member, _Section)  # has a config of its own
+    return TypeAdapter(member, config=None if section else _STRICT)
 
 
 class SourceConfig(_Section):
     """One set of shards."""
 
-    shards: str | list[str] = Field(
+    shards: Annotated[str | list[str], _one_of(list, list[str], str)] = Field(
         description="Where the shards are: a manifest.json, its folder, a glob or a brace pattern "
         "such as shards/train-{000000..000015}.tar, each also as an http(s), s3 or gs URL, or a "
         "list of these."
@@ -67,10 +86,10 @@ class TrainSource(SourceConfig):
         return self
 
 
-_ONE: TypeAdapter[TrainSource] = TypeAdapter(TrainSource)
-_SEVERAL: TypeAdapter[list[TrainSource]] = TypeAdapter(
-    Annotated[list[TrainSource], Field(min_length=1)]
-)
+_Several = Annotated[list[TrainSource], Field(min_length=1)]
+
+
+_Statistics = Literal["dataset", "model"]
 
 
 class NormalizeConfig(_Section):
@@ -86,6 +105,9 @@ class NormalizeConfig(_Section):
                 f"mean has {len(self.mean)} values and std {len(self.std)}; give one per channel"
             )
         return self
+
+
+_Three = Annotated[tuple[float, float, float], Strict(False)]  # also of a list, all JSON has
 
 
 class AugmentConfig(_Section):
@@ -107,7 +129,7 @@ class AugmentConfig(_Section):
         default=0.5, description="timm: probability of a left-right flip (0 for digits)."
     )
     vflip: Fraction = Field(default=0.0, description="timm: probability of an up-down flip.")
-    color_jitter: float | tuple[float, float, float] = Field(
+    color_jitter: Annotated[float | _Three, _one_of(list | tuple, _Three, float)] = Field(
         default=0.4,
         description="timm: strength of brightness, contrast and saturation jitter; unused while "
         "auto_augment is set (3-Augment excepted), as in timm.",
@@ -202,7 +224,7 @@ FREE_ON_RESUME = (
 class DataConfig(_Section):
     """The `data` section of the run config."""
 
-    train: TrainSource | Annotated[list[TrainSource], Field(min_length=1)] = Field(
+    train: Annotated[TrainSource | _Several, _one_of(list, _Several, TrainSource)] = Field(
         description="The shards to train on, or a list of such sections that are mixed by weight."
     )
     val: SourceConfig | None = Field(
@@ -244,7 +266,10 @@ class DataConfig(_Section):
         "where streams are of few shards. Part of the sample order: a run goes on as it began, "
         "one from before there was this key as if it were empty.",
     )
-    normalize: Literal["dataset", "model"] | NormalizeConfig = Field(
+    normalize: Annotated[
+        _Statistics | NormalizeConfig,
+        _one_of(dict | NormalizeConfig, NormalizeConfig, _Statistics),
+    ] = Field(
         default="dataset",
         description="Mean and std of the pixels: 'dataset' (of the training manifest), 'model' "
         "(those of the model's timm config), or {mean: [...], std: [...]}.",
@@ -299,9 +324,3 @@ class DataConfig(_Section):
     remote: RemoteConfig = Field(
         default_factory=RemoteConfig, description="How shards that are URLs are fetched and kept."
     )
-
-    @field_validator("train", mode="wrap")
-    @classmethod
-    def _one_or_several(cls, value: Any, _: Any) -> TrainSource | list[TrainSource]:
-        """Only the form that was meant is tried, so that its mistakes are the ones reported."""
-        return (_SEVERAL if isinstance(value, list) else _ONE).validate_python(value)

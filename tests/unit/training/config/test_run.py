@@ -74,6 +74,7 @@ def test_set_overrides_nested_keys_with_json_values(path: str) -> None:
         ("name=..", ['name = "..": string should match pattern']),
         ("name=-x", ['name = "-x": string should match pattern']),
         ("name=a/b", ['name = "a/b": string should match pattern']),
+        ("log.profile_steps=[1]", ["log.profile_steps = [1]: value 2 is missing; add it"]),
         ("optim.betas=1", ["optim.betas = 1: input should be a valid array"]),
         ("train.grad_clip=no", ['train.grad_clip = "no": input should be a valid number']),
         ("optim.lr", ["--set optim.lr", "section.key=value"]),
