@@ -7,6 +7,7 @@ Checks that need the shards themselves (do they exist, do the streams fit the wo
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -110,6 +111,16 @@ class NormalizeConfig(_Section):
 _Three = Annotated[tuple[float, float, float], Strict(False)]  # also of a list, all JSON has
 
 
+# Which keys of `augment` a mode reads; the others belong to all.
+_READ_BY = {
+    "timm": (
+        "scale", "ratio", "hflip", "vflip", "color_jitter", "grayscale_prob", "gaussian_blur_prob",
+        "auto_augment", "re_prob", "re_mode", "re_count",
+    ),
+    "light": ("rotate", "translate", "zoom", "shear"),
+}  # fmt: skip
+
+
 class AugmentConfig(_Section):
     """Augmentation of training images; the numbers mean what they mean in timm."""
 
@@ -174,6 +185,25 @@ class AugmentConfig(_Section):
                     f"{name} is [{low}, {high}]; give [low, high] with 0 < low <= high"
                 )
         return self
+
+    @model_validator(mode="after")
+    def _all_is_read(self) -> AugmentConfig:
+        for mode, keys in _READ_BY.items():
+            if mode != self.mode:
+                self._refuse_idle(f"mode = '{mode}', not '{self.mode}'", *keys)
+        if not self.re_prob:
+            self._refuse_idle("re_prob above 0", "re_mode", "re_count")
+        return self
+
+    def _refuse_idle(self, needs: str, *keys: str) -> None:
+        """As `routedvit.training.config.base.Section.refuse_idle`: a default may be said."""
+        for key in keys:
+            value = getattr(self, key)
+            if value != type(self).model_fields[key].get_default():
+                raise ValueError(
+                    f"{key} = {json.dumps(value)} would do nothing: it needs {needs}; set that, or "
+                    f"delete {key}"
+                )
 
 
 class RemoteConfig(_Section):

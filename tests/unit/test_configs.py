@@ -13,6 +13,7 @@ from routedvit.training.config.file import describe_keys, json_schema, load_conf
 from routedvit.training.config.native import split_batch
 from routedvit.training.config.native_keys import check_keys
 from routedvit.training.config.run import ConfigError
+from routedvit.training.run_folder import RunFolder, claim
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 RECIPES = sorted(path for path in CONFIGS.glob("*.json") if path.name != "schema.json")
@@ -33,6 +34,15 @@ def test_recipe_loads_and_says_what_it_costs(path: Path) -> None:
     split_batch(config.train.batch_size, config.train.micro_batch_size, world_size=2)
     with torch.device("meta"):
         timm.create_model(config.model.name, **config.model.kwargs)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_record_of_a_recipe_is_a_config(path: Path, tmp_path: Path) -> None:
+    """It says every key, also those that this recipe does not read."""
+    config = load_config(train.RunConfig, str(path), [])
+    folder = RunFolder(tmp_path / "run")
+    claim(folder, config.model_dump(mode="json"))
+    assert load_config(train.RunConfig, str(folder.config), []) == config
 
 
 SHARDS = {"imagenet1k": 1282, "imagenet21k": 14_200, "mnist": 16}  # as data.write makes them

@@ -7,7 +7,7 @@ import json
 import pytest
 from pydantic import ValidationError
 
-from data.config import DataConfig
+from data.config import AugmentConfig, DataConfig
 
 
 def test_a_shards_pattern_is_all_that_must_be_given():
@@ -57,3 +57,32 @@ def test_every_key_is_described_in_the_schema():
     for part in [schema, *schema["$defs"].values()]:
         for name, field in part["properties"].items():
             assert field.get("description"), name
+
+
+@pytest.mark.parametrize(
+    ("augment", "said"),
+    [
+        (
+            {"mode": "light", "re_prob": 1.0},
+            "re_prob = 1.0 would do nothing: it needs mode = 'timm'",
+        ),
+        (
+            {"mode": "light", "hflip": 1},
+            "hflip = 1.0 would do nothing: it needs mode = 'timm', not",
+        ),
+        ({"mode": "none", "auto_augment": "3a"}, 'auto_augment = "3a" would do nothing'),
+        ({"mode": "none", "shear": 0}, "it needs mode = 'light', not 'none'; set that, or delete"),
+        ({"zoom": [0.5, 1]}, r"zoom = \[0.5, 1.0\] would do nothing: it needs mode = 'light'"),
+        ({"re_count": 2}, "re_count = 2 would do nothing: it needs re_prob above 0"),
+    ],
+)
+def test_a_key_that_the_augmentation_would_not_read_is_refused(augment, said):
+    section = {"train": {"shards": "x"}, "augment": augment}
+    with pytest.raises(ValidationError, match=said):
+        DataConfig.model_validate_json(json.dumps(section))
+
+
+@pytest.mark.parametrize("mode", ["timm", "light", "none"])
+def test_what_a_record_says_of_keys_that_a_mode_does_not_read_is_let_be(mode):
+    config = AugmentConfig(mode=mode)
+    assert AugmentConfig.model_validate_json(config.model_dump_json()) == config
