@@ -7,29 +7,52 @@ Checks that need the shards themselves (do they exist, do the streams fit the wo
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    Strict,
     TypeAdapter,
-    field_validator,
+    WrapValidator,
     model_validator,
 )
+
+# as routedvit.training.config.base: numbers are finite, and never made from strings
+_STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 
 Interpolation = Literal["bilinear", "bicubic", "nearest", "lanczos", "random"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    model_config = _STRICT | ConfigDict(extra="forbid", validate_default=True)
+
+
+def _one_of(form: Any, this: Any, other: Any) -> WrapValidator:
+    """Of a union only the member that was meant is tried, so that its mistakes are the ones told.
+
+    That is `this` for a value of type `form`, `other` for any other.
+    """
+    chosen, rest = _adapter(this), _adapter(other)
+
+    def validate(value: Any, _: Any) -> Any:
+        return (chosen if isinstance(value, form) else rest).validate_python(value)
+
+    return WrapValidator(validate)
+
+
+def _adapter(member: Any) -> TypeAdapter[Any]:
+    section = isinstance(member, type) and issubclass(member, _Section)  # has a config of its own
+    return TypeAdapter(member, config=None if section else _STRICT)
 
 
 class SourceConfig(_Section):
     """One set of shards."""
 
-    shards: str | list[str] = Field(
+    shards: Annotated[str | list[str], _one_of(list, list[str], str)] = Field(
         description="Where the shards are: a manifest.json, its folder, a glob or a brace pattern "
         "such as shards/train-{000000..000015}.tar, each also as an http(s), s3 or gs URL, or a "
         "list of these."
@@ -64,10 +87,10 @@ class TrainSource(SourceConfig):
         return self
 
 
-_ONE: TypeAdapter[TrainSource] = TypeAdapter(TrainSource)
-_SEVERAL: TypeAdapter[list[TrainSource]] = TypeAdapter(
-    Annotated[list[TrainSource], Field(min_length=1)]
-)
+_Several = Annotated[list[TrainSource], Field(min_length=1)]
+
+
+_Statistics = Literal["dataset", "model"]
 
 
 class NormalizeConfig(_Section):
@@ -83,6 +106,19 @@ class NormalizeConfig(_Section):
                 f"mean has {len(self.mean)} values and std {len(self.std)}; give one per channel"
             )
         return self
+
+
+_Three = Annotated[tuple[float, float, float], Strict(False)]  # also of a list, all JSON has
+
+
+# Which keys of `augment` a mode reads; the others belong to all.
+_READ_BY = {
+    "timm": (
+        "scale", "ratio", "hflip", "vflip", "color_jitter", "grayscale_prob", "gaussian_blur_prob",
+        "auto_augment", "re_prob", "re_mode", "re_count",
+    ),
+    "light": ("rotate", "translate", "zoom", "shear"),
+}  # fmt: skip
 
 
 class AugmentConfig(_Section):
@@ -104,7 +140,7 @@ class AugmentConfig(_Section):
         default=0.5, description="timm: probability of a left-right flip (0 for digits)."
     )
     vflip: Fraction = Field(default=0.0, description="timm: probability of an up-down flip.")
-    color_jitter: float | tuple[float, float, float] = Field(
+    color_jitter: Annotated[float | _Three, _one_of(list | tuple, _Three, float)] = Field(
         default=0.4,
         description="timm: strength of brightness, contrast and saturation jitter; unused while "
         "auto_augment is set (3-Augment excepted), as in timm.",
@@ -149,6 +185,25 @@ class AugmentConfig(_Section):
                     f"{name} is [{low}, {high}]; give [low, high] with 0 < low <= high"
                 )
         return self
+
+    @model_validator(mode="after")
+    def _all_is_read(self) -> AugmentConfig:
+        for mode, keys in _READ_BY.items():
+            if mode != self.mode:
+                self._refuse_idle(f"mode = '{mode}', not '{self.mode}'", *keys)
+        if not self.re_prob:
+            self._refuse_idle("re_prob above 0", "re_mode", "re_count")
+        return self
+
+    def _refuse_idle(self, needs: str, *keys: str) -> None:
+        """As `routedvit.training.config.base.Section.refuse_idle`: a default may be said."""
+        for key in keys:
+            value = getattr(self, key)
+            if value != type(self).model_fields[key].get_default():
+                raise ValueError(
+                    f"{key} = {json.dumps(value)} would do nothing: it needs {needs}; set that, or "
+                    f"delete {key}"
+                )
 
 
 class RemoteConfig(_Section):
@@ -199,7 +254,7 @@ FREE_ON_RESUME = (
 class DataConfig(_Section):
     """The `data` section of the run config."""
 
-    train: TrainSource | Annotated[list[TrainSource], Field(min_length=1)] = Field(
+    train: Annotated[TrainSource | _Several, _one_of(list, _Several, TrainSource)] = Field(
         description="The shards to train on, or a list of such sections that are mixed by weight."
     )
     val: SourceConfig | None = Field(
@@ -241,7 +296,10 @@ class DataConfig(_Section):
         "where streams are of few shards. Part of the sample order: a run goes on as it began, "
         "one from before there was this key as if it were empty.",
     )
-    normalize: Literal["dataset", "model"] | NormalizeConfig = Field(
+    normalize: Annotated[
+        _Statistics | NormalizeConfig,
+        _one_of(dict | NormalizeConfig, NormalizeConfig, _Statistics),
+    ] = Field(
         default="dataset",
         description="Mean and std of the pixels: 'dataset' (of the training manifest), 'model' "
         "(those of the model's timm config), or {mean: [...], std: [...]}.",
@@ -296,9 +354,3 @@ class DataConfig(_Section):
     remote: RemoteConfig = Field(
         default_factory=RemoteConfig, description="How shards that are URLs are fetched and kept."
     )
-
-    @field_validator("train", mode="wrap")
-    @classmethod
-    def _one_or_several(cls, value: Any, _: Any) -> TrainSource | list[TrainSource]:
-        """Only the form that was meant is tried, so that its mistakes are the ones reported."""
-        return (_SEVERAL if isinstance(value, list) else _ONE).validate_python(value)

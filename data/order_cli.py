@@ -148,7 +148,7 @@ def _from_run(arguments: argparse.Namespace) -> DataConfig:
 
 def _validated(section: dict[str, Any], where: str) -> DataConfig:
     try:
-        return DataConfig.model_validate(section)
+        return DataConfig.model_validate_json(json.dumps(section))  # where lists may be tuples
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in ("data", *first["loc"]))

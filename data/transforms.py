@@ -45,7 +45,7 @@ def train_transform(
 ) -> Transform:
     """Pillow image -> normalised float32 [C, *size], augmented.
 
-    DataError for a policy that timm does not know, or that this mode would not apply.
+    DataError for a policy that timm does not know.
     """
     check_policy(augment)
     interpolation = augment.interpolation or interpolation
@@ -85,15 +85,10 @@ def train_transform(
 
 
 def check_policy(augment: AugmentConfig) -> None:
-    """Refuse a `data.augment.auto_augment` that timm cannot read, and one that nothing reads."""
+    """Refuse a `data.augment.auto_augment` that timm cannot read."""
     policy = augment.auto_augment
     if not policy:
         return
-    if augment.mode != "timm":
-        raise DataError(
-            f"data.augment.auto_augment = {policy!r} is for data.augment.mode = 'timm', and "
-            f"{augment.mode!r} would ignore it; change the mode, or set it to null"
-        )
     try:
         create_transform(32, is_training=True, auto_augment=policy)
     except (AssertionError, ValueError) as error:  # timm asserts the sections of a policy

@@ -2,14 +2,15 @@
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from functools import partial
 from typing import Any
 
 from timm.layers import LayerNorm, get_norm_layer, to_2tuple
 
-from routedvit.layers import RoutedBlock, as_ratio
+from routedvit.layers import RoutedBlock, Router, as_ratio
+from routedvit.layers.fixed_router import ROUTERS
 
 __all__ = [
     "Capacities",
@@ -25,6 +26,7 @@ __all__ = [
 ]
 
 POS_EMBEDS = ("learn", "sincos", "none")
+ROUTERS_OWN = ("dim", "capacity", "num_routes", "device", "dtype")  # the block gives these
 POOLS = ("", "avg", "avgmax", "max", "token", "map", "prr")
 
 Capacity = float | str | Fraction
@@ -36,7 +38,13 @@ def check_architecture(
     img_size: int | tuple[int, int],
     patch_size: int | tuple[int, int],
     depth: int,
-    width: int,
+    embed_dim: int,
+    num_heads: int,
+    head_dim: int | None,
+    mlp_ratio: float,
+    drop_path_rate: float,
+    router: str,
+    router_kwargs: Any,
     global_pool: str,
     class_token: bool,
     reg_tokens: int,
@@ -51,8 +59,9 @@ def check_architecture(
 ) -> None:
     """Raises ValueError for arguments of the model that do not go together.
 
-    `width` is that of a heavy head; the others are called as the model calls them.
+    They are called as the model calls them.
     """
+    check_at_least(1, num_heads=num_heads, depth=depth, embed_dim=embed_dim, head_dim=head_dim)
     check_choice("pos_embed", pos_embed, POS_EMBEDS)
     check_choice("global_pool", global_pool, POOLS)
     if global_pool == "token" and not class_token:
@@ -61,10 +70,17 @@ def check_architecture(
         raise ValueError("patch_drop_rate must be 0: light windows need the whole grid")
     check_image(img_size, patch_size)
     check_at_least(0, light_heads=light_heads, light_mlp_ratio=light_mlp_ratio)
+    check_at_least(1, light_head_dim=light_head_dim)
+    if not mlp_ratio * embed_dim >= 1:
+        raise ValueError(f"mlp_ratio={mlp_ratio} leaves the heavy FFN no hidden units; 4 is usual")
+    if not 0 <= drop_path_rate < 1:
+        raise ValueError(f"drop_path_rate={drop_path_rate} must lie in [0, 1)")
+    check_router_arguments(router, router_kwargs)
     if not 0 <= dense_blocks <= depth:
         raise ValueError(f"dense_blocks={dense_blocks} must lie between 0 and depth={depth}")
     if heavy_window and (class_token or reg_tokens or rope):
         raise ValueError("heavy_window=True needs class_token=False, reg_tokens=0 and rope=False")
+    width = head_dim or embed_dim // num_heads
     if rope and (width % 4 or light_head_dim not in (None, width)):
         raise ValueError(
             f"rope=True needs head_dim={width} to be a multiple of 4, and"
@@ -87,15 +103,30 @@ def check_at_least(least: float, **values: float | None) -> None:
             raise ValueError(f"{name}={value} must be at least {least:g}")
 
 
-def check_known(names: Iterable[str], *classes: type) -> None:
-    """Raises TypeError, with the nearest name, for what no constructor of `classes` takes."""
-    ours = {"block_fn"}  # of timm's arguments, what this model fills in
+def check_known(names: Iterable[str], *classes: type, ours: Sequence[str] = ("block_fn",)) -> None:
+    """Raises TypeError, with the nearest name, for what no constructor of `classes` takes.
+
+    `ours` are arguments of theirs that this model fills in.
+    """
     known = [x for cls in classes for x in inspect.signature(cls).parameters if x not in ours]
     for name in names:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
+            close = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; it has {', '.join(known)}"
             raise TypeError(f"{classes[0].__name__} has no argument {name!r}{hint}")
+
+
+def check_router_arguments(router: str, router_kwargs: Any) -> None:
+    """Raises TypeError or ValueError for router_kwargs that no router would read."""
+    if not isinstance(router_kwargs, Mapping | None):
+        raise TypeError(f"router_kwargs={router_kwargs!r} must be a dict, such as {{'eps': 2.0}}")
+    if router == "learned":
+        check_known(router_kwargs or (), Router, ours=ROUTERS_OWN)
+    elif router_kwargs and router in ROUTERS:  # the router refuses a kind that is unknown
+        raise ValueError(
+            f"router_kwargs={dict(router_kwargs)!r} is for router='learned', and {router!r} would"
+            " ignore it; leave it out"
+        )
 
 
 def check_image(img_size: int | tuple[int, int], patch_size: int | tuple[int, int]) -> None:

@@ -15,7 +15,6 @@ from typing import Any, cast
 
 import torch
 from timm.layers import create_rope_embed, to_2tuple
-from timm.models._features import feature_take_indices
 from timm.models._input import update_model_args
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -28,7 +27,6 @@ from routedvit.models.arguments import (
     Capacities,
     block_builder,
     check_architecture,
-    check_at_least,
     check_choice,
     check_known,
     norm_with_eps,
@@ -37,6 +35,7 @@ from routedvit.models.arguments import (
     window_for,
 )
 from routedvit.models.dense_weights import converted_if_dense
+from routedvit.models.feature_maps import FeatureMaps
 from routedvit.models.fitting import check_fit
 from routedvit.models.flops import Flops, count_flops
 from routedvit.models.routing import Routing, record_routing
@@ -45,7 +44,7 @@ from routedvit.ops import gather_tokens, shared_windows
 __all__ = ["RoutedVisionTransformer"]
 
 
-class RoutedVisionTransformer(VisionTransformer):
+class RoutedVisionTransformer(FeatureMaps):
     """Vision transformer with conditional compute (CoLT5 for images).
 
     Args:
@@ -105,6 +104,7 @@ class RoutedVisionTransformer(VisionTransformer):
         embed_dim: int = 768,
         depth: int = 12,
         num_heads: int = 12,
+        mlp_ratio: float = 4.0,
         global_pool: str = "avg",
         class_token: bool = False,
         reg_tokens: int = 4,
@@ -113,16 +113,17 @@ class RoutedVisionTransformer(VisionTransformer):
         mlp_layer: str = "mlp",
         norm_eps: float | None = None,
         patch_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
         weight_init: str = "",
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
         check_known(kwargs, RoutedVisionTransformer, VisionTransformer)
-        check_at_least(1, num_heads=num_heads, depth=depth)
-        width = head_dim or embed_dim // num_heads
         check_architecture(
-            img_size=img_size, patch_size=patch_size, depth=depth, width=width,
+            img_size=img_size, patch_size=patch_size, depth=depth, embed_dim=embed_dim,
+            num_heads=num_heads, head_dim=head_dim, mlp_ratio=mlp_ratio,
+            drop_path_rate=drop_path_rate, router=router, router_kwargs=router_kwargs,
             global_pool=global_pool, class_token=class_token, reg_tokens=reg_tokens,
             pos_embed=pos_embed, rope=rope, patch_drop_rate=patch_drop_rate,
             light_heads=light_heads, light_head_dim=light_head_dim,
@@ -156,6 +157,8 @@ class RoutedVisionTransformer(VisionTransformer):
             embed_dim=embed_dim,
             depth=depth,
             num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            drop_path_rate=drop_path_rate,
             global_pool=cast(Any, global_pool),
             class_token=class_token,
             reg_tokens=reg_tokens,
@@ -173,7 +176,7 @@ class RoutedVisionTransformer(VisionTransformer):
         self.sincos = pos_embed == "sincos"
         self.rope: Any = (
             create_rope_embed(
-                dim=width * num_heads,
+                dim=(head_dim or embed_dim // num_heads) * num_heads,
                 num_heads=num_heads,
                 in_pixels=False,
                 feat_shape=None if self.dynamic_img_size else list(self.patch_embed.grid_size),
@@ -239,59 +242,6 @@ class RoutedVisionTransformer(VisionTransformer):
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """Images [B, C, H_img, W_img] -> logits [B, num_classes]."""
         return self.forward_head(self.forward_features(x))
-
-    @torch.jit.ignore
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-        output_dict: bool = False,
-    ) -> Any:
-        """Final tokens and the feature maps of some blocks; arguments and results as in timm."""
-        check_choice("output_fmt", output_fmt, ("NCHW", "NLC"))
-        take, last = feature_take_indices(len(self.blocks), indices)
-        x, grid, rope = self._embed(x)
-        taken = []
-        for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
-            x = block(x, grid, rope)
-            if i in take:
-                taken.append(self.norm(x) if norm else x)
-        prefix = [y[:, : self.num_prefix_tokens] for y in taken]
-        maps = [y[:, self.num_prefix_tokens :] for y in taken]
-        if output_fmt == "NCHW":
-            maps = [y.transpose(1, 2).unflatten(2, grid).contiguous() for y in maps]
-        with_prefix = return_prefix_tokens and self.num_prefix_tokens > 0
-        if output_dict:
-            result: dict[str, Any] = {"image_intermediates": maps}
-            if with_prefix:
-                result["image_intermediates_prefix"] = prefix
-            return result if intermediates_only else {**result, "image_features": self.norm(x)}
-        intermediates = list(zip(maps, prefix, strict=True)) if with_prefix else maps
-        return intermediates if intermediates_only else (self.norm(x), intermediates)
-
-    @torch.jit.ignore
-    def get_intermediate_layers(
-        self,
-        x: Tensor,
-        n: int | list[int] = 1,
-        reshape: bool = False,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-    ) -> Any:
-        """Feature maps of the last n blocks, or of the blocks n, under DINO's name."""
-        return self.forward_intermediates(
-            x,
-            n,
-            return_prefix_tokens=return_prefix_tokens,
-            norm=norm,
-            output_fmt="NCHW" if reshape else "NLC",
-            intermediates_only=True,
-        )
 
     # --- routing ---------------------------------------------------------------------------------
 

@@ -3,6 +3,17 @@
 import argparse
 from pathlib import Path
 
+# What each kind of call reads besides its own option; without any of these it trains.
+REHEARSAL = ("config", "set", "dry_run", "find_batch", "world_size", "gpu_memory")
+READ: dict[str, tuple[str, ...]] = {
+    "keys": (),
+    "write_schema": (),
+    "dry_run": REHEARSAL,
+    "find_batch": REHEARSAL,
+    "evaluate": ("config", "set"),
+    "export": ("config", "set"),
+}
+
 
 def parse_arguments(description: str) -> argparse.Namespace:
     """What was typed behind `train.py`, whose help begins with `description`."""
@@ -44,4 +55,27 @@ def parse_arguments(description: str) -> argparse.Namespace:
     rehearsal.add_argument("--world-size", type=int, metavar="N", help="ranks; default: GPUs here")
     rehearsal.add_argument("--gpu-memory", type=float, metavar="GIB", help="default: GPU's, or 80")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
-    return parser.parse_args()
+    args = parser.parse_args()
+    if mistake := in_vain(args):
+        parser.error(mistake)
+    return args
+
+
+def in_vain(args: argparse.Namespace) -> str | None:
+    """What is wrong with options that nothing would read: they were meant for another call."""
+    given = [
+        name
+        for name, value in vars(args).items()
+        if name != "local_rank" and value is not None and value is not False and value != []
+    ]
+    kind = next((name for name in READ if name in given), None)
+    for name in given:
+        if kind and name not in (kind, *READ[kind]):
+            return f"{_typed(kind)} does not read {_typed(name)}; leave out one of them"
+        if not kind and name in ("world_size", "gpu_memory"):
+            return f"{_typed(name)} is read by --dry-run and --find-batch only; add one of them"
+    return None
+
+
+def _typed(name: str) -> str:
+    return "--" + name.replace("_", "-")

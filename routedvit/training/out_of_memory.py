@@ -24,6 +24,6 @@ def out_of_memory(error: BaseException) -> str | None:
         f"the GPU is full{f' (no room for {wanted[1]} more)' if wanted else ''}: lower "
         'train.micro_batch_size, set train.grad_checkpointing = "block" or raise '
         "deepspeed.zero_optimization.stage, and the same command goes on from the newest "
-        "checkpoint; `python train.py` with the same arguments and --dry-run --find-batch "
+        "checkpoint; `python train.py` with the same --config and --set and --dry-run --find-batch "
         f"--world-size {ranks} names the largest micro-batch that fits"
     )

@@ -1,5 +1,7 @@
 """What every section of the run config builds on: the strict base, errors for users."""
 
+import json
+
 from pydantic import BaseModel, ConfigDict
 
 
@@ -13,9 +15,27 @@ def one_line(error: BaseException | str, limit: int | None = 300) -> str:
 
 
 class Section(BaseModel):
-    """Base of every section: unknown keys are refused, numbers are never made from strings.
+    """Base of every section: unknown keys are refused, numbers are finite, never made from strings.
+
+    Those of `data`, which imports nothing from here, have one alike in `data.config`.
 
     The string below a field is its description in `configs/schema.json`.
     """
 
-    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+    def refuse_idle(self, needs: str, *keys: str) -> None:
+        """Raises ValueError for one of `keys`, which nothing would read, that is not its default.
+
+        A default may be said: the record of a run says them all. `needs` ends the sentence "it
+        needs ...".
+        """
+        for key in keys:
+            value = getattr(self, key)
+            if value != type(self).model_fields[key].get_default(call_default_factory=True):
+                raise ValueError(
+                    f"{key} = {json.dumps(value)} would do nothing: it needs {needs}; set that, or "
+                    f"delete {key}"
+                )

@@ -127,6 +127,9 @@ def _first_mistake(error: ValidationError, config_class: type[BaseModel]) -> str
         text += f"; known here: {', '.join(known)}"
     elif first["type"] == "union_tag_not_found":
         text = f"'{field}.name' is missing; add it"
+    elif first["type"] == "missing" and isinstance(place := first["loc"][-1], int):
+        given = json.dumps(first["input"])  # a list that is too short
+        text = f"{field} = {given}: value {place + 1} is missing; add it"
     elif first["type"] == "missing":
         text = f"{field!r} is missing; add it"
     elif first["type"] == "value_error":

@@ -70,6 +70,14 @@ def _is_anything(value: Any) -> bool:
     return True
 
 
+def _is_not_mean(value: Any) -> bool:
+    return not (isinstance(value, str) and value.lower() == "mean")  # DeepSpeed reads "Mean" too
+
+
+def _divides_by_nothing(value: Any) -> bool:
+    return isinstance(value, bool) or not isinstance(value, int | float) or value <= 0
+
+
 _CHECKPOINTS = "the trainer writes checkpoints by itself, see the section 'checkpoint'"
 _EXTENSION = "it needs an extension that DeepSpeed would compile, and this trainer compiles none"
 _OLD_OFFLOAD = 'an older name; write zero_optimization.{} = {{"device": "cpu"}}'
@@ -113,6 +121,11 @@ REFUSED_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "disable_allgather": (_is_on, "DeepSpeed 0.19 reads it and does nothing with it"),
     "zero_force_ds_cpu_optimizer": (_is_on, _EXTENSION),
+    "gradient_allreduce_op": (
+        _is_not_mean,
+        "the update would depend on the number of ranks; gradients are averaged",
+    ),
+    "gradient_predivide_factor": (_divides_by_nothing, "gradients are divided by it"),
 }
 
 
@@ -161,7 +174,7 @@ def _refuse_auto(value: Any, path: str) -> None:
 
 
 def check_values(user: dict[str, Any]) -> None:
-    """Refuse the values of `REFUSED_VALUES`."""
+    """Refuse the values of `REFUSED_VALUES`, and one that is wrong under stage 3 alone."""
     for path, (harms, reason) in REFUSED_VALUES.items():
         *outer, key = path.split(".")
         block: Any = user
@@ -169,3 +182,10 @@ def check_values(user: dict[str, Any]) -> None:
             block = block.get(name) or {}
         if key in block and harms(block[key]):
             raise ConfigError(f"deepspeed.{path} = {json.dumps(block[key])}: {reason}; delete it")
+    factor = user.get("gradient_predivide_factor", 1)
+    if factor != 1 and user.get("zero_optimization", {}).get("stage") == 3:
+        raise ConfigError(
+            f"deepspeed.gradient_predivide_factor = {json.dumps(factor)}: under ZeRO stage 3 "
+            "DeepSpeed 0.19 refuses it or, without reduce_scatter and where it is the number of "
+            "ranks, divides gradients by them twice; delete it"
+        )

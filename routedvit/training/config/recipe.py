@@ -23,6 +23,14 @@ class LossConfig(Section):
     mix_switch_prob: float = Field(0.5, ge=0, le=1)
     """Share of CutMix among mixed pairs, where mixup is on too."""
 
+    @model_validator(mode="after")
+    def _all_is_read(self) -> "LossConfig":
+        if not (self.mixup or self.cutmix):
+            self.refuse_idle("loss.mixup or loss.cutmix above 0", "mix_prob")
+        if not (self.mixup and self.cutmix):
+            self.refuse_idle("both loss.mixup and loss.cutmix above 0", "mix_switch_prob")
+        return self
+
 
 class SupervisedConfig(Section):
     """Learn the labels, by the loss of the section `loss`."""
@@ -88,6 +96,12 @@ class DistillConfig(Section):
     temperature: float = Field(1.0, gt=0)
     """What both logits are divided by before their soft probabilities are compared."""
 
+    @model_validator(mode="after")
+    def _all_is_read(self) -> "DistillConfig":
+        if self.kind == "hard":
+            self.refuse_idle('kind = "soft"', "temperature")
+        return self
+
 
 class OptimConfig(Section):
     """The optimiser, by timm's names and defaults."""
@@ -122,6 +136,12 @@ class OptimConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _all_is_read(self) -> "OptimConfig":
+        if self.lr_batch_size is None:
+            self.refuse_idle("optim.lr_batch_size, the batch that lr is meant for", "lr_scaling")
+        return self
+
     def arguments(self, batch_size: int) -> dict[str, Any]:
         """Those of `build_optimizer` for a global batch of `batch_size` images."""
         ratio = batch_size / (self.lr_batch_size or batch_size)
@@ -149,6 +169,14 @@ class ScheduleConfig(Section):
     """rsqrt: when the rate has fallen to 1/sqrt(2), counted from the end of the warm-up.
     Default: the length of the warm-up."""
 
+    @model_validator(mode="after")
+    def _all_is_read(self) -> "ScheduleConfig":
+        if self.name not in ("wsd", "rsqrt"):
+            self.refuse_idle('schedule.name = "wsd" or "rsqrt"', "decay", "decay_shape")
+        if self.name != "rsqrt":
+            self.refuse_idle('schedule.name = "rsqrt"', "timescale_epochs")
+        return self
+
 
 class EmaConfig(Section):
     """Exponential moving average of the weights; it is evaluated and exported beside them."""
@@ -162,6 +190,14 @@ class EmaConfig(Section):
     """gamma of the warm-up."""
     warmup_power: float = Field(2 / 3, gt=0)
     """power of the warm-up: 2/3 reaches 0.999 after 31,600 steps, 3/4 after 10,000."""
+
+    @model_validator(mode="after")
+    def _all_is_read(self) -> "EmaConfig":
+        if self.decay is None:
+            self.refuse_idle("ema.decay, such as 0.9999", "warmup", "warmup_gamma", "warmup_power")
+        if not self.warmup:
+            self.refuse_idle("ema.warmup = true", "warmup_gamma", "warmup_power")
+        return self
 
 
 class CapacityConfig(Section):
@@ -200,6 +236,16 @@ class CapacityConfig(Section):
             raise ValueError(
                 f"capacity.schedule = '{self.schedule}' needs start and end that differ"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _all_is_read(self) -> "CapacityConfig":
+        if self.schedule == "none":
+            self.refuse_idle('capacity.schedule = "anneal" or "sample"', "start", "end", "levels")
+        if self.schedule != "anneal":
+            self.refuse_idle('capacity.schedule = "anneal"', "until", "shape")
+        if self.factors:
+            self.refuse_idle("capacity.factors = null", "start", "end", "levels")
         return self
 
 

@@ -142,12 +142,12 @@ class PrecisionConfig(Section):
 class RunConfig(Section):
     """The sections this package owns; `train.py` adds `data`."""
 
-    name: str = Field(pattern=r"^[\w.-]+$")
-    """Name of the run and of its folder."""
+    name: str = Field(pattern=r"^\w[\w.-]*$")
+    """Name of the run and of its folder: letters, digits, '_', and behind the first '.' and '-'."""
     about: AboutConfig = Field(default_factory=AboutConfig)
     output_dir: str | None = None
     """Run folder. Default: runs/NAME."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=1 << 64)  # torch takes no more
     """Seed of weights, sample order and augmentation."""
     model: ModelConfig
     train: TrainConfig

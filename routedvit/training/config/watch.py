@@ -152,6 +152,12 @@ class GuardConfig(Section):
     max_spikes: int | None = Field(None, gt=0)
     """Spikes in a row after which the run goes back; null: as many as max_bad_steps."""
 
+    @model_validator(mode="after")
+    def _all_is_read(self) -> Self:
+        if self.spike_sigmas is None:
+            self.refuse_idle("guard.spike_sigmas, such as 6", "spike_window", "max_spikes")
+        return self
+
 
 class WandbConfig(Section):
     """Weights & Biases; needs `pip install wandb` and `wandb login`."""

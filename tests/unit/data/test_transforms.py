@@ -71,8 +71,6 @@ def test_a_position_is_augmented_the_same_whenever_it_is_met(augment, channels):
         ({"auto_augment": "rand-m9.5"}, "'rand-m9.5' is no policy of timm"),
         ({"auto_augment": "random"}, "'random' is no policy of timm;"),
         ({"auto_augment": "augmix-q3"}, "'augmix-q3' is no policy of timm"),
-        ({"auto_augment": "3a", "mode": "light"}, "'light' would ignore it; change the mode"),
-        ({"auto_augment": "3a", "mode": "none"}, "'none' would ignore it"),
     ],
     ids=str,
 )

@@ -179,6 +179,8 @@ def test_what_would_do_harm_or_nothing_is_refused_with_the_reason(path):
         "bf16.check_grad_overflow": False,
         "fp16.loss_scale": 4096,
         "zero_optimization.offload_optimizer.ratio": 0.5,
+        "gradient_allreduce_op": "sum",
+        "gradient_predivide_factor": 0,
     }
     user = harmful.get(path, True)
     for name in reversed(path.split(".")):
@@ -195,7 +197,22 @@ def test_what_would_do_harm_or_nothing_is_refused_with_the_reason(path):
         {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 1.0}}},
         {"compile": {"deepcompile": False}, "zero_optimization": {"offload_optimizer": None}},
         {"fp16": {"loss_scale": 0}, "checkpoint": {"tag_validation": "Fail"}},
+        {"gradient_allreduce_op": "mean", "prescale_gradients": True},
+        {"zero_optimization": {"stage": 1}, "gradient_predivide_factor": 4},
+        {"zero_optimization": {"stage": 3}, "gradient_predivide_factor": 1.0},
     ],
 )
 def test_values_that_do_no_harm_pass(user):
     assert resolve(user)
+
+
+def test_stage_3_takes_no_factor_that_gradients_would_be_divided_by_twice():
+    zero = {"stage": 3, "reduce_scatter": False}
+    with pytest.raises(ConfigError, match=r"deepspeed\.gradient_predivide_factor = 4: under ZeRO"):
+        resolve({"zero_optimization": zero, "gradient_predivide_factor": 4})
+
+
+@pytest.mark.parametrize("op", ["sum", "SUM", None])
+def test_gradients_are_averaged_so_that_the_update_knows_no_number_of_ranks(op):
+    with pytest.raises(ConfigError, match=r"deepspeed\.gradient_allreduce_op = .* delete it"):
+        resolve({"gradient_allreduce_op": op})

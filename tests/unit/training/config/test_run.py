@@ -66,6 +66,15 @@ def test_set_overrides_nested_keys_with_json_values(path: str) -> None:
         ("train.batch_size=-1", ["train.batch_size", "greater than 0"]),
         ("train.steps=7", ["exactly one of train.epochs and train.steps"]),
         ("loss.name=hinge", ["loss.name", "'softmax' or 'bce'"]),
+        ("train.epochs=Infinity", ["train.epochs = Infinity: input should be a finite number"]),
+        ("optim.lr=1e999", ["optim.lr = Infinity: input should be a finite number"]),
+        ("schedule.min_lr=NaN", ["schedule.min_lr = NaN: input should be a finite number"]),
+        ("optim.betas=[0.9, Infinity]", ["optim.betas = Infinity: input should be a finite"]),
+        (f"seed={1 << 64}", [f"seed = {1 << 64}: input should be less than {1 << 64}"]),
+        ("name=..", ['name = "..": string should match pattern']),
+        ("name=-x", ['name = "-x": string should match pattern']),
+        ("name=a/b", ['name = "a/b": string should match pattern']),
+        ("log.profile_steps=[1]", ["log.profile_steps = [1]: value 2 is missing; add it"]),
         ("optim.betas=1", ["optim.betas = 1: input should be a valid array"]),
         ("train.grad_clip=no", ['train.grad_clip = "no": input should be a valid number']),
         ("optim.lr", ["--set optim.lr", "section.key=value"]),
@@ -89,6 +98,12 @@ def test_mistake_names_field_and_mend(path: str, override: str, words: list[str]
     assert "\n" not in text
     for word in words:
         assert word in text
+
+
+@pytest.mark.parametrize("name", ["x", "_", "7.b-2", "größe", "a..b"])
+def test_names_that_a_folder_can_have(path: str, name: str) -> None:
+    overrides = [f'name="{name}"', f"seed={(1 << 64) - 1}"]
+    assert load_config(RunConfig, path, overrides).folder == f"runs/{name}"
 
 
 def test_missing_required_key_is_named(path: str) -> None:
