@@ -262,6 +262,7 @@ class Trainer:
             images_per_second=self.meter.average(),
             skipped_steps=state.skipped_steps,
             checkpoint=self.checkpoints.path_of(state.step),
+            steps=self.meter.steps,
             seconds=time.perf_counter() - self.began,
             data_wait_share=self.meter.average_wait(),
         )

@@ -31,9 +31,10 @@ def closing(result: Summary, folder: RunFolder) -> str:
     rows = []
     for name, value in result.best.items():
         rows.append((f"best {name}", f"{value:.4f}" if name.endswith("loss") else f"{value:.2f} %"))
+    if result.steps:
+        rows.append(("time", duration(result.seconds)))
     if result.images_per_second:
         wait = f"{result.data_wait_share:.1%} of it waiting for data"
-        rows.append(("time", duration(result.seconds)))
         rows.append(("throughput", f"{result.images_per_second:,.0f} images/s, {wait}"))
     if result.skipped_steps:
         rows.append(("skipped steps", str(result.skipped_steps)))
@@ -43,7 +44,7 @@ def closing(result: Summary, folder: RunFolder) -> str:
         *([("averaged weights", str(folder.ema_weights))] if folder.ema_weights.exists() else []),
         ("TensorBoard", str(folder.path)),
     ]
-    title = "finished" if result.images_per_second else "already finished (--fresh starts over)"
+    title = "finished" if result.steps else "already finished (--fresh starts over)"
     return summary(
         f"{title}: {result.step:,} steps", rows, f"tensorboard --logdir {folder.path.parent}"
     )
