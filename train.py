@@ -170,7 +170,7 @@ def run_in(
         return REQUEUE_EXIT_CODE
     with patience.busy():
         export(config, parts.engine, parts.image_format, folder)
-    console.print(closing(result, folder))
+    console.print(closing(result, folder, config.train.batch_size))
     return 0
 
 

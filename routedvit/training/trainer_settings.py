@@ -37,6 +37,7 @@ class Summary:
     steps: int = 0  # done by this call; 0: the run had come to its end before
     seconds: float = 0.0  # of this call, everything included
     data_wait_share: float = 0.0  # of the time in steps
+    spent: dict[str, float] = dataclasses.field(default_factory=dict)  # see `Spent.total`
 
 
 def write_status(folder: Path, status: str, step: int) -> None:

@@ -27,7 +27,7 @@ def test_a_start_that_trained_is_not_told_to_have_found_the_run_finished(
     left: int, title: str, timed: bool, measured: bool, tmp_path: Path
 ) -> None:
     state = RunState(step=6 - left, samples_seen=4 * (6 - left))
-    text = closing(trainer(tmp_path, FakeEngine(), Sink(), state).fit(), RunFolder(tmp_path))
+    text = closing(trainer(tmp_path, FakeEngine(), Sink(), state).fit(), RunFolder(tmp_path), 4)
     assert text.splitlines()[1] == title
     assert (" time " in text) == timed
     assert ("images/s" in text) == measured
