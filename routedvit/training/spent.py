@@ -1,8 +1,7 @@
 """What a run has cost over all its starts, kept in its checkpoints: steps, time and device-hours.
 
 A start that is killed loses the time since its last checkpoint, as it loses the steps. What a run
-that began from another's checkpoint, or before this was kept, had cost until then does
-not count.
+that began from another's checkpoint, or before this was kept, had cost until then does not count.
 """
 
 import time
