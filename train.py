@@ -176,7 +176,7 @@ def run_in(
         again = "the same command without --fresh" if args.fresh else "the same command"
         console.print(f"stopped at step {result.step}{saved}; {again} goes on")
         return REQUEUE_EXIT_CODE
-    console.print(closing(result, folder))
+    console.print(closing(result, folder, config.train.batch_size))
     return 0
 
 

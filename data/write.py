@@ -137,7 +137,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--resize",
         type=whole(1),
-        help="shrink the shorter side to this; those images are encoded anew",
+        help="shrink the shorter side to this; what shrinks, or EXIF turns, is encoded anew",
     )
     parser.add_argument("--encode", choices=("jpg", "png", "webp"), help="encode all images so")
     parser.add_argument(

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from routedvit.training.checkpoints.manifest import numbered
+from routedvit.training.checkpoints.manifest import numbered, replace_text
 from routedvit.training.checkpoints.ownership import Owner, refuse_beside_the_living, take
 from routedvit.training.checkpoints.shelf import names_in
 from routedvit.training.config.differences import describe_differences, differences, is_free
@@ -159,11 +159,27 @@ def earlier_config(folder: RunFolder, *, fresh: bool, resume: Path | None) -> di
 
 
 def _own_config(folder: RunFolder) -> dict[str, Any] | None:
-    """That of the run in the folder; None without a checkpoint that another recipe could spoil."""
+    """That of the run in the folder; None without a checkpoint that another recipe could spoil.
+
+    A config.json that was cut, when a machine lost power, is made up for by the newest checkpoint
+    that says.
+
+    Raises:
+        ConfigError: neither tells.
+    """
     if not (folder.config.exists() and folder.has_checkpoint()):
         return None
-    config: dict[str, Any] = json.loads(folder.config.read_text(encoding="utf-8"))["config"]
-    return config
+    text = folder.config.read_bytes()  # what the disk refuses is no damage
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        config: dict[str, Any] = json.loads(text)["config"]
+        return config
+    for name in reversed(names_in(folder.checkpoints)):
+        if saved := _saved_config(folder.checkpoints / name):
+            return saved
+    raise ConfigError(
+        f"{folder.config} is damaged and no checkpoint beside it says what its config was; put a "
+        "copy back, or delete the file, and the run goes on with the config of this start"
+    )
 
 
 def _named(folder: RunFolder, checkpoint: Path) -> Path:
@@ -207,9 +223,7 @@ def claim(folder: RunFolder, config: dict[str, Any], *, free: tuple[str, ...] = 
             )
     folder.path.mkdir(parents=True, exist_ok=True)
     record = {"config": config, "git_revision": git_revision(), "versions": versions()}
-    part = folder.config.with_suffix(".part")
-    part.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    part.replace(folder.config)
+    replace_text(folder.config, json.dumps(record, indent=2) + "\n")
 
 
 def check_same_data(folder: RunFolder, before: tuple[str, str], now: tuple[str, str]) -> None:

@@ -35,6 +35,7 @@ from routedvit.training.interfaces import (
     TrainLoader,
 )
 from routedvit.training.recipe.schedules import Schedules
+from routedvit.training.spent import Spent
 from routedvit.training.trainer_settings import Summary, TrainerSettings, write_status
 from routedvit.training.watch.gauges import ForwardCounter
 from routedvit.training.watch.meter import Meter
@@ -96,7 +97,7 @@ class Trainer:
         self.settings = settings
         self.state = state
         self.profiler = profiler
-        self.began = 0.0
+        self.spent = Spent(state.spent, engine.world_size)
         self.save_is_due = False  # since a step that had to be passed over
         self.signals = signals
         self.patience = patience or Patience()  # a new one waits for ever
@@ -121,7 +122,6 @@ class Trainer:
         """
         settings = self.settings
         first, total = self.state.step + 1, settings.total_steps
-        self.began = time.perf_counter()
         self.progress.start(self.state.step, total)
         self.note("running")
         stop = self.stop_wanted()  # while the run was built or loaded
@@ -212,6 +212,7 @@ class Trainer:
         self.save_is_due = False
         self.writer.flush()  # a resume from here goes on where the curves end
         self.state.guard = self.guard.state()
+        self.state.spent = self.spent.total(self.meter.steps)
         try:
             with self.patience.busy():
                 self.checkpoints.save(self.state, bad_since=self.bad_since())
@@ -268,7 +269,9 @@ class Trainer:
             images_per_second=self.meter.average(),
             skipped_steps=state.skipped_steps,
             checkpoint=self.checkpoints.path_of(state.step),
-            seconds=time.perf_counter() - self.began,
+            steps=self.meter.steps,
+            seconds=self.spent.seconds(),
+            spent=self.spent.total(self.meter.steps),
             data_wait_share=self.meter.average_wait(),
         )
 

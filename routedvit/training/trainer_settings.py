@@ -31,11 +31,13 @@ class Summary:
     step: int
     finished: bool  # False: a signal stopped the run; start it again to go on
     best: dict[str, float]
-    images_per_second: float  # of the whole world while training; 0 if there was nothing to do
+    images_per_second: float  # of the whole world, without the first step; 0 up to one step
     skipped_steps: int
     checkpoint: Path
+    steps: int = 0  # done by this call; 0: the run had come to its end before
     seconds: float = 0.0  # of this call, everything included
     data_wait_share: float = 0.0  # of the time in steps
+    spent: dict[str, float] = dataclasses.field(default_factory=dict)  # see `Spent.total`
 
 
 def write_status(folder: Path, status: str, step: int) -> None:

@@ -196,7 +196,7 @@ class Checkpoints:
         state = self._load(folder)
         state.guard |= {"returns": 0}
         if not self._is_own(folder):  # what another run measured, maybe on other images
-            state.best, state.metrics, state.evaluated = {}, {}, []
+            state.best, state.metrics, state.evaluated, state.spent = {}, {}, [], {}
             self._note_origin(folder, state)
         return state
 

@@ -35,6 +35,7 @@ class RunState:
     evaluated: list[str] = dataclasses.field(default_factory=list)  # evaluators that did so
     skipped_steps: int = 0  # steps whose loss or gradient was not finite
     guard: dict[str, Any] = dataclasses.field(default_factory=dict)  # see `Guard.state`
+    spent: dict[str, float] = dataclasses.field(default_factory=dict)  # see `Spent.total`
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     data: str = ""  # the training shards, in a line; empty in checkpoints that did not say
     held_out: str = ""  # likewise those that metrics are measured on; empty if there are none

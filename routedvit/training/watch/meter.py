@@ -25,6 +25,11 @@ class Meter:
         self._seconds += seconds
         self._waited += waited
 
+    @property
+    def steps(self) -> int:
+        """All that were added, also those that a return to a checkpoint repeats."""
+        return self._all_steps
+
     def read(self) -> tuple[float, float]:
         """(images per second, share waited in [0, 1]) since the last call."""
         rate = self._steps * self._batch_size / self._seconds

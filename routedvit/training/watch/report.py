@@ -1,5 +1,7 @@
 """The words around a run on the console: what begins, how it ended, what to type next."""
 
+from collections.abc import Mapping
+
 from routedvit.training.config.run import RunConfig
 from routedvit.training.run_folder import RunFolder
 from routedvit.training.trainer import Trainer
@@ -26,15 +28,18 @@ def opening(config: RunConfig, trainer: Trainer) -> str:
     )
 
 
-def closing(result: Summary, folder: RunFolder) -> str:
+def closing(result: Summary, folder: RunFolder, batch_size: int) -> str:
     """The summary block of a finished run."""
     rows = []
     for name, value in result.best.items():
         rows.append((f"best {name}", f"{value:.4f}" if name.endswith("loss") else f"{value:.2f} %"))
+    if result.steps:
+        rows.append(("time", duration(result.seconds)))
     if result.images_per_second:
         wait = f"{result.data_wait_share:.1%} of it waiting for data"
-        rows.append(("time", duration(result.seconds)))
         rows.append(("throughput", f"{result.images_per_second:,.0f} images/s, {wait}"))
+    if result.steps and result.spent["starts"] > 1:
+        rows.append(("over all starts", over_all_starts(result.spent, batch_size)))
     if result.skipped_steps:
         rows.append(("skipped steps", str(result.skipped_steps)))
     rows += [
@@ -43,7 +48,17 @@ def closing(result: Summary, folder: RunFolder) -> str:
         *([("averaged weights", str(folder.ema_weights))] if folder.ema_weights.exists() else []),
         ("TensorBoard", str(folder.path)),
     ]
-    title = "finished" if result.images_per_second else "already finished (--fresh starts over)"
+    title = "finished" if result.steps else "already finished (--fresh starts over)"
     return summary(
         f"{title}: {result.step:,} steps", rows, f"tensorboard --logdir {folder.path.parent}"
+    )
+
+
+def over_all_starts(spent: Mapping[str, float], batch_size: int) -> str:
+    """'3 starts, 1:02:03, 8.3 device-hours, 1,234 images/s with all that is no step'."""
+    rate = spent["steps"] * batch_size / spent["seconds"]
+    return (
+        f"{spent['starts']:.0f} starts, {duration(spent['seconds'])}, "
+        f"{spent['device_seconds'] / 3600:,.1f} device-hours, "
+        f"{rate:,.0f} images/s with all that is no step"
     )

@@ -106,6 +106,38 @@ def test_the_same_shards_of_a_mixture_may_lie_elsewhere_too(folder: RunFolder) -
         claim(folder, with_data(train=moved[:1]), free=FREE)
 
 
+@pytest.mark.parametrize("left", [b"", b'{"config": {"seed"', b"[]", b"\xff\x00"])
+def test_a_cut_config_is_taken_from_the_newest_checkpoint_that_says(left, folder) -> None:
+    saved_run(folder)
+    (folder.checkpoints / "step_00000002").mkdir()  # damaged itself
+    folder.config.write_bytes(left)
+    with pytest.raises(ConfigError, match=r"config\.json is damaged .* put a copy back, or delete"):
+        claim(folder, CONFIG)
+    assert folder.config.read_bytes() == left
+    saved = folder.checkpoints / "step_00000001" / "run_state.json"
+    saved.write_text(json.dumps({"config": CONFIG}))
+    assert earlier_config(folder, fresh=False, resume=None) == json.loads(json.dumps(CONFIG))
+    with pytest.raises(ConfigError, match=r"seed was 0, is 1"):
+        claim(folder, CONFIG | {"seed": 1})
+    claim(folder, CONFIG)
+    assert json.loads(folder.config.read_text())["config"]["seed"] == 0
+
+
+def test_the_config_is_on_disk_before_it_takes_the_place_of_an_earlier_one(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim(folder, CONFIG)
+    before = folder.config.read_bytes()
+
+    def fail(descriptor: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        claim(folder, CONFIG | {"seed": 1})
+    assert folder.config.read_bytes() == before
+
+
 def test_starting_over_moves_the_old_run_aside(folder: RunFolder) -> None:
     claim(folder, CONFIG)
     moved = move_aside(folder)

@@ -95,12 +95,13 @@ def test_a_checkpoint_of_another_run_begins_a_new_one_only(engine, tmp_path):
 def test_what_another_run_measured_is_not_the_new_ones(engine, tmp_path):
     """It may have been measured on other images, and its best is no checkpoint of this run."""
     state = RunState(5, 40, best={"val/top1": 90.0}, metrics={"val/top1": 90.0}, evaluated=["x"])
+    state.spent = {"starts": 1}
     Checkpoints(tmp_path / "old", engine, keep=3).save(state)
     own = Checkpoints(tmp_path / "old", engine, keep=3).load_named(Path("step_00000005"))
-    assert own.best == {"val/top1": 90.0}
+    assert (own.best, own.spent) == ({"val/top1": 90.0}, {"starts": 1})
     source = tmp_path / "old" / "step_00000005"
     fork = Checkpoints(tmp_path / "new", engine, keep=3).load_named(source)
-    assert (fork.best, fork.metrics, fork.evaluated) == ({}, {}, [])
+    assert (fork.best, fork.metrics, fork.evaluated, fork.spent) == ({}, {}, [], {})
     origin = json.loads((tmp_path / "new" / "origin.json").read_text())
     assert origin == {"checkpoint": str(source), "step": 5, "position": 40}
     Checkpoints(tmp_path / "new", engine, keep=3).load_newest()  # a start that begins at 0
