@@ -19,7 +19,7 @@ help:  ## show this list
 # DeepSpeed is source only and looks at the installed torch while it installs: torch first, and no
 # build isolation. DS_BUILD_OPS=0: nothing of it is compiled, here or at the first step.
 $(VENV)/train.stamp: pyproject.toml constraints.txt
-	@echo "installing into $(VENV) (torch and its CUDA libraries: about 6 GB, a few minutes)"
+	@echo "installing into $(VENV) (7 GB, most of it torch and its CUDA libraries: a few minutes)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) setuptools wheel
 	@$(PIP) torch torchvision

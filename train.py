@@ -35,7 +35,6 @@ from routedvit.training.checkpoints.retention import Retention
 from routedvit.training.config import run as training
 from routedvit.training.config.file import describe_keys, json_schema, load_config
 from routedvit.training.config.native import split_batch
-from routedvit.training.config.secrets import without_secrets
 from routedvit.training.determinism import be_deterministic
 from routedvit.training.distributed.agreement import check_same_run
 from routedvit.training.distributed.collective import must_agree, together
@@ -58,6 +57,7 @@ from routedvit.training.repeated import Wish
 from routedvit.training.run_folder import RunFolder
 from routedvit.training.watch.console import Console
 from routedvit.training.watch.report import closing, opening
+from routedvit.training.watch.secrets import without_secrets
 
 MISTAKES = (training.ConfigError, DataError)  # which the user can mend
 # Code outside the package; all machines must have the same.

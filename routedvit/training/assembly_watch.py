@@ -8,7 +8,6 @@ from timm.data import resolve_input_data_config
 from torch import nn
 
 from routedvit.training.config.run import ConfigError, RunConfig
-from routedvit.training.config.secrets import without_secrets
 from routedvit.training.engine import Engine
 from routedvit.training.evaluators import build_evaluators
 from routedvit.training.evaluators.held_out_loss import HeldOutLoss
@@ -24,6 +23,7 @@ from routedvit.training.watch.gauges import (
 from routedvit.training.watch.metrics import flat_hparams
 from routedvit.training.watch.reconstruction import ReconstructionMonitor
 from routedvit.training.watch.routing_monitor import RoutingMonitor
+from routedvit.training.watch.secrets import without_secrets
 
 OPTIONAL = ("knn", "linear_probe", "capacities", "throughput")  # evaluators of the section eval
 # Sections that change nothing about how good a run gets.

@@ -27,7 +27,6 @@ from torch import nn
 from routedvit.training.assembly_watch import build_run_evaluators
 from routedvit.training.checkpoints.stored_weights import find, load, title, weights_in
 from routedvit.training.config.run import ConfigError, PrecisionConfig, RunConfig
-from routedvit.training.config.secrets import without_secrets
 from routedvit.training.distributed.collective import on_rank_zero
 from routedvit.training.distributed.world import World
 from routedvit.training.evaluators import record
@@ -37,6 +36,7 @@ from routedvit.training.precision import DTYPES
 from routedvit.training.run_folder import RunFolder, first_free
 from routedvit.training.watch.console import Console
 from routedvit.training.watch.metrics import FanOutWriter
+from routedvit.training.watch.secrets import without_secrets
 
 T = TypeVar("T")
 

@@ -35,7 +35,7 @@ from routedvit.training.provenance import git_revision, versions
 # machines, never which numbers the run computes (up to rounding, and to which images drop-path and
 # dropout draw).
 FREE_ON_RESUME = (
-    "about", "output_dir", "eval", "checkpoint", "guard", "log", "deepspeed",
+    "name", "about", "output_dir", "eval", "checkpoint", "guard", "log", "deepspeed",
     "train.micro_batch_size", "train.grad_checkpointing",
 )  # fmt: skip
 

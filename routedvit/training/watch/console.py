@@ -37,7 +37,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, NoReturn, TextIO
 
-from routedvit.training.config.secrets import without_secrets
+from routedvit.training.watch.secrets import without_secrets
 
 USER_ERROR_CODE = 2
 CRASH_CODE = 1

@@ -44,6 +44,13 @@ def saved_run(folder: RunFolder) -> None:
     (folder.checkpoints / "step_00000001").mkdir(parents=True)
 
 
+def test_a_folder_that_was_moved_goes_on_under_its_new_name(folder: RunFolder) -> None:
+    claim(folder, CONFIG | {"name": "before"})
+    (folder.checkpoints / "step_00000001").mkdir(parents=True)
+    claim(folder, CONFIG | {"name": "after"})
+    assert json.loads(folder.config.read_text())["config"]["name"] == "after"
+
+
 def test_a_run_that_saved_nothing_may_be_mended(folder: RunFolder) -> None:
     claim(folder, CONFIG)
     claim(folder, CONFIG | {"seed": 1})

@@ -2,7 +2,7 @@
 
 import pytest
 
-from routedvit.training.config.secrets import without_secrets
+from routedvit.training.watch.secrets import without_secrets
 
 
 @pytest.mark.parametrize(
