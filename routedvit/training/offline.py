@@ -36,7 +36,7 @@ from routedvit.training.precision import DTYPES
 from routedvit.training.run_folder import RunFolder, first_free
 from routedvit.training.watch.console import Console
 from routedvit.training.watch.metrics import FanOutWriter
-from routedvit.training.watch.secrets import without_secrets
+from routedvit.training.watch.secrets import command_line, without_secrets
 
 T = TypeVar("T")
 
@@ -60,7 +60,7 @@ def evaluate_offline(
     if loaders is None:
         raise ConfigError("--evaluate needs images: name shards in data.val.shards")
     path = on_rank_zero(lambda: find(checkpoint, folder))
-    console.log_to(folder.evaluated / "logs" / f"rank_{world.rank}.log")
+    console.log_to(folder.evaluated / "logs" / f"rank_{world.rank}.log", command_line())
     console.print(f"evaluating {path} on {world.size} x {world.device.type}")
     objective, whole = stored_objective(config, model, path)
     evaluators = build_run_evaluators(config, objective, loaders, 1, with_loss=whole)

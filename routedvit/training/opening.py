@@ -16,6 +16,7 @@ from routedvit.training.provenance import versions
 from routedvit.training.repeated import Wish, note, still_wanted
 from routedvit.training.run_folder import RunFolder, check_same_data, earlier_config, open_folder
 from routedvit.training.watch.console import Console
+from routedvit.training.watch.secrets import command_line
 
 
 def wish_of(asked: Wish, folder: RunFolder, tell: Callable[[str], None]) -> Wish:
@@ -83,7 +84,7 @@ def open_run(
     opened, owner = on_rank_zero(claims)
     console.print(opened)
     check_shared_folder(folder.path)
-    console.log_to(folder.logs / f"rank_{engine.rank}.log")
+    console.log_to(folder.logs / f"rank_{engine.rank}.log", command_line())
     checkpoints = Checkpoints(
         folder.checkpoints, engine, keep=retention, owner=owner, tell=console.print
     )

@@ -37,8 +37,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, NoReturn, TextIO
 
-from routedvit.training.watch.secrets import without_secrets
-
 USER_ERROR_CODE = 2
 CRASH_CODE = 1
 INTERRUPT_CODE = 128 + signal.SIGINT
@@ -86,8 +84,10 @@ class Console:
         faulthandler.enable()  # a segmentation fault leaves its Python stack in the log
         return self
 
-    def log_to(self, path: Path) -> None:
-        """From now on the log is `path` (appended to); what was caught so far goes there first."""
+    def log_to(self, path: Path, command: str = "") -> None:
+        """From now on the log is `path` (appended to), where `command` begins this start's part;
+        what was caught so far goes there first.
+        """
         self.log_path = path
         if self._pending is None:
             return
@@ -96,7 +96,6 @@ class Console:
         self._pending.seek(0)
         with path.open("ab", buffering=0) as log:
             with contextlib.suppress(OSError):  # a full disk
-                command = without_secrets(" ".join(sys.argv))
                 title = f"=== {datetime.now():%Y-%m-%d %H:%M:%S}  {command}\n"
                 log.write(title.encode())
                 shutil.copyfileobj(self._pending, log)

@@ -5,6 +5,7 @@ first line of every log.
 """
 
 import re
+import sys
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -12,6 +13,11 @@ T = TypeVar("T")
 HIDDEN = "***"  # `data.remote` refuses to fetch a URL that has it
 USER = re.compile(r"(?<=://)[^/@\s\"']+(?=@)")
 QUERY = re.compile(r"(https?://[^?\s\"']*\?)[^\s\"']+")
+
+
+def command_line() -> str:
+    """What this process was started with, as logs may tell it."""
+    return without_secrets(" ".join(sys.argv))
 
 
 def without_secrets(value: T) -> T:
