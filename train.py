@@ -48,7 +48,7 @@ from routedvit.training.dry_run import rehearse, resolve_machine
 from routedvit.training.engine.processes import seconds_to_wait
 from routedvit.training.export_checkpoint import export_checkpoint
 from routedvit.training.interfaces import EvalLoaders, Evaluator
-from routedvit.training.model import create_model
+from routedvit.training.model import check_labels, create_model
 from routedvit.training.offline import evaluate_offline
 from routedvit.training.opening import keep_order, open_run, wish_of
 from routedvit.training.out_of_memory import out_of_memory
@@ -145,6 +145,7 @@ def run_in(
         return evaluate_offline(
             config, model, world, held_out, checkpoint=args.evaluate, folder=folder, console=console
         )
+    check_labels(config.objective, train.shards.num_classes)
     asked = Wish(args.resume, args.fresh)
     wish = wish_of(asked, folder, console.print)
     keep_order(config.data, folder, wish, console.print)

@@ -19,7 +19,7 @@ from routedvit.training.config.native import split_batch, zero_stage
 from routedvit.training.config.run import ConfigError, RunConfig
 from routedvit.training.interfaces import EvalLoaders
 from routedvit.training.memory import gib, readable
-from routedvit.training.model import check_num_classes
+from routedvit.training.model import check_labels, check_num_classes
 from routedvit.training.recipe.capacity import scheduled
 from routedvit.training.rehearsal import (
     Compute,
@@ -89,6 +89,7 @@ def rehearse(config: RunConfig, data: Any, machine: Machine, *, search: bool) ->
     num_classes = ASSUMED_CLASSES if known is None else known
     kwargs.setdefault("num_classes", num_classes * config.objective.classifies)
     # Of the data: what is built below goes by the model's.
+    check_labels(config.objective, num_classes)
     check_num_classes(config.model, num_classes * config.objective.classifies)
     yield f"{config.name}: {config.model.name} on {machine.world_size} ranks (nothing is started)"
     if data.missing:

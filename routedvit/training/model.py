@@ -17,7 +17,10 @@ from safetensors import SafetensorError
 from torch import nn
 
 from routedvit.training.config.base import one_line
+from routedvit.training.config.recipe import DistillConfig, MaskedConfig, SupervisedConfig
 from routedvit.training.config.run import ConfigError, ModelConfig
+
+Objective = SupervisedConfig | MaskedConfig | DistillConfig
 
 # What constructors raise at an argument that they cannot use, and what reading weights raises.
 UNFIT = (TypeError, ValueError, AssertionError, KeyError, ZeroDivisionError, RuntimeError)
@@ -62,13 +65,18 @@ def check_name(name: str) -> None:
         ) from error
 
 
-def check_num_classes(config: ModelConfig, num_classes: int) -> None:
-    """Refuse a model of fewer classes than the data set's `num_classes`, or one class to learn."""
-    if num_classes == 1:
+def check_labels(objective: Objective, num_classes: int) -> None:
+    """Refuse labels of one class where they are to be learned: their loss is zero by itself."""
+    if num_classes == 1 and objective.reads_labels:
         raise ConfigError(
             "objective.name: the data set has one class, so there is nothing to learn from its "
-            "labels; images without labels are for objective.name = 'mae'"
+            "labels; images without labels are for objective.name = 'mae', or 'distill' with "
+            "alpha = 1"
         )
+
+
+def check_num_classes(config: ModelConfig, num_classes: int) -> None:
+    """Refuse a model of fewer classes than the data set's `num_classes`."""
     given = config.kwargs.get("num_classes", num_classes)
     if isinstance(given, bool) or not isinstance(given, int):
         raise ConfigError(

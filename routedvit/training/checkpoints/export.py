@@ -53,9 +53,10 @@ def export_model(
         if engine.rank == 0:
             weights[key] = parameter.cpu().clone()
     if engine.rank == 0:
+        temporary = folder.with_name(f".{folder.name}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)  # of a start that was killed
         buffers = {key: buffer.cpu() for key, buffer in engine.model.named_buffers()}
         try:
-            temporary = folder.with_name(f".{folder.name}.tmp")
             write_model(
                 temporary, weights, buffers, name=name, kwargs=kwargs, data_config=data_config
             )

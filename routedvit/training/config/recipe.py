@@ -36,6 +36,7 @@ class SupervisedConfig(Section):
     """Learn the labels, by the loss of the section `loss`."""
 
     classifies: ClassVar[bool] = True  # whether the model has a classifier and top-1 a meaning
+    reads_labels: ClassVar[bool] = True
 
     name: Literal["supervised"] = "supervised"
     """Learn the labels, by the loss of the section `loss`."""
@@ -45,6 +46,7 @@ class MaskedConfig(Section):
     """Masked autoencoding (MAE, 2111.06377): tell the pixels of hidden patches. Needs no labels."""
 
     classifies: ClassVar[bool] = False
+    reads_labels: ClassVar[bool] = False
 
     name: Literal["mae"]
     """Hide most patches and learn to tell their pixels (MAE, 2111.06377); needs no labels."""
@@ -95,6 +97,11 @@ class DistillConfig(Section):
     """Weight of the teacher; the labels have the rest."""
     temperature: float = Field(1.0, gt=0)
     """What both logits are divided by before their soft probabilities are compared."""
+
+    @property
+    def reads_labels(self) -> bool:
+        """Whether the labels have any weight."""
+        return self.alpha < 1
 
     @model_validator(mode="after")
     def _all_is_read(self) -> "DistillConfig":

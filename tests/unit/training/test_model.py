@@ -1,13 +1,15 @@
 """The run config's model is built through timm, seeded, and refused in words when it cannot be."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from routedvit.training.config.recipe import DistillConfig, MaskedConfig, SupervisedConfig
 from routedvit.training.config.run import ConfigError, ModelConfig
-from routedvit.training.model import create_model, set_checkpointing
+from routedvit.training.model import check_labels, create_model, set_checkpointing
 
 SMALL = {"img_size": 32, "depth": 1}
 
@@ -32,9 +34,13 @@ def test_unknown_argument_is_named() -> None:
 
 
 def test_labels_of_one_class_teach_nothing() -> None:
-    config = ModelConfig(name="vit_tiny_patch16_224", kwargs=SMALL)
-    with pytest.raises(ConfigError, match=r"one class.*objective\.name = 'mae'"):
-        create_model(config, num_classes=1, seed=0)
+    distill: dict[str, Any] = {"name": "distill", "teacher": {"name": "vit_tiny_patch16_224"}}
+    for objective in (SupervisedConfig(), DistillConfig(**distill)):
+        check_labels(objective, 2)
+        with pytest.raises(ConfigError, match=r"one class.*objective\.name = 'mae'"):
+            check_labels(objective, 1)
+    check_labels(DistillConfig(**distill, alpha=1), 1)
+    check_labels(MaskedConfig(name="mae"), 1)
 
 
 def test_too_few_classes_are_refused() -> None:
