@@ -81,10 +81,14 @@ def read_manifest(path: Path) -> Manifest:
     try:
         content = path.read_bytes()
     except FileNotFoundError:
-        raise DataError(
-            f"{path.parent} has no {MANIFEST_NAME}; for shards made elsewhere, make it once with "
-            f"`python -m data.check --write-manifest '{path.parent}/*.tar'`"
-        ) from None
+        below = sorted(str(found.parent) for found in path.parent.glob(f"*/{path.name}"))
+        mend = f"name a set below it: {' or '.join(below)}"
+        if not below:
+            mend = (
+                "for shards made elsewhere, make it once with "
+                f"`python -m data.check --write-manifest '{path.parent}/*.tar'`"
+            )
+        raise DataError(f"{path.parent} has no {MANIFEST_NAME}; {mend}") from None
     return parse_manifest(content, str(path))
 
 

@@ -181,3 +181,11 @@ def test_where_a_source_ends_is_part_of_what_a_resumed_run_compares(make_set):
     assert fingerprint(names[:1], names[1:]) != fingerprint(names[:2], names[2:])
     assert "9 samples in 1 + 2 shards" in fingerprint(names[:1], names[1:])
     assert fingerprint(names) == resolve(names).digest()
+
+
+def test_a_folder_of_sets_is_told_which_they_are(tmp_path):
+    for name in ("val", "train"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text("{}")
+    with pytest.raises(DataError, match=r"name a set below it: \S+/train or \S+/val$"):
+        read_manifest(tmp_path / "manifest.json")
