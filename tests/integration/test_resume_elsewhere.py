@@ -128,8 +128,9 @@ def test_offline_evaluation_gives_what_the_run_logged(runs: Any) -> None:
         for name in (checkpoint, f"{checkpoint}.1")
     )
     assert logged.keys() > {"val/top1", "val/top5", "val/loss", "val/class_top1", "val/knn_top1"}
-    assert on_2 == logged
-    # one rank makes other batches, whose products may round differently
+    # Products of the same numbers may round differently: on one rank in other batches, and on two
+    # since weights lie elsewhere in memory (in the run within ZeRO's flat buffers, offline alone).
+    assert on_2 == pytest.approx(logged, rel=1e-6)
     assert on_1 == pytest.approx(logged, rel=1e-6)
     of_classes = (straight / "evaluation" / "val_per_class.csv").read_text()
     for name in (checkpoint, f"{checkpoint}.1"):
