@@ -9,7 +9,7 @@ checkpoints/  what a run leaves on disk and goes on from
 evaluators/   what is measured on held-out images
 watch/        what a person sees: console, TensorBoard, routing, gradients, speed
 
-Beside them: `assembly.py` makes these objects from the config, `dry_run.py` with `rehearsal.py`
-tells beforehand what a run takes, `offline.py` evaluates weights on disk, `guard.py` notices bad
-steps.
+Beside them: `assembly.py` makes these objects from the config, `opening.py` opens the folder of a
+run and goes on from what is there, `dry_run.py` with `rehearsal.py` tells beforehand what a run
+takes, `offline.py` evaluates weights on disk, `guard.py` notices bad steps.
 """
