@@ -251,6 +251,7 @@ def build_trainer(
             log_every=config.log.every_steps,
             checkpoint_every=config.checkpoint.every_steps,
             routing_every=config.log.routing_every_steps,
+            save_in_background=config.checkpoint.in_background,
             evaluate_raw=_evaluates_raw(config),
             evaluate_ema=_evaluates_average(config),
             gradients_every=config.log.gradients_every_steps,

@@ -91,6 +91,7 @@ class Trainer:
         self.monitor = monitor
         self.progress = progress
         self.checkpoints = checkpoints
+        checkpoints.tell_by(progress.message)  # does not tear the progress line
         self.guard = guard
         self.guard.restore(state.guard)
         self.schedules = schedules
@@ -132,6 +133,8 @@ class Trainer:
                 self.profiler.advance(self.state.step + 1)
             result = self.train_step(batches)
             self.patience.stepped(self.state.step)
+            if self.checkpoints.pending and not result.writing:
+                self.settle()
             collect_at(self.state.step)
             if self.guard.alarm:
                 batches = self.go_back()
@@ -145,7 +148,7 @@ class Trainer:
                 self.step_log.log_slowly(step)
             self.save_is_due |= step % settings.checkpoint_every == 0
             if last or (self.save_is_due and not self.guard.bad_steps):
-                self.save(must=last)
+                self.save(must=last, in_background=not stop and self.goes_on())
             stop = stop or self.evaluate_due()
             if not stop and (step % settings.routing_every == 0 or step == first or last):
                 self.watch_routing()
@@ -174,6 +177,7 @@ class Trainer:
             result = self.engine.train_step(
                 micro_batches,
                 stop=self.signals.wanted,
+                writing=self.checkpoints.pending.writing,
                 before_step=self.step_log.take_gradient_norms if norms_wanted else None,
             )
         state.step += 1
@@ -186,6 +190,7 @@ class Trainer:
 
     def go_back(self) -> Iterator[Batch]:
         """To the last checkpoint before the bad steps, and on with the data after them."""
+        self.settle()
         before, done = self.state, self.guard.returns
         if done >= self.guard.max_rollbacks:
             raise self.guard.give_up(f"the run has gone back {done} times")
@@ -207,7 +212,21 @@ class Trainer:
         )
         return self.batches()
 
-    def save(self, *, must: bool) -> None:
+    def goes_on(self) -> bool:
+        """Whether the next thing to do is a step, beside which a checkpoint may be written.
+
+        An evaluation is not: should it crash, the step that it is of must have been saved.
+        """
+        if self.state.step == self.settings.total_steps or self.evaluation.due(self.state):
+            return False
+        return self.settings.save_in_background
+
+    def settle(self) -> None:
+        """Make a checkpoint visible that was written in the background; wait for it if need be."""
+        with self.patience.busy():
+            self.checkpoints.settle()
+
+    def save(self, *, must: bool, in_background: bool = False) -> None:
         """Save a checkpoint; if the disk refuses one that need not be, warn and go on."""
         self.save_is_due = False
         self.writer.flush()  # a resume from here goes on where the curves end
@@ -215,7 +234,9 @@ class Trainer:
         self.state.spent = self.spent.total(self.meter.steps)
         try:
             with self.patience.busy():
-                self.checkpoints.save(self.state, bad_since=self.bad_since())
+                self.checkpoints.save(
+                    self.state, bad_since=self.bad_since(), in_background=in_background
+                )
         except SaveError as error:
             if must:
                 newest = next(reversed(self.checkpoints.names()), "the beginning")
@@ -229,6 +250,7 @@ class Trainer:
     def evaluate_due(self) -> bool:
         """Run the evaluators that are due, until a rank wants to stop; whether one did."""
         for evaluator in self.evaluation.due(self.state):
+            self.settle()
             if self.stop_wanted():  # an evaluation may take longer than a scheduler waits
                 return True
             self.evaluate(evaluator)

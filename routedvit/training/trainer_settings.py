@@ -19,6 +19,7 @@ class TrainerSettings:
     log_every: int
     checkpoint_every: int
     routing_every: int
+    save_in_background: bool = False
     evaluate_raw: bool = True
     evaluate_ema: bool = False  # on the averaged weights, under names that end in _ema
     gradients_every: int = 0  # gradient norms and step-time histogram; 0: never

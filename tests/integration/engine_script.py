@@ -8,8 +8,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import toy
@@ -22,6 +26,7 @@ from routedvit.training.checkpoints.run_state import RunState
 from routedvit.training.config.native import resolve_native_config, split_batch
 from routedvit.training.distributed.world import World
 from routedvit.training.engine import Engine, StepResult
+from routedvit.training.engine.state import TakenState
 from routedvit.training.evaluators.features import collect, feature_batches, gather
 from routedvit.training.trainer import seed_step
 from routedvit.training.watch.gauges import forward_flops
@@ -50,6 +55,19 @@ def make(world: World, stage: int, seed: int = 0) -> tuple[Engine, Any]:
     optimizer = toy.optimizer(objective.model, stage)
     engine = Engine(world, objective, optimizer, native)
     return engine, toy.schedule(optimizer)
+
+
+@contextmanager
+def on_a_slow_disk() -> Iterator[threading.Event]:
+    """Nothing is written before the event is set."""
+    disk, write = threading.Event(), TakenState.write
+
+    def late(state: TakenState, folder: Path) -> None:
+        assert disk.wait(300)
+        write(state, folder)
+
+    with patch.object(TakenState, "write", late):
+        yield disk
 
 
 def run(
@@ -125,7 +143,13 @@ def main(stage: int, out: Path) -> None:
     run(engine, schedule, range(2))
     checkpoints = Checkpoints(out / "resumed", engine, keep=2)
     checkpoints.save(RunState(step=1))  # an older one, to fall back on
-    checkpoints.save(RunState(step=2, samples_seen=2 * toy.BATCH, best={"val/top1": 12.5}))
+    middle = RunState(step=2, samples_seen=2 * toy.BATCH, best={"val/top1": 12.5})
+    with on_a_slow_disk() as disk:
+        checkpoints.save(middle, in_background=True)
+        run(engine, schedule, range(2, toy.STEPS))  # what is written must not follow
+        report["seen_too_early"] = checkpoints.path_of(2).exists()
+        disk.set()
+        checkpoints.settle()
 
     engine, schedule = make(world, stage, seed=99)
     checkpoints = Checkpoints(out / "resumed", engine, keep=2)

@@ -114,7 +114,7 @@ def run(world: World, name: str, stage: int, dtype: str, out: Path) -> dict[str,
             report["held_out"] = held_out(objective, world.rank, world.size)
     saved = out / f"state_{name}_{stage}"
     saved.mkdir(exist_ok=True)
-    engine.save_state(saved)
+    engine.take_state().write(saved)
     weights = {name: value.clone() for name, value in engine.full_parameters()}
     kwargs = {**toy.KWARGS, "num_classes": 0, "global_pool": "token"}
     if name == "mae" and stage == 3:

@@ -79,6 +79,10 @@ def test_resume_is_bit_identical(launched: Any) -> None:
     assert report["state"]["best"] == {"val/top1": 12.5}
 
 
+def test_a_checkpoint_in_the_background_is_not_seen_before_it_is_whole(launched: Any) -> None:
+    assert launched[2]["seen_too_early"] is False
+
+
 def test_only_the_newest_checkpoints_are_kept(launched: Any) -> None:
     _, out, report = launched
     assert report["kept"] == ["step_00000002", "step_00000004"]

@@ -163,6 +163,7 @@ def fit(
             seed=0,
             log_every=3,
             checkpoint_every=4,
+            save_in_background=True,
             routing_every=4,
         ),
         state=state,

@@ -9,9 +9,10 @@
                 origin.json, rollbacks.json    where it began and went back to, see rollbacks.py
     ../owner.json                              which start of the run may write, see ownership.py
 
-A checkpoint appears by one rename (commit.py). `latest` is replaced after that, so at every instant
-it names a complete one. After the rename nothing fails a save: what goes wrong with `latest` or
-with deleting old ones is told, and the next save tries again.
+A checkpoint appears by one rename (commit.py): at once or, if it is written in the background, when
+it is settled (pending.py). `latest` is replaced after that, so at every instant it names a complete
+one. After the rename nothing fails a save: what goes wrong with `latest` or with deleting old ones
+is told, and the next save tries again.
 
 A load checks every hash before anything is read, and nothing in a checkpoint is a pickle. A damaged
 checkpoint is named and moved aside, and the one before it is used. All ranks must see one file
@@ -26,6 +27,7 @@ from routedvit.training.checkpoints.commit import Commit
 from routedvit.training.checkpoints.fence import Fence
 from routedvit.training.checkpoints.manifest import step_name
 from routedvit.training.checkpoints.ownership import Owner
+from routedvit.training.checkpoints.pending import Pending
 from routedvit.training.checkpoints.progress import note_progress
 from routedvit.training.checkpoints.retention import Retention
 from routedvit.training.checkpoints.rollbacks import (
@@ -73,28 +75,52 @@ class Checkpoints:
         self.retention = Retention(keep) if isinstance(keep, int) else keep
         self.shelf = Shelf(folder, self.retention, tell)
         self.tell = tell
+        self.pending = Pending(self._welcome, tell)
 
-    def save(self, state: RunState, *, bad_since: int | None = None) -> Path:
+    def tell_by(self, tell: Callable[[str], None]) -> None:
+        """Tell what there is to tell by another function from now on."""
+        self.tell = self.shelf.tell = self.pending.tell = tell
+
+    def save(
+        self, state: RunState, *, bad_since: int | None = None, in_background: bool = False
+    ) -> Path:
         """Write the checkpoint of `state.step`; a step that is already saved is left alone.
 
         Args:
             state: what to save.
             bad_since: the first of the present bad steps; the newest one before it stays.
+            in_background: return once there is a copy of it in the memory of the host, which a
+                thread writes; `settle` makes it visible. Not while there are bad steps.
 
         Raises:
             SaveError: the disk is full or fails; nothing is left of it and the others are whole.
         """
+        self.pending.make_room()
         final = self.path_of(state.step)
         self.fence.check()
         # Rank 0 alone looks: NFS would go on telling the others for a minute that it is not there.
         if self.engine.broadcast(self.engine.rank == 0 and final.exists()):
             return final
-        Commit(self.engine, self.shelf, self.fence, state).run()
+        commit = Commit(self.engine, self.shelf, self.fence, state)
+        if in_background:
+            self.pending.start(commit)
+        else:
+            commit.run()
+            self._welcome(final.name, bad_since)
+        return final
+
+    def settle(self) -> None:
+        """Make the checkpoint visible that is written in the background, if there is one.
+
+        Waits until all ranks have written it. All that asks for checkpoints settles first.
+        """
+        self.pending.settle()
+
+    def _welcome(self, name: str, bad_since: int | None = None) -> None:
         if self.engine.rank == 0:
-            self.shelf.welcome(final.name, bad_since)
+            self.shelf.welcome(name, bad_since)
             note_progress()
         self.engine.barrier()
-        return final
 
     def add_evaluation(self, state: RunState, *, bad_since: int | None = None) -> None:
         """Add what was evaluated to the checkpoint of `state.step`, if it was saved.
@@ -103,6 +129,7 @@ class Checkpoints:
             state: of which only `EVALUATED` is written.
             bad_since: as in `save`; a value may make an earlier one surplus.
         """
+        self.settle()
         self.fence.check()
         folder = self.path_of(state.step)
         if self.engine.rank == 0 and folder.exists():
@@ -123,6 +150,7 @@ class Checkpoints:
         Raises:
             ConfigError: on every rank, if rank 0 cannot list them.
         """
+        self.settle()
         names: list[str] = []
         trouble: str | None = None
         try:
@@ -136,6 +164,7 @@ class Checkpoints:
 
     def wants(self, state: RunState) -> bool:
         """Whether the metric just evaluated makes this step one of the best to keep."""
+        self.settle()
         value = state.metrics.get(self.retention.metric)
         if value is None or not self.retention.keep_best:
             return False

@@ -3,6 +3,10 @@
 It is written into a hidden sibling folder; every rank syncs and hashes its own files, rank 0 writes
 the manifest, and ONE rename makes the folder visible. When the disk fails one rank, all of them
 give up together and the half-written folder goes.
+
+The ranks meet before they write and after. In between each may write in a thread, from a copy in
+the memory of the host, while training goes on; a start that dies meanwhile leaves what one leaves
+that dies in a save: a hidden folder, which the next save clears away.
 """
 
 import dataclasses
@@ -12,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from routedvit.training.checkpoints.background import Background
 from routedvit.training.checkpoints.fence import Fence
 from routedvit.training.checkpoints.manifest import (
     MANIFEST,
@@ -50,23 +55,48 @@ class Commit:
         self.engine = engine
         self.shelf = shelf
         self.fence = fence
-        self.state = state
+        held = {"world_size": engine.world_size, "zero_stage": engine.zero_stage}
+        self._run_state = dataclasses.asdict(state) | held  # a copy: the state goes on
         final = self.final = shelf.path_of(state.step)
         self.temporary = final.with_name(f".{final.name}.{fence.name}.tmp")
         self.size = engine.state_bytes()
+        self._thread: Background[dict[str, Fingerprint]] | None = None
 
     def run(self) -> None:
-        """Write it.
+        """Write it while all wait.
 
         Raises:
             SaveError: the disk is full or fails; nothing is left of it.
             OwnershipLost: a newer start has begun meanwhile.
         """
-        self._on_all_ranks(self._make)
-        parts = self._on_all_ranks(self._write)
+        self._begin(copy=False)
+        self.finish()
+
+    def start(self) -> None:
+        """Take it as it is now and write it in a thread; `finish` makes it visible.
+
+        Raises:
+            SaveError: there is no room for it.
+        """
+        self._begin(copy=True)
+        self._thread = Background(self._write, name=f"save {self.final.name}")
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether the thread of this rank is at it; each rank has an answer of its own."""
+        return self._thread is not None and self._thread.running
+
+    def finish(self) -> None:
+        """Make it visible, once all have written it. Raises what `run` raises."""
+        parts = self._on_all_ranks(self._thread.result if self._thread else self._write)
         files = {name: entry for part in parts for name, entry in sorted(part.items())}
         self.fence.check()
         self._on_all_ranks(lambda: self._publish(files))
+
+    def _begin(self, *, copy: bool) -> None:
+        """A folder, and what is to be written into it."""
+        self._on_all_ranks(self._make)
+        self._taken = self.engine.take_state(copy=copy)
 
     def _make(self) -> None:
         """The hidden folder, without what interrupted saves left. Rank 0."""
@@ -83,14 +113,10 @@ class Commit:
 
     def _write(self) -> dict[str, Fingerprint]:
         """This rank's files, on disk, and their fingerprints by relative name."""
-        engine = self.engine
-        engine.save_state(self.temporary)
-        if engine.rank == 0:
-            state = dataclasses.replace(
-                self.state, world_size=engine.world_size, zero_stage=engine.zero_stage
-            )
-            write_json(self.temporary / RUN_STATE, dataclasses.asdict(state))
-        own = files_of(engine.rank, self.temporary)
+        self._taken.write(self.temporary)
+        if self.engine.rank == 0:
+            write_json(self.temporary / RUN_STATE, self._run_state)
+        own = files_of(self.engine.rank, self.temporary)
         for path in own:
             sync(path)
         return {str(path.relative_to(self.temporary)): fingerprint(path) for path in own}
@@ -99,7 +125,9 @@ class Commit:
         """Manifest and rename. Rank 0."""
         if self.engine.rank != 0:
             return
-        manifest = Manifest(run=run_id(self.shelf.folder), step=self.state.step, files=files)
+        manifest = Manifest(
+            run=run_id(self.shelf.folder), step=self._run_state["step"], files=files
+        )
         write_json(self.temporary / MANIFEST, manifest.model_dump())
         for folder in (path for path in self.temporary.rglob("*") if path.is_dir()):
             sync(folder)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from routedvit.training.checkpoints.shards import WEIGHT
 
-SHARDS, REPLICATED = "shards", "replicated.safetensors"  # as `Engine.save_state` names them
+SHARDS, REPLICATED = "shards", "replicated.safetensors"  # as `engine.state` names them
 
 
 def full_weights(checkpoint: Path, key: str = WEIGHT) -> dict[str, Tensor]:

@@ -3,13 +3,13 @@
     shards/rank_00000.json               what this rank held: pieces of parameters, and counters
            rank_00000_00.safetensors     the tensors that held them: fp32 weights, exp_avg, ...
 
-A rank writes the flat tensors it holds as they are, with a table that says which elements of which
-parameter lie where (see `zero_layout.Piece`). A load walks over the pieces of the new layout and
-copies, element range by element range, what the old files hold of them. Resuming on the same ranks
-is the case in which the ranges coincide; another number of ranks or another stage is no other code.
+A rank writes the flat tensors it holds as they are (taken_shards.py), with a table that says which
+elements of which parameter lie where (see `zero_layout.Piece`). A load walks over the pieces of the
+new layout and copies, element range by element range, what the old files hold of them. Resuming on
+the same ranks is the case in which the ranges coincide; another number of ranks or another stage is
+no other code.
 Values are copied bit by bit and nothing is sent between ranks. A rank reads the tables of all ranks
-and of the tensors its own share only; beside the engine's own it needs the memory of one parameter,
-and a save from a GPU that of `PART_BYTES`.
+and of the tensors its own share only; beside the engine's own it needs the memory of one parameter.
 
 DeepSpeed's own files are pickles, bound to the number of ranks and the stage that wrote them. Its
 universal format takes Adam's two moments only and does not cross between stage 3 and the others.
@@ -27,15 +27,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 
-from routedvit.training.checkpoints.permissions import as_umask_says
+from routedvit.training.checkpoints.taken_shards import WEIGHT, part_name
 from routedvit.training.checkpoints.zero_layout import Piece, ZeroLayout
 from routedvit.training.config.run import ConfigError
-
-WEIGHT = "weight"  # the name of a holder's own values beside those of its states
-PART_BYTES = 1 << 30  # a new file begins beyond this size
 
 
 class Source(NamedTuple):
@@ -46,60 +42,6 @@ class Source(NamedTuple):
     rank: int
     holder: int  # index in the rank's table
     offset: int
-
-
-def save_shards(folder: Path, layout: ZeroLayout) -> None:
-    """Write this rank's share of weights and optimiser state into `folder`, which exists."""
-    rank, pieces, optimizer = layout.rank, layout.share(), layout.optimizer
-    holders = {id(piece.holder): piece.holder for piece in pieces}
-    number_of = {key: number for number, key in enumerate(holders)}
-    table: list[dict[str, Any]] = []
-    tensors: dict[str, torch.Tensor] = {}
-    part, size = 0, 0
-    for number, holder in enumerate(holders.values()):
-        state = optimizer.state.get(holder, {})
-        kept = {key: value for key, value in state.items() if torch.is_tensor(value)}
-        dtypes = {
-            key: str(value.dtype).removeprefix("torch.")
-            for key, value in kept.items()
-            if value.shape == holder.shape and key != "step"  # of a scalar they look alike
-        }
-        table.append(
-            {
-                "part": part,
-                "elementwise": dtypes,
-                "whole": sorted(kept.keys() - dtypes.keys()),
-                "small": {key: value for key, value in state.items() if key not in kept},
-            }
-        )
-        for key, value in {WEIGHT: holder, **kept}.items():
-            flat = value.detach() if key in table[-1]["whole"] else value.detach().reshape(-1)
-            tensors[f"{number}/{key}"] = flat.cpu().contiguous()
-            size += flat.nbytes
-        if size >= PART_BYTES or number == len(holders) - 1:
-            write_tensors(folder / _part_name(rank, part), tensors)
-            tensors, part, size = {}, part + 1, 0
-    places = [(*piece[:4], number_of[id(piece.holder)], piece.offset) for piece in pieces]
-    written = {"holders": table, "pieces": places}
-    (folder / f"rank_{rank:05d}.json").write_text(json.dumps(written), encoding="utf-8")
-
-
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """A safetensors file; OSError where the disk does not take it."""
-    try:
-        save_file(tensors, path)
-    except SafetensorError as error:
-        raise OSError(f"{path.name}: {error}") from None
-    as_umask_says(path)
-
-
-def state_bytes(layout: ZeroLayout) -> int:
-    """About how many bytes `save_shards` writes on this rank."""
-    holders = {id(piece.holder): piece.holder for piece in layout.share()}.values()
-    states = (
-        value for holder in holders for value in layout.optimizer.state.get(holder, {}).values()
-    )
-    return sum(tensor.nbytes for tensor in (*holders, *states) if torch.is_tensor(tensor))
 
 
 @torch.no_grad()
@@ -190,7 +132,7 @@ class _Files:
                 first = max(piece.start, source.start)
                 numel = min(piece.start + piece.numel, source.start + source.numel) - first
                 begin = source.offset + first - source.start
-                file = self._open(_part_name(source.rank, table["part"]))
+                file = self._open(part_name(source.rank, table["part"]))
                 values = file.get_slice(f"{source.holder}/{key}")[begin : begin + numel]
                 target.narrow(0, piece.offset + first - piece.start, numel).copy_(values)
 
@@ -205,7 +147,7 @@ class _Files:
         is_parameter = len(own) == 1 and own[0].holder.shape == own[0].shape
         for rank, holder in dict.fromkeys((source.rank, source.holder) for source in sources):
             table = self._tables[rank][holder]
-            file = self._open(_part_name(rank, table["part"]))
+            file = self._open(part_name(rank, table["part"]))
             tensors = {key: file.get_tensor(f"{holder}/{key}") for key in table["whole"]}
             for key, value in {**table["small"], **tensors}.items():
                 if torch.is_tensor(value) and value.numel() > 1 and not is_parameter:
@@ -224,7 +166,3 @@ class _Files:
 
 def _equal(one: Any, other: Any) -> bool:
     return torch.equal(one, other) if torch.is_tensor(one) else bool(one == other)
-
-
-def _part_name(rank: int, part: int) -> str:
-    return f"rank_{rank:05d}_{part:02d}.safetensors"

@@ -104,6 +104,10 @@ class CheckpointConfig(Section):
 
     every_steps: int = Field(500, gt=0)
     """Steps between checkpoints; the last step always saves."""
+    in_background: bool = True
+    """Write them while training goes on, from a copy of each rank's share of the state in the
+    memory of the host. Before an evaluation, at the last step and at a wish to stop training waits
+    for the disk all the same; false: always."""
     keep: int = Field(2, gt=0)
     """How many of the newest checkpoints to keep."""
     keep_every: int | None = Field(None, gt=0)

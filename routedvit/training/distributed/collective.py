@@ -130,12 +130,12 @@ class WorldMean:
     """World mean of a small vector, copied to the host without stalling the device.
 
     The copy is enqueued before the optimiser step, which waits for the device by itself, so `get`
-    after the step finds it done. The last element is summed rather than averaged.
+    after the step finds it done.
     """
 
     def __init__(self, values: torch.Tensor) -> None:
         dist.all_reduce(values)
-        values[:-1] /= dist.get_world_size()
+        values /= dist.get_world_size()
         self._host = values.to("cpu", non_blocking=True)
         self._event = None
         if values.is_cuda:

@@ -18,7 +18,7 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from torch import nn
 
 from routedvit.training.ahead import Ahead
-from routedvit.training.checkpoints.shards import state_bytes
+from routedvit.training.checkpoints.taken_shards import state_bytes
 from routedvit.training.checkpoints.zero_layout import ZeroLayout
 from routedvit.training.config.native import zero_stage
 from routedvit.training.config.run import ConfigError
@@ -43,6 +43,7 @@ class StepResult(NamedTuple):
     grad_norm: torch.Tensor | float  # global 2-norm before clipping; float() waits for the step
     skipped: bool  # a loss or gradient was not finite on some rank: weights are unchanged
     stop: bool  # some rank asked to stop
+    writing: bool = False  # some rank was still writing a checkpoint when the step began
     own_loss: torch.Tensor | float = 0.0  # mean over this rank's images; float() may wait
     loss_scale: float | None = None  # of fp16, for the next step
 
@@ -102,14 +103,15 @@ class Engine:
         batches: Sequence[Batch],
         *,
         stop: bool = False,
+        writing: bool = False,
         before_step: Callable[[], None] | None = None,
     ) -> StepResult:
         """Forward and backward of `accumulation` micro-batches and one optimiser step. Collective.
 
         A loss that is not finite poisons its gradients, so the check of the gradient norm that
-        DeepSpeed makes anyway skips the step on every rank alike. `stop` rides on the all-reduce
-        of the loss: True on any rank comes back as True on all. `before_step` is called on all
-        ranks when the gradients are complete; `full_gradients` is there for it.
+        DeepSpeed makes anyway skips the step on every rank alike. `stop` and `writing` ride on the
+        all-reduce of the loss: True on any rank comes back as True on all. `before_step` is called
+        on all ranks when the gradients are complete; `full_gradients` is there for it.
         """
         assert len(batches) == self.accumulation
         totals: torch.Tensor | None = None
@@ -126,18 +128,19 @@ class Engine:
                 self._engine.step()  # counts the micro-batch
         assert totals is not None
         # filled, not copied: a copy from the host would wait for the whole backward pass
-        flag = totals.new_full((1,), float(stop))
-        mean = collective.WorldMean(torch.cat([totals / self.accumulation, flag]))
+        flags = [totals.new_full((1,), float(flag)) for flag in (stop, writing)]
+        mean = collective.WorldMean(torch.cat([totals / self.accumulation, *flags]))
         if before_step is not None:
             before_step()
         grad_norm, applied = self._finish_step()
-        loss_mean, *metric_means, stops = mean.get()
+        loss_mean, *metric_means, stops, writes = mean.get()
         return StepResult(
             loss=loss_mean,
             metrics=dict(zip(names, metric_means, strict=True)),
             grad_norm=grad_norm,
             skipped=not applied,
             stop=stops > 0,
+            writing=writes > 0,
             own_loss=totals[0] / self.accumulation,
             loss_scale=self._engine.optimizer.cur_scale if self.scales_loss else None,
         )
@@ -255,7 +258,7 @@ class Engine:
                 yield name.removeprefix("model."), gradient / scale
 
     def state_bytes(self) -> int:
-        """About how many bytes `save_state` writes on all ranks together. Collective."""
+        """About how many bytes `take_state` holds on all ranks together. Collective."""
         return sum(self.gather(state_bytes(self._layout)))
 
     @property
@@ -267,12 +270,15 @@ class Engine:
         """What DeepSpeed keeps in the memory of the host."""
         return state.host_tensors(self)
 
-    def save_state(self, folder: Path) -> None:
-        """Write weights and optimiser state below `folder`. Collective; see `state.save_state`."""
-        state.save_state(self, folder)
+    def take_state(self, *, copy: bool = False) -> state.TakenState:
+        """Weights and optimiser state as they are now, to be written. Collective.
+
+        `copy`: hold them in the memory of the host, so that training may go on before they are.
+        """
+        return state.TakenState(self, copy=copy)
 
     def load_state(self, folder: Path) -> None:
-        """Read what `save_state` wrote. Collective; see `state.load_state`."""
+        """Read what `take_state` wrote. Collective; see `state.load_state`."""
         state.load_state(self, folder)
 
     def gather(self, value: T) -> list[T]:

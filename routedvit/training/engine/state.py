@@ -16,7 +16,8 @@ import deepspeed
 import torch
 from safetensors import safe_open
 
-from routedvit.training.checkpoints.shards import load_shards, save_shards, write_tensors
+from routedvit.training.checkpoints.shards import load_shards
+from routedvit.training.checkpoints.taken_shards import TakenShards, write_tensors
 from routedvit.training.config.run import ConfigError
 from routedvit.training.recipe.weight_average import drop_unless_kept
 
@@ -26,24 +27,37 @@ if TYPE_CHECKING:
 SHARDS, REPLICATED, COUNTERS = "shards", "replicated.safetensors", "counters.json"
 
 
-def save_state(engine: "Engine", folder: Path) -> None:
-    """Write weights and optimiser state below `folder`. Collective.
+class TakenState:
+    """What an engine holds now, to be written later. Making one is collective.
 
-    Raises:
-        OSError: on this rank alone; what it does with others is done by then.
+    Args:
+        engine: whose.
+        copy: see `TakenShards`.
     """
-    whole = {name: v.detach().cpu().clone() for name, v in _replicated(engine) if engine.rank == 0}
-    folder = folder / SHARDS
-    folder.mkdir(exist_ok=True)
-    save_shards(folder, engine._layout)
-    if engine.rank == 0:
-        write_tensors(folder / REPLICATED, whole)
-        counters = json.dumps(engine._layout.counters())
-        (folder / COUNTERS).write_text(counters, encoding="utf-8")
+
+    def __init__(self, engine: "Engine", *, copy: bool) -> None:
+        self._writes_whole = engine.rank == 0
+        whole = ((name, value) for name, value in _replicated(engine) if self._writes_whole)
+        self._whole = {name: value.detach().cpu().clone() for name, value in whole}
+        self._shards = TakenShards(engine._layout, copy=copy)
+        self._counters = json.dumps(engine._layout.counters())
+
+    def write(self, folder: Path) -> None:
+        """Write this rank's files below `folder`; each rank for itself, and once.
+
+        Raises:
+            OSError: the disk does not take them.
+        """
+        folder = folder / SHARDS
+        folder.mkdir(exist_ok=True)
+        self._shards.write(folder)
+        if self._writes_whole:
+            write_tensors(folder / REPLICATED, self._whole)
+            (folder / COUNTERS).write_text(self._counters, encoding="utf-8")
 
 
 def load_state(engine: "Engine", folder: Path) -> None:
-    """Read what `save_state` wrote, on any number of ranks under any stage. Collective.
+    """Read what `TakenState` wrote, on any number of ranks under any stage. Collective.
 
     Rates and decays stay as they are: the config decides them, not the checkpoint.
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import itertools
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -30,6 +32,8 @@ class FakeEngine:
         self.skip_from: int | None = None
         self.losses: dict[int, float] = {}  # by data position, where not 1
         self.full_disks = 0  # saves that fail
+        self.disk = threading.Event()  # a save waits for it
+        self.disk.set()
         self.loss_scale: float | None = None
         self.seen: list[list[int]] = []
         self.averaged = False
@@ -39,7 +43,12 @@ class FakeEngine:
         return itertools.islice(batches, steps)
 
     def train_step(
-        self, batches: list[dict[str, Any]], *, stop: bool = False, before_step: Any = None
+        self,
+        batches: list[dict[str, Any]],
+        *,
+        stop: bool = False,
+        writing: bool = False,
+        before_step: Any = None,
     ) -> StepResult:
         self.value += 1
         self.seen += [batch["position"] for batch in batches]
@@ -47,21 +56,25 @@ class FakeEngine:
         skipped = self.skip_from is not None and self.value >= self.skip_from
         skipped = skipped or not math.isfinite(loss)
         norm = float("inf") if skipped else 1.0
-        return StepResult(
-            loss, {"top1": 50.0}, norm, skipped, stop, own_loss=loss, loss_scale=self.loss_scale
-        )
+        return StepResult(loss, {"top1": 50.0}, norm, skipped, stop, writing, loss, self.loss_scale)
 
     def state_bytes(self) -> int:
         return 1000
 
-    def save_state(self, folder: Path) -> None:
+    def take_state(self, *, copy: bool = False) -> Any:
+        held = (self.value,) if copy else ()
+        return SimpleNamespace(write=lambda folder: self.save_state(folder, *held))
+
+    def save_state(self, folder: Path, held: int | None = None) -> None:
+        value = self.value if held is None else held
+        assert self.disk.wait(20), "nobody waits for ever"
         (folder / "shards").mkdir()
         for rank in range(2):
             if self.full_disks:
                 self.full_disks -= 1
                 raise OSError(errno.ENOSPC, "No space left on device")
             path = folder / "shards" / f"rank_{rank:05d}_00.safetensors"
-            path.write_text(f"{self.value} of {rank}" * 50)
+            path.write_text(f"{value} of {rank}" * 50)
 
     def load_state(self, folder: Path) -> None:
         path = folder / "shards" / "rank_00000_00.safetensors"

@@ -92,10 +92,10 @@ def test_random_numbers_follow_from_seed_step_and_rank_alone():
 class Norms(FakeEngine):
     """Has a gradient while the step is not made."""
 
-    def train_step(self, batches: Any, *, stop: bool = False, before_step: Any = None) -> Any:
+    def train_step(self, batches: Any, *, before_step: Any = None, **flags: bool) -> Any:
         if before_step is not None:
             before_step()
-        return super().train_step(batches, stop=stop)
+        return super().train_step(batches, **flags)
 
     def full_gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
         yield "blocks.0.mlp.heavy.weight", torch.full((2,), float(self.value + 1))

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from routedvit.training.checkpoints.shards import write_tensors
+from routedvit.training.checkpoints.taken_shards import write_tensors
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
