@@ -216,6 +216,7 @@ def _table(
         ("activations", compute.activations[config.train.checkpointing], f"batch of {size}"),
         ("peak", memory.peak, "everything, temporaries too: " + machine.verdict(fits)),
         ("on the host", memory.host, "offloaded, per rank"),
+        ("to be saved", memory.saved * config.checkpoint.in_background, "on the host, per rank"),
     ]
     return [
         f"memory of each GPU under ZeRO-{stage}, each row where it is largest",

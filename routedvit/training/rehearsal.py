@@ -62,6 +62,7 @@ class Memory:
     gradients: int  # when the optimiser steps, with communication buffers
     peak: int  # everything, activations and temporaries included
     host: int  # what is offloaded to the memory of the host; none of the above holds it
+    saved: int  # this rank's share of a checkpoint, copied to the host to be written
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,7 @@ class MemoryRehearsal:
             gradients=max(0, self._in_optimizer - weights - storage_bytes([*masters, *state])),
             peak=self.meter.peak,
             host=storage_bytes(self.host),
+            saved=self.engine.share_bytes(),
         )
 
     def _step(self, size: int) -> None:

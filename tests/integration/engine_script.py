@@ -93,10 +93,10 @@ def run(
         if engine.rank == poison_rank:
             micro_batches[0]["image"][0, 0, 0, 0] = torch.nan
         seed_step(0, step, engine.rank)
-        stop = engine.rank == 1 and step == 2
+        flags = {"stop": engine.rank == 1 and step == 2, "writing": engine.rank == 1 and step == 1}
         before_step = take if norms is not None else None
         with schedule.at(step):
-            results.append(engine.train_step(micro_batches, stop=stop, before_step=before_step))
+            results.append(engine.train_step(micro_batches, before_step=before_step, **flags))
     return results
 
 

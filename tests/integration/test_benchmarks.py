@@ -34,6 +34,11 @@ def test_every_benchmark_can_be_imported(module: str) -> None:
             marks=pytest.mark.slow,
         ),
         pytest.param(["benchmarks.resume", "--rounds", "1"], 8, marks=pytest.mark.slow),
+        pytest.param(
+            ["benchmarks.saving", "--rounds", "1", "--set", "model.name=colt5_vit_test"],
+            4,
+            marks=pytest.mark.slow,
+        ),
         pytest.param(["benchmarks.loader", "--rounds", "1"], 9, marks=pytest.mark.slow),
         pytest.param(["benchmarks.tokens", "--rounds", "1"], 16, marks=pytest.mark.slow),
         pytest.param(["benchmarks.block", "--rounds", "1"], 12, marks=pytest.mark.slow),

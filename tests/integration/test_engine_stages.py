@@ -72,6 +72,10 @@ def test_a_wish_to_stop_on_one_rank_reaches_all(launched: Any) -> None:
     assert [step["stop"] for step in launched[2]["steps"]] == [False, False, True, False]
 
 
+def test_that_one_rank_is_still_writing_reaches_all(launched: Any) -> None:
+    assert [step["writing"] for step in launched[2]["steps"]] == [False, True, False, False]
+
+
 def test_resume_is_bit_identical(launched: Any) -> None:
     _, _, report = launched
     assert report["resume_is_bit_identical"]

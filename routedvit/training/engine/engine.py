@@ -257,9 +257,13 @@ class Engine:
             if gradient is not None:
                 yield name.removeprefix("model."), gradient / scale
 
+    def share_bytes(self) -> int:
+        """About how many bytes `take_state` holds on this rank."""
+        return state_bytes(self._layout)
+
     def state_bytes(self) -> int:
-        """About how many bytes `take_state` holds on all ranks together. Collective."""
-        return sum(self.gather(state_bytes(self._layout)))
+        """The same on all ranks together. Collective."""
+        return sum(self.gather(self.share_bytes()))
 
     @property
     def offloads(self) -> bool:
