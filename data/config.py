@@ -199,10 +199,11 @@ class AugmentConfig(_Section):
         """As `routedvit.training.config.base.Section.refuse_idle`: a default may be said."""
         for key in keys:
             value = getattr(self, key)
-            if value != type(self).model_fields[key].get_default():
+            default = type(self).model_fields[key].get_default()
+            if value != default:
                 raise ValueError(
                     f"{key} = {json.dumps(value)} would do nothing: it needs {needs}; set that, or "
-                    f"delete {key}"
+                    f"delete {key} (its default is {json.dumps(default)})"
                 )
 
 

@@ -65,7 +65,7 @@ def test_capacity_schedules_that_can_be(values):
         (ScheduleConfig, {"timescale_epochs": 3.0}, 'timescale_epochs = 3.0.*name = "rsqrt"'),
         (ScheduleConfig, {"name": "wsd", "timescale_epochs": 3.0}, 'name = "rsqrt"'),
         (ScheduleConfig, {"decay": 0.1}, 'decay = 0.1.*schedule.name = "wsd" or "rsqrt"'),
-        (ScheduleConfig, {"decay_shape": "linear"}, 'decay_shape = "linear"'),
+        (ScheduleConfig, {"decay_shape": "linear"}, r"delete decay_shape \(its default is null\)"),
         (LossConfig, {"mix_prob": 0.5}, "mix_prob = 0.5.*loss.mixup or loss.cutmix"),
         (LossConfig, {"mixup": 0.5, "mix_switch_prob": 0.3}, "both loss.mixup and loss.cutmix"),
         (CapacityConfig, {"start": 4.0}, 'start = 4.0.*capacity.schedule = "anneal" or "sample"'),
