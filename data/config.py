@@ -276,7 +276,9 @@ class DataConfig(_Section):
         default=4, ge=0, description="Loader processes per rank; 0 decodes in the training process."
     )
     prefetch_factor: int = Field(
-        default=2, ge=1, description="Micro-batches that each loader process keeps ready."
+        default=2,
+        ge=1,
+        description="Micro-batches that each loader process keeps ready; unused without any.",
     )
     streams: int | None = Field(
         default=None,

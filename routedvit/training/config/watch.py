@@ -98,6 +98,12 @@ class EvalConfig(Cadence):
     """Training images that knn and linear_probe learn from, evenly spaced over the set; null: all.
     Their features are held in memory, those of knn whole on every rank."""
 
+    @model_validator(mode="after")
+    def _all_is_read(self) -> Self:
+        if self.knn is None and self.linear_probe is None:
+            self.refuse_idle("eval.knn or eval.linear_probe", "train_images")
+        return self
+
 
 class CheckpointConfig(Section):
     """When to save and what to keep."""

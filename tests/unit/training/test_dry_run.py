@@ -75,6 +75,10 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         ["checkpoint.best_metric=val/top1", "ema.decay=0.9", "eval.weights=ema"],
         "checkpoint.best_metric = 'val/top1': .* there are: val_ema$",
     ),
+    "averages that are not kept": (
+        ["eval.weights=ema"],
+        'eval.weights = "ema" would do nothing: it needs ema.decay, such as 0.9999; set that, or',
+    ),
     "best of nothing": (
         ["checkpoint.keep_best=1", "data.val=null"],
         r"checkpoint.best_metric = 'val/top1': .*none \(set data.val.shards\)",
