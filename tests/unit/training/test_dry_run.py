@@ -187,5 +187,8 @@ def test_a_length_in_steps_is_no_mistake_before_there_are_data() -> None:
     overrides = ["schedule.warmup_epochs=1", "train.epochs=null", "train.steps=9"]
     absent = {"samples_per_epoch": None, "num_classes": None, "missing": "no shard matches"}
     _, data, figures = dry_run(*overrides, **absent)
-    assert "not there yet, 1000 classes assumed (model.kwargs.num_classes" in data
+    assert data == (
+        "data         cannot be read yet, so a start would be refused: no shard matches\n"
+        "data         1000 classes are assumed; model.kwargs.num_classes says others"
+    )
     assert "parameters" in figures
