@@ -199,10 +199,11 @@ class AugmentConfig(_Section):
         """As `routedvit.training.config.base.Section.refuse_idle`: a default may be said."""
         for key in keys:
             value = getattr(self, key)
-            if value != type(self).model_fields[key].get_default():
+            default = type(self).model_fields[key].get_default()
+            if value != default:
                 raise ValueError(
                     f"{key} = {json.dumps(value)} would do nothing: it needs {needs}; set that, or "
-                    f"delete {key}"
+                    f"delete {key} (its default is {json.dumps(default)})"
                 )
 
 
@@ -275,7 +276,9 @@ class DataConfig(_Section):
         default=4, ge=0, description="Loader processes per rank; 0 decodes in the training process."
     )
     prefetch_factor: int = Field(
-        default=2, ge=1, description="Micro-batches that each loader process keeps ready."
+        default=2,
+        ge=1,
+        description="Micro-batches that each loader process keeps ready; unused without any.",
     )
     streams: int | None = Field(
         default=None,

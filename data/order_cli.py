@@ -170,7 +170,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--shards", nargs="+", action="append", help="as data.train.shards; again: one more source"
     )
     run.add_argument("--weight", type=float, action="append", help="of each source, in their order")
-    run.add_argument("--seed", type=whole(0), help="the run's seed")
+    run.add_argument("--seed", type=whole(0, (1 << 64) - 1), help="the run's seed")
     run.add_argument("--batch-size", type=whole(1), help="the global batch")
     run.add_argument("--streams", type=whole(1), help="data.streams, if the config sets it")
     run.add_argument(

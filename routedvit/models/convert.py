@@ -6,7 +6,6 @@ the dense one, so that at capacity 1, the default here, both compute the same. L
 weight is in `dense_weights.py`.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -18,6 +17,7 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from routedvit.models.dense_check import check_blocks, check_heads
+from routedvit.models.dense_parts import part_arguments
 from routedvit.models.dense_weights import from_dense, source_grid, unwrap
 from routedvit.models.routed_vit import RoutedVisionTransformer
 
@@ -100,18 +100,9 @@ def dense_arguments(weights: Mapping[str, Tensor], module: Any) -> dict[str, Any
         "class_token": "cls_token" in weights,
         "reg_tokens": weights["reg_token"].shape[1] if "reg_token" in weights else 0,
         "pos_embed": "learn" if "pos_embed" in weights else "none",
-        "qkv_bias": "blocks.0.attn.qkv.bias" in weights,
-        "proj_bias": "blocks.0.attn.proj.bias" in weights,
-        "qk_norm": "blocks.0.attn.q_norm.weight" in weights,
-        # none is 0: timm.create_model drops arguments that are None
-        "init_values": 1e-5 if "blocks.0.ls1.gamma" in weights else 0.0,
-        "pre_norm": "norm_pre.weight" in weights,
-        "final_norm": "norm.weight" in weights or "fc_norm.weight" in weights,
         "fc_norm": "fc_norm.weight" in weights,
-        **_mlp_arguments(weights),
+        **part_arguments(weights),
     }
-    if "blocks.0.norm1.bias" not in weights:
-        arguments["norm_layer"] = "rmsnorm"
     if module is not None:
         return {**arguments, **_module_arguments(module)}
     if "pos_embed" in weights:
@@ -122,21 +113,6 @@ def dense_arguments(weights: Mapping[str, Tensor], module: Any) -> dict[str, Any
     pooled = "token" if arguments["class_token"] and not arguments["fc_norm"] else "avg"
     arguments["global_pool"] = "map" if "attn_pool.latent" in weights else pooled
     return arguments
-
-
-def _mlp_arguments(weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """mlp_layer, mlp_ratio, and the act_layer that such an MLP usually has."""
-    dim, hidden = weights["blocks.0.mlp.fc2.weight"].shape
-    packed = len(weights.get("blocks.0.mlp.fc1.weight", ())) == 2 * hidden
-    swiglu = packed or "blocks.0.mlp.fc1_g.weight" in weights
-    ratio = hidden / dim
-    if int(dim * ratio) < hidden:  # the layer rounds down, and so may the division
-        ratio = math.nextafter(ratio, math.inf)
-    return {
-        "mlp_layer": "swiglu" if swiglu else "mlp",
-        "act_layer": "silu" if swiglu else "gelu",
-        "mlp_ratio": ratio,
-    }
 
 
 def _module_arguments(module: Any) -> dict[str, Any]:

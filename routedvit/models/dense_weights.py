@@ -9,6 +9,7 @@ in FlexiViT (2212.08013), position tables bicubically, both by timm.
 Names are those of timm's `VisionTransformer`: AugReg, DeiT III, DINOv2 with registers, SigLIP, ...
 """
 
+import json
 import logging
 import math
 import re
@@ -23,6 +24,7 @@ from timm.models import adapt_input_conv, clean_state_dict
 from timm.models.vision_transformer import checkpoint_filter_fn as timm_filter_fn
 from torch import Tensor
 
+from routedvit.models.dense_parts import differing_arguments
 from routedvit.models.fitting import some
 
 __all__ = [
@@ -52,7 +54,7 @@ BLOCK_NAMES = {
 OPTIONAL = ("head.", "cls_token", "reg_token", "pos_embed", "attn_pool.", "mask_token")
 OWN = (".light.", "router.", ".null_", "head.", "cls_token", "reg_token")
 LIGHT_OUTPUT = re.compile(r"\.light\.(proj|fc2)\.")
-MEND = (
+MEND = (  # where no arguments are known to differ
     "load the weights into their timm model and give that to routedvit.convert_dense, which chooses"
     " the arguments of the routed model to match"
 )
@@ -150,15 +152,25 @@ def from_dense(
         else:
             misfits.append(f"{name} {list(tensor.shape)}")
     if misfits:
-        raise ValueError(f"this model has no place for {some(misfits)}; {MEND}")
+        raise ValueError(f"this model has no place for {some(misfits)}; {_mend(weights, model)}")
     missing = [name for name in own if name not in state]
     if lacking := [name for name in missing if not any(mark in name for mark in OWN)]:
-        raise ValueError(f"the dense weights lack what becomes {some(lacking)}; {MEND}")
+        raise ValueError(
+            f"the dense weights lack what becomes {some(lacking)}; {_mend(weights, model)}"
+        )
     for name in missing:
         zero = LIGHT_OUTPUT.search(name) is not None
         state[name] = torch.zeros_like(own[name]) if zero else own[name]
         transfer.add("zero" if zero else "initialised", target=name)
     return state, transfer
+
+
+def _mend(weights: Mapping[str, Tensor], model: Any) -> str:
+    """As JSON, since most models are created by a config."""
+    if arguments := differing_arguments(weights, model):
+        given = json.dumps(arguments)
+        return f"create the routed model with the dense one's {given} (in a run: model.kwargs)"
+    return MEND
 
 
 def _check_size(weights: Mapping[str, Tensor], model: Any) -> None:
@@ -173,7 +185,8 @@ def _check_size(weights: Mapping[str, Tensor], model: Any) -> None:
     if have != want:
         raise ValueError(
             f"the dense weights are embed_dim={have[0]}, depth={have[1]}, the routed model is"
-            f" embed_dim={want[0]}, depth={want[1]}: choose the model of the same size"
+            f" embed_dim={want[0]}, depth={want[1]}: choose the model of the same size, or pass"
+            f" embed_dim={have[0]}, depth={have[1]}"
         )
     inner_dim = len(model.blocks[0].attn.heavy.q.weight)
     if len(weights["blocks.0.attn.qkv.weight"]) != 3 * inner_dim:

@@ -174,9 +174,15 @@ def build_retention(
     """Which checkpoints stay.
 
     Raises:
-        ConfigError: the best are to stay, by what no evaluator says.
+        ConfigError: the best are to stay, by what no evaluator says, or only averages are to be
+            evaluated and none are kept.
     """
     section = config.checkpoint
+    if config.eval.weights == "ema" and config.ema.decay is None:  # those on disk may have some
+        raise ConfigError(
+            'eval.weights = "ema" would do nothing: it needs ema.decay, such as 0.9999; set that, '
+            'or delete eval.weights (its default is "both")'
+        )
     metric: str = section.best_metric or objective.best_metric  # type: ignore[assignment]
     if section.best_metric is None and not _evaluates_raw(config):
         metric = metric.replace("/", "_ema/")

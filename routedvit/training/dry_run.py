@@ -93,10 +93,11 @@ def rehearse(config: RunConfig, data: Any, machine: Machine, *, search: bool) ->
     check_num_classes(config.model, num_classes * config.objective.classifies)
     yield f"{config.name}: {config.model.name} on {machine.world_size} ranks (nothing is started)"
     if data.missing:
-        assumed = ""
+        text = f"data         cannot be read yet, so a start would be refused: {data.missing}"
         if known is None and config.objective.classifies:
-            assumed = f", {num_classes} classes assumed (model.kwargs.num_classes says otherwise)"
-        yield f"data         not there yet{assumed}: {data.missing}"
+            text += f"\ndata         {num_classes} classes are assumed"
+            text += "; model.kwargs.num_classes says others"
+        yield text
     else:
         options = {"seed": config.seed, "global_batch_size": config.train.batch_size}
         options |= {"pairs": bool(config.loss.mixup or config.loss.cutmix)} | image_format(config)

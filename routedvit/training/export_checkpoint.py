@@ -32,7 +32,7 @@ from routedvit.training.checkpoints.shelf import names_in
 from routedvit.training.checkpoints.stored_weights import NETWORK, find, title, weights_in
 from routedvit.training.config.base import one_line
 from routedvit.training.config.run import ConfigError, ModelConfig
-from routedvit.training.run_folder import RunFolder
+from routedvit.training.run_folder import RunFolder, refuse_whole_run
 
 BEST, EXPORTED = "best", "exported"
 OPTION = "--export"
@@ -49,6 +49,7 @@ def export_checkpoint(checkpoint: str, folder: RunFolder, tell: Callable[[str], 
         ConfigError: there is no such checkpoint, it is damaged or does not say what its images
             look like, or the disk does not take the weights.
     """
+    refuse_whole_run(folder, Path(checkpoint), OPTION)
     path = find(find_best(folder) if checkpoint == BEST else checkpoint, folder, OPTION)
     if path.is_file():
         raise ConfigError(f"{OPTION} {checkpoint}: {path} is exported already")

@@ -33,7 +33,7 @@ from routedvit.training.evaluators import record
 from routedvit.training.interfaces import EvalLoaders, Evaluator
 from routedvit.training.objectives import build_objective
 from routedvit.training.precision import DTYPES
-from routedvit.training.run_folder import RunFolder, first_free
+from routedvit.training.run_folder import RunFolder, first_free, refuse_whole_run
 from routedvit.training.watch.console import Console
 from routedvit.training.watch.metrics import FanOutWriter
 from routedvit.training.watch.secrets import command_line, without_secrets
@@ -59,7 +59,7 @@ def evaluate_offline(
     """
     if loaders is None:
         raise ConfigError("--evaluate needs images: name shards in data.val.shards")
-    path = on_rank_zero(lambda: find(checkpoint, folder))
+    path = on_rank_zero(lambda: find_one(checkpoint, folder))
     console.log_to(folder.evaluated / "logs" / f"rank_{world.rank}.log", command_line())
     console.print(f"evaluating {path} on {world.size} x {world.device.type}")
     objective, whole = stored_objective(config, model, path)
@@ -81,6 +81,12 @@ def evaluate_offline(
     if out is not None:
         console.print(f"written to {out}")
     return 0
+
+
+def find_one(checkpoint: str, folder: RunFolder) -> Path:
+    """As `find`; a run's folder is no checkpoint, which of them is meant?"""
+    refuse_whole_run(folder, Path(checkpoint), "--evaluate")
+    return find(checkpoint, folder)
 
 
 def still_there(weights: Iterator[T], path: Path) -> Iterator[T]:

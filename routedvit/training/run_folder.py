@@ -121,6 +121,7 @@ def check_resume(
     of the same optimiser?
     """
     found = _named(folder, checkpoint)
+    refuse_whole_run(folder, found, "--resume")
     if not found.is_dir():
         raise ConfigError(
             f"--resume {checkpoint}: there is no such folder, and none of that name in "
@@ -142,6 +143,18 @@ def check_resume(
                 f"--resume {checkpoint} holds the state of another optimiser: optim.{key} was "
                 f"{json.dumps(before)}, is {json.dumps(now)}; set it back, or begin from the "
                 "weights alone: --export them and set model.warm_start to that folder"
+            )
+
+
+def refuse_whole_run(folder: RunFolder, given: Path, option: str) -> None:
+    """Raises ConfigError where `option` was `given` all of a run in place of a checkpoint."""
+    for shelf in (given, given / folder.checkpoints.name):
+        if shelf.is_dir() and (names := names_in(shelf)):
+            own = shelf.resolve() == folder.checkpoints.resolve() and option != "--resume"
+            latest = "'latest', or " if own else ""
+            raise ConfigError(
+                f"{option} {given}: that is the folder of a run; name {latest}one of its "
+                f"checkpoints, such as {shelf / names[-1]}"
             )
 
 

@@ -34,8 +34,9 @@ class Section(BaseModel):
         """
         for key in keys:
             value = getattr(self, key)
-            if value != type(self).model_fields[key].get_default(call_default_factory=True):
+            default = type(self).model_fields[key].get_default(call_default_factory=True)
+            if value != default:
                 raise ValueError(
                     f"{key} = {json.dumps(value)} would do nothing: it needs {needs}; set that, or "
-                    f"delete {key}"
+                    f"delete {key} (its default is {json.dumps(default)})"
                 )

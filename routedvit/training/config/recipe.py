@@ -49,7 +49,8 @@ class MaskedConfig(Section):
     reads_labels: ClassVar[bool] = False
 
     name: Literal["mae"]
-    """Hide most patches and learn to tell their pixels (MAE, 2111.06377); needs no labels."""
+    """Hide most patches and learn to tell their pixels (MAE, 2111.06377); needs no labels and reads
+    nothing of the section `loss`."""
     mask_ratio: float = Field(0.75, gt=0, lt=1)
     """Share of the patches that is hidden; the encoder computes the others only."""
     decoder_dim: int = Field(512, gt=0, multiple_of=4)
@@ -167,7 +168,7 @@ class ScheduleConfig(Section):
     warmup_lr: float = Field(1e-6, ge=0)
     """Learning rate at the first step of the warm-up."""
     min_lr: float = Field(1e-5, ge=0)
-    """Learning rate at the end of the run."""
+    """Learning rate at the end of the run; unused by constant."""
     decay: float = Field(0.2, gt=0, le=1)
     """wsd, rsqrt: share of the steps after the warm-up in which the rate falls to min_lr."""
     decay_shape: Literal["1-sqrt", "linear", "cosine"] | None = None
@@ -182,6 +183,8 @@ class ScheduleConfig(Section):
             self.refuse_idle('schedule.name = "wsd" or "rsqrt"', "decay", "decay_shape")
         if self.name != "rsqrt":
             self.refuse_idle('schedule.name = "rsqrt"', "timescale_epochs")
+        if not self.warmup_epochs:
+            self.refuse_idle("schedule.warmup_epochs above 0", "warmup_lr")
         return self
 
 

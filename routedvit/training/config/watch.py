@@ -1,11 +1,15 @@
 """Config sections around the training: evaluation, checkpoints, guards, what is logged."""
 
+import json
+import re
 from collections.abc import Callable
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from routedvit.training.config.base import Section
+
+METRIC = r"^\w[^/]*/.+$"
 
 
 class Cadence(Section):
@@ -98,6 +102,12 @@ class EvalConfig(Cadence):
     """Training images that knn and linear_probe learn from, evenly spaced over the set; null: all.
     Their features are held in memory, those of knn whole on every rank."""
 
+    @model_validator(mode="after")
+    def _all_is_read(self) -> Self:
+        if self.knn is None and self.linear_probe is None:
+            self.refuse_idle("eval.knn or eval.linear_probe", "train_images")
+        return self
+
 
 class CheckpointConfig(Section):
     """When to save and what to keep."""
@@ -116,11 +126,22 @@ class CheckpointConfig(Section):
     keep_best: int = Field(0, ge=0)
     """How many checkpoints to keep for their best_metric; an evaluation that belongs among them
     saves one at once."""
-    best_metric: str | None = Field(None, pattern=r"^\w[^/]*/.+$")
+    best_metric: str | None = Field(None, pattern=METRIC)
     """Which evaluated value counts as best, as 'evaluator/metric'. Default: what the objective is
     judged by, val/top1 or, of MAE, val/loss; where only averages are evaluated, theirs."""
     best_mode: Literal["max", "min"] | None = None
     """Whether a higher or a lower best_metric is better. Default: min for a loss, else max."""
+
+    @field_validator("best_metric", mode="before")
+    @classmethod
+    def _is_a_metric(cls, value: Any) -> Any:
+        # pydantic would show the pattern
+        if isinstance(value, str) and not re.fullmatch(METRIC, value):
+            raise ValueError(
+                f"{json.dumps(value)} is no evaluated value; write it as evaluator/metric, such as "
+                "val/top1"
+            )
+        return value
 
     @field_validator("keep_every")
     @classmethod

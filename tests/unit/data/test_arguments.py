@@ -28,6 +28,7 @@ ORDER = ["--shards", "nowhere", "--steps", "0:1"]
         (order_cli, ORDER, "--world-size", "0"),
         (order_cli, ORDER, "--rank", "-1"),
         (order_cli, ORDER, "--seed", "-1"),
+        (order_cli, ORDER, "--seed", str(1 << 64)),  # as in the config
         (order_cli, ORDER, "--repeats", "0"),
         (order_cli, ORDER, "--micro-batch-size", "0"),
     ],

@@ -74,6 +74,7 @@ def test_every_key_is_described_in_the_schema():
         ({"mode": "none", "shear": 0}, "it needs mode = 'light', not 'none'; set that, or delete"),
         ({"zoom": [0.5, 1]}, r"zoom = \[0.5, 1.0\] would do nothing: it needs mode = 'light'"),
         ({"re_count": 2}, "re_count = 2 would do nothing: it needs re_prob above 0"),
+        ({"zoom": [0.5, 1]}, r"delete zoom \(its default is \[0.9, 1.1\]\)"),
     ],
 )
 def test_a_key_that_the_augmentation_would_not_read_is_refused(augment, said):

@@ -1,12 +1,14 @@
 """A run begins from weights of a dense ViT or of a routed one, or says why it cannot."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.layers import SwiGLU
 from torch import Tensor, nn
 
 import routedvit
@@ -107,7 +109,11 @@ def test_positions_and_kernels_are_resampled(tmp_path: Path) -> None:
         ("nowhere", "nowhere is no file, no folder with model.safetensors, no timm model"),
         ("EMPTY", "model.safetensors does not exist"),
         ("BROKEN", "cannot be read"),
-        ("WIDE", "embed_dim=192, depth=12, the routed model is embed_dim=64, depth=6"),
+        (
+            "WIDE",
+            "embed_dim=192, depth=12, the routed model is embed_dim=64, depth=6: choose .* or "
+            "pass embed_dim=192, depth=12",
+        ),
         ("ROUTED", "they hold also blocks.0.attn.light.q_norm.weight"),
         ("test_vit4", "timm cannot give the weights of test_vit4"),
     ],
@@ -125,6 +131,29 @@ def test_what_cannot_be_used_is_said_in_words(source: str, words: str, tmp_path:
     with pytest.raises(ValueError, match=words) as caught:
         warm_start(routed(), source)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"mlp_ratio": 3.0},
+        {"qk_norm": False, "init_values": None},
+        {"qkv_bias": False, "proj_bias": False},
+        {"norm_layer": "rmsnorm"},
+        {"mlp_layer": SwiGLU, "mlp_ratio": 8 / 3},
+        {"mlp_ratio": 3.0, "qk_norm": False, "init_values": None, "pre_norm": True},
+    ],
+    ids=str,
+)
+def test_parts_that_differ_are_told_as_arguments_that_mend_it(parts, tmp_path: Path) -> None:
+    as_routed = {"num_heads": 4, "mlp_ratio": 4, "qk_norm": True, "init_values": 1.0}
+    source = timm.create_model("test_vit", **SHAPE, **(as_routed | parts))
+    path = save(source, tmp_path / "dense.pth")
+    with pytest.raises(ValueError, match="create the routed model with") as caught:
+        warm_start(timm.create_model("colt5_vit_test", **SHAPE), path)
+    given = json.loads(re.search(r"\{.*\}", str(caught.value))[0])
+    assert given.keys() == parts.keys()
+    assert warm_start(timm.create_model("colt5_vit_test", **SHAPE, **given), path).kind == "dense"
 
 
 def test_only_routed_models_are_started_this_way() -> None:

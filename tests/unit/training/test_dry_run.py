@@ -75,6 +75,10 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         ["checkpoint.best_metric=val/top1", "ema.decay=0.9", "eval.weights=ema"],
         "checkpoint.best_metric = 'val/top1': .* there are: val_ema$",
     ),
+    "averages that are not kept": (
+        ["eval.weights=ema"],
+        'eval.weights = "ema" would do nothing: it needs ema.decay, such as 0.9999; set that, or',
+    ),
     "best of nothing": (
         ["checkpoint.keep_best=1", "data.val=null"],
         r"checkpoint.best_metric = 'val/top1': .*none \(set data.val.shards\)",
@@ -183,5 +187,8 @@ def test_a_length_in_steps_is_no_mistake_before_there_are_data() -> None:
     overrides = ["schedule.warmup_epochs=1", "train.epochs=null", "train.steps=9"]
     absent = {"samples_per_epoch": None, "num_classes": None, "missing": "no shard matches"}
     _, data, figures = dry_run(*overrides, **absent)
-    assert "not there yet, 1000 classes assumed (model.kwargs.num_classes" in data
+    assert data == (
+        "data         cannot be read yet, so a start would be refused: no shard matches\n"
+        "data         1000 classes are assumed; model.kwargs.num_classes says others"
+    )
     assert "parameters" in figures

@@ -164,6 +164,16 @@ def test_a_checkpoint_that_is_not_there_is_told_with_those_that_are(name: str, r
     assert not (run / "exported").exists()
 
 
+def test_a_whole_run_is_told_which_checkpoint_to_name(run: Path) -> None:
+    for given in (run, run / "checkpoints"):
+        with pytest.raises(ConfigError) as caught:
+            export(str(given), run)
+        assert str(caught.value) == (
+            f"--export {given}: that is the folder of a run; name 'latest', or one of its "
+            f"checkpoints, such as {run / 'checkpoints' / STEP}"
+        )
+
+
 def test_a_run_without_checkpoints_is_told(tmp_path: Path) -> None:
     for name, complaint in {"latest": "there is no checkpoint", "best": "nothing was eval"}.items():
         with pytest.raises(ConfigError, match=f"--export {name}: {complaint}"):

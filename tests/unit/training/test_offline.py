@@ -195,6 +195,17 @@ def test_an_encoder_alone_with_nothing_else_to_evaluate_is_refused(
     assert not (tmp_path / "evaluated").exists()
 
 
+def test_a_whole_run_is_told_which_checkpoint_to_name(tmp_path: Path, world: World) -> None:
+    for run in ("own", "other"):
+        (tmp_path / run / "checkpoints" / "step_00000500").mkdir(parents=True)
+    for run, newest in (("own", "'latest', or one"), ("other", "one")):
+        step = tmp_path / run / "checkpoints" / "step_00000500"
+        said = f"folder of a run; name {newest} of its checkpoints, such as {step}$"
+        with pytest.raises(ConfigError, match=said):
+            evaluate(tmp_path / run, tmp_path / "own", world, config())
+    assert not (tmp_path / "own" / "evaluated").exists()
+
+
 def test_weights_of_another_model_are_refused(tmp_path: Path, world: World) -> None:
     save_file(model(0, depth=2).state_dict(), tmp_path / "other.safetensors")
     with pytest.raises(ConfigError, match=r"other\.safetensors does not fit .*blocks\.1"):

@@ -201,8 +201,10 @@ def test_a_checkpoint_that_is_not_there_or_would_go_leaves_the_folder_alone(tmp_
     own, other = folder.checkpoints / "step_5", tmp_path / "other" / "checkpoints" / "step_5"
     own.mkdir(parents=True)
     other.mkdir(parents=True)
+    (tmp_path / "whole" / "checkpoints" / "step_00000500").mkdir(parents=True)
     for fresh, resume, words in (
         (False, Path("step_6"), "--resume step_6: there is no such folder"),
+        (False, tmp_path / "whole", "folder of a run; name one .*, such as .*/step_00000500$"),
         (True, Path("step_5"), "--resume step_5 goes on with the run in"),
         (True, own, "leave --fresh out"),
     ):

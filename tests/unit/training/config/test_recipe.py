@@ -13,7 +13,7 @@ from routedvit.training.config.recipe import (
     ScheduleConfig,
     TeacherConfig,
 )
-from routedvit.training.config.watch import GuardConfig
+from routedvit.training.config.watch import EvalConfig, GuardConfig
 
 TEACHER = TeacherConfig(name="test_vit", pretrained=True)
 
@@ -65,13 +65,16 @@ def test_capacity_schedules_that_can_be(values):
         (ScheduleConfig, {"timescale_epochs": 3.0}, 'timescale_epochs = 3.0.*name = "rsqrt"'),
         (ScheduleConfig, {"name": "wsd", "timescale_epochs": 3.0}, 'name = "rsqrt"'),
         (ScheduleConfig, {"decay": 0.1}, 'decay = 0.1.*schedule.name = "wsd" or "rsqrt"'),
-        (ScheduleConfig, {"decay_shape": "linear"}, 'decay_shape = "linear"'),
+        (ScheduleConfig, {"decay_shape": "linear"}, r"delete decay_shape \(its default is null\)"),
+        (ScheduleConfig, {"warmup_lr": 1e-4}, "warmup_lr = 0.0001.*warmup_epochs above 0"),
         (LossConfig, {"mix_prob": 0.5}, "mix_prob = 0.5.*loss.mixup or loss.cutmix"),
         (LossConfig, {"mixup": 0.5, "mix_switch_prob": 0.3}, "both loss.mixup and loss.cutmix"),
         (CapacityConfig, {"start": 4.0}, 'start = 4.0.*capacity.schedule = "anneal" or "sample"'),
         (CapacityConfig, {"schedule": "sample", "start": 4.0, "until": 0.5}, "until = 0.5"),
         (CapacityConfig, {"schedule": "sample", "factors": [0.5], "end": 2.0}, "factors = null"),
         (GuardConfig, {"max_spikes": 3}, "max_spikes = 3 .*guard.spike_sigmas"),
+        (EvalConfig, {"train_images": 500}, "train_images = 500 .*eval.knn or eval.linear_probe"),
+        (EvalConfig, {"train_images": None}, r"train_images = null .*its default is 50000\)"),
         (
             DistillConfig,
             {"name": "distill", "teacher": TEACHER, "kind": "hard", "temperature": 2.0},
@@ -96,6 +99,12 @@ def test_a_key_that_nothing_would_read_is_refused_with_what_makes_it_count(secti
         (GuardConfig, {"spike_sigmas": 6.0, "spike_window": 64, "max_spikes": 3}),
         (CapacityConfig, {"schedule": "none", "start": 1.0, "levels": 5, "shape": "linear"}),
         (ScheduleConfig, {"decay": 0.2, "timescale_epochs": None}),
+        (ScheduleConfig, {"warmup_epochs": 0.0, "warmup_lr": 1e-6}),
+        # every recipe says min_lr, and a constant rate is a plausible --set on top of it
+        (ScheduleConfig, {"name": "constant", "min_lr": 1e-6}),
+        (ScheduleConfig, {"name": "constant", "warmup_epochs": 1.0, "warmup_lr": 1e-4}),
+        (EvalConfig, {"train_images": 50_000}),
+        (EvalConfig, {"linear_probe": {}, "train_images": None}),
     ],
 )
 def test_keys_that_are_read_and_defaults_that_are_said_pass(section, values):
