@@ -40,7 +40,8 @@ class Classes:
 def joined(found: Sequence[tuple[str, Classes]], field: str, read: bool) -> Classes:
     """The classes of (where it is, what it has) together.
 
-    LabelsDisagree, naming `field`, where labels are to be `read` and sets number them differently.
+    LabelsDisagree, naming `field`, where labels are to be `read`, and sets number them differently
+    or some have none: their images would be learned as of class 0.
     """
     named = [(home, own.names) for home, own in found if own.names]
     for home, names in named[1:]:
@@ -59,6 +60,11 @@ def joined(found: Sequence[tuple[str, Classes]], field: str, read: bool) -> Clas
     why = next((own.discord for _, own in found if own.discord), "")
     if with_labels and without and not why:
         why = f"{shown(with_labels[0])} has labels and {shown(without[0])} has none"
+        if read:
+            raise LabelsDisagree(
+                f"{field}: {why}; leave the latter out, adopt it with its labels (`python -m "
+                "data.check --label-key`), or train with an objective that reads no labels"
+            )
     number = max(own.number for _, own in found)
     return Classes(number, named[0][1] if named else None, bool(with_labels), why)
 

@@ -51,6 +51,11 @@ def test_sets_without_labels_leave_the_others_their_classes():
     assert found.discord == "b has labels and a has none"
 
 
+def test_no_image_without_a_label_is_learned_as_of_class_0():
+    with pytest.raises(LabelsDisagree, match=r"^f: b has labels and a has none; leave the latter"):
+        joined([("a", BARE), ("b", ANTS)], "f", True)
+
+
 @pytest.mark.parametrize("train", [BARE, Classes(1, None, False, "x"), Classes(3, discord="x")])
 def test_nobody_learns_from_labels_that_mean_nothing(train):
     keys = r"eval\.knn and eval\.linear_probe"
