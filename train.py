@@ -85,7 +85,9 @@ def main() -> int:
         config = load_config(RunConfig, args.config, args.set)
         if args.dry_run or args.find_batch:
             machine = resolve_machine(args.world_size, args.gpu_memory)
-            for text in rehearse(config, Preview(config.data), machine, search=args.find_batch):
+            labelled = config.objective.reads_labels
+            preview = Preview(config.data, labelled=labelled, learners=learners_of(config))
+            for text in rehearse(config, preview, machine, search=args.find_batch):
                 console.print(text)
             return 0
         if args.export:
@@ -133,7 +135,8 @@ def run_in(
     """As `run`, once the ranks have met. What one of them cannot build, all hear of."""
     built = partial(together, mistakes=MISTAKES)
     record = without_secrets(config.model_dump(mode="json"))
-    train = built(lambda: resolve_train(config.data))
+    labelled = config.objective.reads_labels
+    train = built(lambda: resolve_train(config.data, labelled=labelled))
     check_same_run(record, train.shards.digest(), SOURCES)
     # without labels there is no classifier
     num_classes = train.shards.num_classes * config.objective.classifies
@@ -260,12 +263,19 @@ def build_eval_loaders(
         "batch_size": config.eval.batch_size or micro_batch_size,
         "crop_pct": config.data.crop_pct or format["crop_pct"],
         "train": train,
+        "learners": learners_of(config),
+        "num_classes": config.model.kwargs["num_classes"],
     }
     to_learn_from = None
-    if config.eval.knn or config.eval.linear_probe:
+    if common["learners"]:
         limit = config.eval.train_images
         to_learn_from = build_eval_loader(config.data, split="train", limit=limit, **common)
     return EvalLoaders(build_eval_loader(config.data, **common), to_learn_from)
+
+
+def learners_of(config: RunConfig) -> tuple[str, ...]:
+    """The keys of the evaluators that learn from the labels of training images."""
+    return tuple(f"eval.{name}" for name in ("knn", "linear_probe") if getattr(config.eval, name))
 
 
 def reading(format: dict[str, Any], world: World, logs: Path) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def audit(run: Path) -> Audit:
         raise DataError(f"{run}/logs has no samples.rank*.jsonl; run with data.log_samples = true")
     arguments = parse(["--config", str(run), "--steps", "0:1"])
     config = data_config(arguments)
-    train = resolve_train(config)
+    train = resolve_train(config, labelled=False)  # no label changes the order
     order = order_of(train, config, arguments.seed)
     reader = ShardReader(train.shards, config.verify, config.remote)
     bad = ledger_lines(run / "logs", "bad_samples.train")

@@ -8,7 +8,7 @@ Everything a batch holds follows from the global positions of its rows (see `dat
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +19,7 @@ from data.config import DataConfig, NormalizeConfig
 from data.crop_first import from_encoded
 from data.decode import MODE_OF_CHANNELS
 from data.errors import BadSample, DataError
+from data.labels import check_learnable, check_same_classes
 from data.ledger import Ledger
 from data.mixture import Order, TrainSet, order_of, resolve_train
 from data.order import check_world
@@ -135,19 +136,29 @@ def build_eval_loader(
     split: Literal["val", "train"] = "val",
     limit: int | None = None,
     train: TrainSet | None = None,
+    learners: Sequence[str] = (),
+    num_classes: int | None = None,
 ) -> EvalLoader:
     """The evaluation batches of one rank, normalised as in training. DataError without data.val.
 
     `split` 'train' reads the training images the way held-out ones are read, not augmented; with a
     `limit` only so many samples, at even distances, come. `train` as of `build_train_loader`.
+    `learners` are keys of the evaluators that learn from labels and `num_classes` those of the
+    model, 0 without a classifier (None: of the training set): without either no label is compared.
     """
     trained_on = (train or resolve_train(config)).shards
     shards = trained_on
     if split == "val":
         if config.val is None:
             raise DataError("data.val is not set; name shards to evaluate on in data.val.shards")
-        shards = resolve(config.val.shards, "data.val.shards", config.remote, config.val.manifest)
-        _check_same_classes(trained_on, shards)
+        compared = num_classes != 0 or bool(learners)
+        shards = resolve(
+            config.val.shards, "data.val.shards", config.remote, config.val.manifest, compared
+        )
+        if compared:
+            check_same_classes(trained_on.classes, shards.classes, learners, num_classes)
+    else:
+        check_learnable(trained_on.classes, learners)
     mean, std = normalization(config, trained_on, mean, std, channels=input_size[0])
     dataset = EvalBatches(
         ShardReader(shards, config.verify, config.remote),
@@ -172,16 +183,6 @@ def build_eval_loader(
     name = "val" if split == "val" else "train_features"  # training keeps a ledger of its own
     ledger = Ledger(ledger_dir, name, rank, config.max_bad_samples, config.max_bad_shards)
     return EvalLoader(config, dataset, ledger)
-
-
-def _check_same_classes(train: ShardSet, val: ShardSet) -> None:
-    """Other numbers for the same classes would be an accuracy that looks real and means nothing."""
-    named = train.label_names and val.label_names
-    if (named and train.label_names != val.label_names) or val.num_classes > train.num_classes:
-        raise DataError(
-            f"data.val.shards ({val.num_classes} classes) number their classes differently than "
-            f"data.train.shards ({train.num_classes} classes); write both from one list of classes"
-        )
 
 
 def normalization(

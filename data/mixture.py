@@ -18,9 +18,10 @@ import numpy as np
 
 from data.config import DataConfig, TrainSource
 from data.errors import DataError
+from data.labels import joined
 from data.order import PLACES, Place, SampleOrder, default_streams, uniform
 from data.recent import Recent
-from data.shards import ShardSet, agreed_label_names, pooled, resolve
+from data.shards import ShardSet, pooled, resolve
 
 TURNS = 1024  # of a block; part of the order
 _MIXTURE, _DRAWS = 3, 4  # what a random stream is for, as in data.order
@@ -47,22 +48,25 @@ class TrainSet:
     samples_per_epoch: int
 
 
-def resolve_train(config: DataConfig) -> TrainSet:
-    """What `data.train` names. DataError when it cannot be used or the sources do not agree."""
+def resolve_train(config: DataConfig, *, labelled: bool = True) -> TrainSet:
+    """What `data.train` names. DataError when it cannot be used.
+
+    Where labels are read (`labelled`) those of all sources must agree. Which samples there are, and
+    their order, does not depend on that.
+    """
     sources = config.train if isinstance(config.train, list) else [config.train]
     several = isinstance(config.train, list)
     parts = [
-        resolve(source.shards, _field(number, several), config.remote, source.manifest)
+        resolve(source.shards, _field(number, several), config.remote, source.manifest, labelled)
         for number, source in enumerate(sources)
     ]
     weights = [_weight(source, part) for source, part in zip(sources, parts, strict=True)]
-    names = [(_field(number, several), part.label_names) for number, part in enumerate(parts)]
+    classes = [(_field(number, several), part.classes) for number, part in enumerate(parts)]
     mean, std = pooled([(p.mean, p.std, w) for p, w in zip(parts, weights, strict=True)])
     shards = ShardSet(
         names=[name for part in parts for name in part.names],
         entries=[entry for part in parts for entry in part.entries],
-        num_classes=max(part.num_classes for part in parts),
-        label_names=agreed_label_names(names, "data.train"),
+        classes=joined(classes, "data.train", labelled),
         mean=mean,
         std=std,
         manifests=[home for part in parts for home in part.manifests],

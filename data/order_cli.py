@@ -41,7 +41,7 @@ def rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The lines to print, in the order of positions."""
     config = data_config(arguments)
     batch, world, turn = arguments.batch_size, arguments.world_size, 2 if arguments.pairs else 1
-    train = resolve_train(config)
+    train = resolve_train(config, labelled=False)  # no label changes the order
     order = order_of(train, config, arguments.seed)
     check_world(order.streams, batch, world, arguments.pairs)
     if arguments.rank is not None and arguments.rank >= world:

@@ -71,18 +71,19 @@ class ShardReader:
         return self._listing(shard).key(sample)
 
     def label(self, shard: int, sample: int) -> int:
-        """The label of a sample; reads no image. May be NO_LABEL."""
+        """The label that a sample has in its shard; reads no image. May be NO_LABEL."""
         return int(self._listing(shard).labels[sample])
 
     def read(self, shard: int, sample: int) -> Sample:
-        """One sample. BadSample when it cannot be used, BadShard when its shard is damaged,
-        Unreachable when nobody can tell."""
+        """One sample, of class 0 where labels mean nothing. BadSample when it cannot be used,
+        BadShard when its shard is damaged, Unreachable when nobody can tell."""
         index = self._index(shard)
         if sample in index.faults:
             raise BadSample(index.faults[sample])
         label, size = int(index.labels[sample]), int(index.sizes[sample])
-        if label == NO_LABEL or label >= self.shards.num_classes:
-            raise BadSample(f"label {label} is outside 0..{self.shards.num_classes - 1}")
+        classes = self.shards.classes
+        if label == NO_LABEL or (classes.labelled and label >= classes.number):
+            raise BadSample(f"label {label} is outside 0..{classes.number - 1}")
         if size > MAX_IMAGE_BYTES:
             raise BadSample(f"an image of {size} encoded bytes; {MAX_IMAGE_BYTES} are allowed")
         begin = int(index.offsets[sample]) - BLOCK
@@ -94,7 +95,7 @@ class ShardReader:
                 found = self._bytes(shard, begin, size + BLOCK)
             if zlib.crc32(found) != checks[sample]:
                 raise BadSample("damaged: its bytes are not those that were written")
-        return Sample(index.key(sample), label, found[BLOCK:])
+        return Sample(index.key(sample), label if classes.labelled else 0, found[BLOCK:])
 
     def _bytes(self, shard: int, begin: int, size: int) -> bytes:
         with _failures_named(self.shards.names[shard]):

@@ -15,7 +15,6 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -25,8 +24,10 @@ import numpy as np
 
 from data.config import RemoteConfig
 from data.errors import DataError
+from data.labels import Classes, joined
 from data.manifest import MANIFEST_NAME, Manifest, ShardEntry, parse_manifest, read_manifest
 from data.remote import as_folder, check_url, file_name, find, is_url, read_bytes, shown, sibling
+from data.tar_index import UNLABELLED
 
 MAX_SHARDS = 1_000_000  # `{0..999999999}` is a typing error, not a dataset
 MAX_MANIFEST_BYTES = 1 << 28
@@ -39,13 +40,22 @@ class ShardSet:
 
     names: list[str]  # paths, or URLs
     entries: list[ShardEntry]
-    num_classes: int
-    label_names: list[str] | None
+    classes: Classes
     mean: list[float]
     std: list[float]
     manifests: list[str] = field(default_factory=list)  # of each shard; empty: beside it
     label_places: list[str] = field(default_factory=list)  # of each shard; empty: .cls members
     source_sizes: tuple[int, ...] = ()  # shards per source, in a mixture of them
+
+    @property
+    def num_classes(self) -> int:
+        """Classes that labels tell apart."""
+        return self.classes.number
+
+    @property
+    def label_names(self) -> list[str] | None:
+        """The names of the classes, where they are known."""
+        return self.classes.names
 
     @property
     def sizes(self) -> list[int]:
@@ -78,10 +88,12 @@ def resolve(
     field: str = "data.train.shards",
     remote: RemoteConfig = RemoteConfig(),  # noqa: B008, never written to
     manifest: str | None = None,
+    labelled: bool = True,
 ) -> ShardSet:
     """The shards that a config names. DataError, naming `field`, when they cannot be used.
 
-    `manifest` is where theirs lies, if not beside them.
+    `manifest` is where theirs lies, if not beside them; `labelled` says whether labels are read,
+    which then must agree.
     """
     patterns = [shards] if isinstance(shards, str) else shards
     names = _names(patterns, field, remote, manifest)
@@ -94,10 +106,7 @@ def resolve(
     return ShardSet(
         names=names,
         entries=entries,
-        num_classes=max(len(manifest.class_counts) for manifest in manifests.values()),
-        label_names=agreed_label_names(
-            [(home, manifest.label_names) for home, manifest in manifests.items()], field
-        ),
+        classes=joined([(home, _classes(m)) for home, m in manifests.items()], field, labelled),
         mean=mean,
         std=std,
         manifests=homes,
@@ -251,18 +260,10 @@ def _choices(body: str) -> list[str]:
     return [str(number).zfill(width) for number in range(first, last + 1)]
 
 
-def agreed_label_names(
-    found: Iterable[tuple[str, list[str] | None]], field: str
-) -> list[str] | None:
-    """The label names that all (manifest, names) agree on; None when none has any."""
-    named = [(home, names) for home, names in found if names]
-    for home, names in named[1:]:
-        if names != named[0][1]:
-            raise DataError(
-                f"{field}: {shown(home)} and {shown(named[0][0])} number their classes "
-                "differently; write them again from one list of classes"
-            )
-    return named[0][1] if named else None
+def _classes(manifest: Manifest) -> Classes:
+    """What a manifest says; names without labels are of labels that were set aside."""
+    labelled = manifest.label_place != UNLABELLED
+    return Classes(len(manifest.class_counts), manifest.label_names if labelled else None, labelled)
 
 
 def pooled(

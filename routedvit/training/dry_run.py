@@ -101,6 +101,7 @@ def rehearse(config: RunConfig, data: Any, machine: Machine, *, search: bool) ->
     else:
         options = {"seed": config.seed, "global_batch_size": config.train.batch_size}
         options |= {"pairs": bool(config.loss.mixup or config.loss.cutmix)} | image_format(config)
+        options |= {"num_classes": kwargs["num_classes"]}
         for line in data.describe(world_size=machine.world_size, **options):
             yield f"data         {line}"
     yield describe_step(config, machine, data)

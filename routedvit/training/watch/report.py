@@ -20,9 +20,10 @@ def opening(config: RunConfig, trainer: Trainer) -> str:
     steps = f"{total:,} steps"
     if done:
         steps += f", {done:,} of them done"
+    classes = f" of {loader.num_classes} classes" if loader.num_classes > 1 else ""
     return (
         f"{config.model.name}, {engine.num_parameters:,} parameters, on "
-        f"{loader.samples_per_epoch:,} images of {loader.num_classes} classes\n"
+        f"{loader.samples_per_epoch:,} images{classes}\n"
         f"{engine.world_size} x {engine.device.type}, ZeRO-{engine.zero_stage}, "
         f"{config.precision.dtype}, batch {config.train.batch_size} = {share}, {steps}"
     )

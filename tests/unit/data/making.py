@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import tarfile
 from pathlib import Path
 
@@ -36,6 +37,13 @@ def write_tar(path: Path, members: Members) -> None:
             member = tarfile.TarInfo(name)
             member.size = len(payload)
             tar.addfile(member, io.BytesIO(payload))
+
+
+def amend(folder: Path, **fields: object) -> Path:
+    """Change what the manifest of a set says, such as its label_names; returns the folder."""
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    return folder
 
 
 def vouch(folder: Path, sizes: dict[str, int], classes: int = 3) -> None:

@@ -15,6 +15,7 @@ from data.errors import DataError
 from data.ledger import Ledger
 from data.mixture import order_of, resolve_train
 from data.reader import ShardReader
+from tests.unit.data.making import amend
 from tests.unit.data.serving import FaultyServer
 from tests.unit.data.test_faults import BAD_SAMPLES, shards_with
 from tests.unit.data.test_loaders import BATCH, SIZES, TOTAL, train_loader
@@ -102,12 +103,16 @@ def test_half_a_line_of_a_killed_process_takes_no_other_line_with_it(tmp_path):
         assert list(map(json.loads, lines)) == whole
 
 
-def test_a_mixture_is_audited_source_by_source(make_set, make_config, run, capsys):
+@pytest.mark.parametrize("names", [["a", "b", "c"], ["a", "c", "b"]])
+def test_a_mixture_is_audited_source_by_source(make_set, make_config, run, capsys, names):
+    """Also one whose classes differ, which a run that reads no labels takes."""
     sources = [make_set([9, 7, 8, 8], "train"), make_set([5, 6, 5], "other")]
+    amend(sources[0], label_names=["a", "b", "c"])
+    amend(sources[1], label_names=names)
     sections = [{"shards": str(f), "weight": w} for f, w in zip(sources, (3, 1), strict=True)]
     config = make_config(sections, streams=4, log_samples=True)
     write_config(run, config)
-    run_steps(run, config, 2, 0, 9)
+    run_steps(run, config, 2, 0, 9, train=resolve_train(config, labelled=False))
     assert audit.main([str(run)]) == 0
     said = capsys.readouterr().out
     assert "source 0, epoch 0: 32 of 32 samples, each exactly once" in said

@@ -12,6 +12,8 @@ import pytest
 
 from data import check, order_cli, write
 from data.config import DataConfig
+from data.mixture import resolve_train
+from tests.unit.data.making import amend
 from tests.unit.data.test_loaders import BATCH, SIZES, train_loader
 
 
@@ -82,6 +84,18 @@ def test_a_mixture_is_told_by_sets_and_weights(make_set, make_config, capsys, ki
     assert rows == served(make_config(sources, **fields), 6)
     assert {line["source"] for line in lines} == {0, 1}
     assert all(line["shard"].startswith(str(folders[line["source"]])) for line in lines)
+
+
+def test_sets_of_other_classes_are_told_with_the_labels_of_their_own(make_set, make_config, capsys):
+    """The order is of samples; whether a run may read their labels is not asked."""
+    names = {"a": ["ant", "bee", "cat"], "b": ["boat", "car", "den"]}
+    folders = [amend(make_set([7, 9], name), label_names=names[name]) for name in names]
+    command = ["--shards", folders[0], "--shards", folders[1], "--shuffle-buffer", 8]
+    rows, lines = printed(capsys, *command, "--seed", 7, "--batch-size", BATCH, "--steps", "0:6")
+    config = make_config([{"shards": str(folder)} for folder in folders])
+    keys = [row[2] for row in served(config, 6, train=resolve_train(config, labelled=False))]
+    assert [line["key"] for line in lines] == keys
+    assert all(label == int(key.split("/")[1]) % 3 for _, _, key, label, _ in rows)
 
 
 @pytest.mark.parametrize("where", ["config", "run folder"])

@@ -7,6 +7,7 @@ import pytest
 
 from data.cache import GIGABYTE
 from data.config import DataConfig
+from data.labels import Classes
 from data.manifest import ShardEntry
 from data.mixture import TrainSet
 from data.order import SampleOrder
@@ -22,7 +23,7 @@ def shards(count, samples, where="https://h"):
         for number in range(count)
     ]
     names = [f"{where}/{entry.name}" for entry in entries]
-    return ShardSet(names, entries, num_classes=3, label_names=None, mean=[0.5], std=[0.5])
+    return ShardSet(names, entries, classes=Classes(3), mean=[0.5], std=[0.5])
 
 
 @pytest.mark.parametrize("buffer", [0, 5, 10, 40])

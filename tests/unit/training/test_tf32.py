@@ -26,7 +26,7 @@ def until_connected(monkeypatch: pytest.MonkeyPatch) -> Any:
     environment = dict(os.environ)
     before = [switch.allow_tf32 for switch in SWITCHES]
 
-    def stop_here(*arguments: Any) -> None:
+    def stop_here(*arguments: Any, **options: Any) -> None:
         raise Connected
 
     monkeypatch.setattr(train, "record_collectives", lambda folder: None)
