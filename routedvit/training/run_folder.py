@@ -26,6 +26,11 @@ from typing import Any
 
 from routedvit.training.checkpoints.manifest import numbered, replace_text
 from routedvit.training.checkpoints.ownership import Owner, refuse_beside_the_living, take
+from routedvit.training.checkpoints.publishing import (
+    clear_hidden,
+    publish_written,
+    written_whole,
+)
 from routedvit.training.checkpoints.shelf import names_in
 from routedvit.training.config.differences import describe_differences, differences, is_free
 from routedvit.training.config.run import ConfigError
@@ -71,13 +76,13 @@ class RunFolder:
         return self.path / "evaluated"
 
     def has_checkpoint(self) -> bool:
-        """Whether a run in this folder would be resumed.
+        """Whether a run in this folder would be resumed, from one that is yet to be published too.
 
         Raises:
             ConfigError: nobody can tell.
         """
         try:
-            return bool(names_in(self.checkpoints))
+            return bool(names_in(self.checkpoints) or written_whole(self.checkpoints))
         except OSError as error:
             raise ConfigError(
                 f"{self.checkpoints} cannot be read ({error}); see to the disk and its rights"
@@ -103,15 +108,20 @@ def open_folder(
     try:
         refuse_beside_the_living(folder.path)
         moved = move_aside(folder) if fresh else None
+        written = [] if resume else publish_written(folder.checkpoints)
         claim(folder, config, free=free)
         owner = take(folder.path)
+        clear_hidden(folder.checkpoints)
     except OSError as error:
         raise ConfigError(
             f"output_dir: the run folder {folder.path} cannot be used ({error}); see to the room "
             "on its disk and to its rights, or set output_dir to another"
         ) from error
-    kept = f" (the earlier run is kept in {moved})" if moved else ""
-    return f"run folder {folder.path}{kept}", owner
+    told = f" (the earlier run is kept in {moved})" if moved else ""
+    told += "".join(
+        f" ({name} was written when an earlier start died; it counts)" for name in written
+    )
+    return f"run folder {folder.path}{told}", owner
 
 
 def check_resume(

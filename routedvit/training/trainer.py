@@ -42,6 +42,8 @@ from routedvit.training.watch.meter import Meter
 from routedvit.training.watch.profiler import ProfilerWindow
 from routedvit.training.watch.step_log import StepLog
 
+SECONDS_TO_END = 60.0  # for a checkpoint that is being written when something else goes wrong
+
 
 class Trainer:
     """Runs an engine over a loader until `total_steps` or a signal.
@@ -121,6 +123,14 @@ class Trainer:
         A step is saved before it is evaluated, and an evaluation that did not come to its end is
         made up for by the next start, also of a run that has no more steps to go.
         """
+        try:
+            self.loop()
+        finally:
+            self.checkpoints.pending.let_it_end(SECONDS_TO_END)
+        return self.finish()
+
+    def loop(self) -> None:
+        """All steps, and what comes with some of them."""
         settings = self.settings
         first, total = self.state.step + 1, settings.total_steps
         self.progress.start(self.state.step, total)
@@ -154,7 +164,6 @@ class Trainer:
                 self.watch_routing()
             if stop:
                 self.save(must=True)
-        return self.finish()
 
     def batches(self) -> Iterator[Batch]:
         """The micro-batches of the steps that are left, on their way to the device."""

@@ -95,7 +95,7 @@ class Checkpoints:
         Raises:
             SaveError: the disk is full or fails; nothing is left of it and the others are whole.
         """
-        self.pending.make_room()
+        self.pending.make_room(tell=in_background)
         final = self.path_of(state.step)
         self.fence.check()
         # Rank 0 alone looks: NFS would go on telling the others for a minute that it is not there.

@@ -5,8 +5,8 @@ the manifest, and ONE rename makes the folder visible. When the disk fails one r
 give up together and the half-written folder goes.
 
 The ranks meet before they write and after. In between each may write in a thread, from a copy in
-the memory of the host, while training goes on; a start that dies meanwhile leaves what one leaves
-that dies in a save: a hidden folder, which the next save clears away.
+the memory of the host, while training goes on. Where a start dies meanwhile, the next one counts
+what all had written (publishing.py) and clears away what they had not.
 """
 
 import dataclasses
@@ -16,22 +16,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from routedvit.training.checkpoints.background import Background
+from routedvit.training.background import Background
 from routedvit.training.checkpoints.fence import Fence
 from routedvit.training.checkpoints.manifest import (
-    MANIFEST,
-    Fingerprint,
-    Manifest,
     claim_run_id,
     fingerprint,
-    run_id,
     sync,
     write_json,
+)
+from routedvit.training.checkpoints.publishing import (
+    Files,
+    clear_hidden,
+    hidden,
+    note_written,
+    publish,
 )
 from routedvit.training.checkpoints.run_state import RUN_STATE, RunState
 from routedvit.training.checkpoints.shelf import Shelf
 from routedvit.training.config.base import ConfigError
 from routedvit.training.engine import Engine
+from routedvit.training.engine.state import TakenState
+from routedvit.training.host_room import has_room_for
 from routedvit.training.memory import readable
 
 T = TypeVar("T")
@@ -58,9 +63,10 @@ class Commit:
         held = {"world_size": engine.world_size, "zero_stage": engine.zero_stage}
         self._run_state = dataclasses.asdict(state) | held  # a copy: the state goes on
         final = self.final = shelf.path_of(state.step)
-        self.temporary = final.with_name(f".{final.name}.{fence.name}.tmp")
+        self.temporary = hidden(final, fence.name)
         self.size = engine.state_bytes()
-        self._thread: Background[dict[str, Fingerprint]] | None = None
+        self._taken: TakenState | None = None
+        self._thread: Background[Files] | None = None
 
     def run(self) -> None:
         """Write it while all wait.
@@ -72,23 +78,35 @@ class Commit:
         self._begin(copy=False)
         self.finish()
 
-    def start(self) -> None:
+    def start(self) -> bool:
         """Take it as it is now and write it in a thread; `finish` makes it visible.
 
+        False if there is no room for a copy in the memory of some rank's host: `finish` will write
+        it while all wait.
+
         Raises:
-            SaveError: there is no room for it.
+            SaveError: there is no room for it on the disk.
         """
-        self._begin(copy=True)
-        self._thread = Background(self._write, name=f"save {self.final.name}")
+        copied = all(self.engine.gather(has_room_for(self.engine.share_bytes())))
+        self._begin(copy=copied)
+        if copied:
+            self._thread = Background(self._write, name=f"save {self.final.name}")
+        return copied
 
     @property
     def is_writing(self) -> bool:
         """Whether the thread of this rank is at it; each rank has an answer of its own."""
         return self._thread is not None and self._thread.running
 
+    def let_it_end(self, seconds: float) -> None:
+        """Give the thread of this rank so much time to end."""
+        if self._thread is not None:
+            self._thread.wait(seconds)
+
     def finish(self) -> None:
         """Make it visible, once all have written it. Raises what `run` raises."""
-        parts = self._on_all_ranks(self._thread.result if self._thread else self._write)
+        thread, self._thread = self._thread, None
+        parts = self._on_all_ranks(thread.result if thread else self._write)
         files = {name: entry for part in parts for name, entry in sorted(part.items())}
         self.fence.check()
         self._on_all_ranks(lambda: self._publish(files))
@@ -103,36 +121,31 @@ class Commit:
         if self.engine.rank != 0:
             return
         folder = self.shelf.folder
-        for leftover in folder.glob(".step_*.tmp"):
-            shutil.rmtree(leftover, ignore_errors=leftover != self.temporary)
+        clear_hidden(folder)
         self.temporary.mkdir(parents=True)
         names = self.shelf.names()
         claim_run_id(folder, self.shelf.folder / names[-1] if names else None)
         if _free_bytes(folder) < self.size:  # logs and ledgers want the rest of the disk
             raise OSError("no space left")
 
-    def _write(self) -> dict[str, Fingerprint]:
+    def _write(self) -> Files:
         """This rank's files, on disk, and their fingerprints by relative name."""
-        self._taken.write(self.temporary)
+        taken, self._taken = self._taken, None  # the copy goes with the last file
+        assert taken is not None
+        taken.write(self.temporary)
         if self.engine.rank == 0:
             write_json(self.temporary / RUN_STATE, self._run_state)
         own = files_of(self.engine.rank, self.temporary)
         for path in own:
             sync(path)
-        return {str(path.relative_to(self.temporary)): fingerprint(path) for path in own}
+        files = {str(path.relative_to(self.temporary)): fingerprint(path) for path in own}
+        note_written(self.temporary, self.engine.rank, files)
+        return files
 
-    def _publish(self, files: dict[str, Fingerprint]) -> None:
-        """Manifest and rename. Rank 0."""
-        if self.engine.rank != 0:
-            return
-        manifest = Manifest(
-            run=run_id(self.shelf.folder), step=self._run_state["step"], files=files
-        )
-        write_json(self.temporary / MANIFEST, manifest.model_dump())
-        for folder in (path for path in self.temporary.rglob("*") if path.is_dir()):
-            sync(folder)
-        sync(self.temporary)
-        self.temporary.rename(self.final)
+    def _publish(self, files: Files) -> None:
+        """Make it visible. Rank 0."""
+        if self.engine.rank == 0:
+            publish(self.temporary, self.final, files)
 
     def _on_all_ranks(self, action: Callable[[], T]) -> list[T]:
         """What `action` returns on each rank; if the disk fails one, all of them give up."""

@@ -7,6 +7,8 @@ ranks come to disconnect in order; any other leaves at once and takes the connec
 which the launcher and the peers see that it is gone.
 
 gloo disconnects on its own and must: its threads abort a process that ends while still connected.
+Nor may the interpreter clear itself away beside a thread that still writes a checkpoint, on a disk
+that hangs say: that would abort the process too, and its exit code would be another.
 """
 
 import contextlib
@@ -17,6 +19,7 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
+from routedvit.training.background import is_any_running
 from routedvit.training.distributed.signals import REQUEUE_EXIT_CODE
 
 TOGETHER = (0, REQUEUE_EXIT_CODE)  # finished, or stopped and saved: all ranks or none
@@ -26,9 +29,10 @@ def leave(code: int) -> NoReturn:
     """End this process with an exit code; what was printed or logged is on its way by then.
 
     Whatever else waits for the interpreter's end (exit hooks, other threads) is left out where
-    NCCL connects the ranks and they do not end together. Loader processes notice by themselves.
+    NCCL connects the ranks and they do not end together, or a thread still writes. Loader processes
+    notice by themselves.
     """
-    if code not in TOGETHER and connected_by_nccl():
+    if (code not in TOGETHER and connected_by_nccl()) or is_any_running():
         logging.shutdown()
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError):  # a full disk must not change the exit code

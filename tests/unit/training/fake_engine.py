@@ -9,7 +9,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,6 +16,14 @@ from torch import nn
 
 from routedvit.training.device_clock import DeviceClock
 from routedvit.training.engine import StepResult
+
+
+class FakeState:
+    def __init__(self, engine: FakeEngine, held: tuple[int, ...]) -> None:
+        self.engine, self.held = engine, held
+
+    def write(self, folder: Path) -> None:
+        self.engine.save_state(folder, *self.held)
 
 
 class FakeEngine:
@@ -61,9 +68,12 @@ class FakeEngine:
     def state_bytes(self) -> int:
         return 1000
 
+    def share_bytes(self) -> int:
+        return self.state_bytes()
+
     def take_state(self, *, copy: bool = False) -> Any:
-        held = (self.value,) if copy else ()
-        return SimpleNamespace(write=lambda folder: self.save_state(folder, *held))
+        self.taken = FakeState(self, (self.value,) if copy else ())
+        return self.taken
 
     def save_state(self, folder: Path, held: int | None = None) -> None:
         value = self.value if held is None else held

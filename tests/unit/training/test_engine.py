@@ -110,6 +110,27 @@ def test_a_step_that_is_not_finite_changes_nothing(engine):
     assert not engine.train_step(batches()).skipped
 
 
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_copy_is_not_changed_by_the_steps_after_it(world, tmp_path, stage):
+    engine = make(world, {"zero_optimization": {"stage": stage}})
+    engine.model.register_buffer("seen", torch.zeros(3))
+    engine.train_step(batches())
+    folders = [tmp_path / name for name in ("now", "later", "not copied")]
+    for folder in folders:
+        folder.mkdir()
+    engine.take_state().write(folders[0])
+    taken = engine.take_state(copy=True), engine.take_state()
+    engine.train_step(batches())
+    engine.model.seen += 1
+    for state, folder in zip(taken, folders[1:], strict=True):
+        state.write(folder)
+    names = [path.relative_to(folders[0]) for path in folders[0].rglob("*.*")]
+    assert {path.name for path in names} >= {"replicated.safetensors", "rank_00000.json"}
+    contents = [{name: (folder / name).read_bytes() for name in names} for folder in folders]
+    assert contents[1] == contents[0]
+    assert contents[2] != contents[0]
+
+
 def test_evaluation_leaves_train_mode_and_gradients_as_they_were(engine):
     with engine.evaluating() as model:
         assert not model.training

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from routedvit.training.checkpoints.publishing import publish_written
 from routedvit.training.checkpoints.run_state import RunState
 from routedvit.training.config.run import ConfigError
+from routedvit.training.distributed.patience import Patience
 from tests.unit.training.fake_engine import FakeEngine
 from tests.unit.training.trainers import Evaluator, Sink, trainer
 
@@ -21,21 +25,24 @@ def checkpoints(folder: Path) -> list[int]:
 
 
 class Watched(FakeEngine):
-    """Notes what there is to see before each step; the disk is free from step `frees` on."""
+    """Notes what there is to see before each step; the disk stands still over some of them."""
 
-    def __init__(self, folder: Path, frees: int) -> None:
+    def __init__(self, folder: Path, *, stands: int = 2, frees: int) -> None:
         super().__init__()
-        self.folder, self.frees = folder, frees
+        self.folder, self.stands, self.frees = folder, stands, frees
         self.there: dict[int, list[int]] = {}
+        self.pending: Any = None
 
     def train_step(self, *args: Any, **kwargs: Any) -> Any:
         step = self.value + 1
         self.there[step] = checkpoints(self.folder)
         result = super().train_step(*args, **kwargs)
-        if step == 2:
+        if step == self.stands:
             self.disk.clear()
         if step == self.frees:
             self.disk.set()
+        if step == self.frees + 1 and self.pending is not None:
+            self.pending.let_it_end(20)
         return result
 
 
@@ -44,25 +51,59 @@ def background(folder: Path, engine: FakeEngine, sink: Sink, **changes: Any) -> 
     return trainer(folder, engine, sink, RunState(), **changes)
 
 
-def test_steps_go_on_while_it_is_written(tmp_path):
-    engine = Watched(tmp_path, frees=5)
-    run = background(tmp_path, engine, Sink(), total_steps=9, checkpoint_every=3)
-    engine.disk.clear = lambda: None
-    run.fit()
-    assert checkpoints(tmp_path) == [3, 6, 9]
-
-
-def test_it_is_seen_at_the_first_step_that_began_after_it_was_written(tmp_path):
-    engine = Watched(tmp_path, frees=3)
-    run = background(tmp_path, engine, Sink(), checkpoint_every=2, total_steps=4)
-    thread_of, settled = run.checkpoints.pending, []
-    settle = run.checkpoints.settle
-    run.checkpoints.settle = lambda: (settled.append((engine.value, thread_of.writing)), settle())
+def test_steps_go_on_while_it_is_written_and_it_is_seen_when_it_is(tmp_path):
+    engine = Watched(tmp_path, stands=4, frees=5)
+    run = background(tmp_path, engine, Sink(), checkpoint_every=4, total_steps=9)
+    engine.pending = run.checkpoints.pending
     assert run.fit().finished
-    assert engine.there[3] == []  # step 2 was taken and is being written
-    # Not by a step that began while it was written; at the next, or by the last save.
-    assert (3, True) not in settled
-    assert checkpoints(tmp_path) == [2, 4]
+    assert engine.there[6] == []  # taken after step 4, and the disk stands still in step 5
+    assert engine.there[8] == [4]  # step 7 began after it was written
+    assert checkpoints(tmp_path) == [4, 8, 9]
+
+
+def test_what_may_wait_is_marked_as_such(tmp_path):
+    watch, busy = Patience(), []
+    run = background(tmp_path, Watched(tmp_path, frees=3), Sink(), patience=watch)
+    settle = run.checkpoints.pending.settle
+    run.checkpoints.pending.settle = lambda: (busy.append(watch._busy > 0), settle())
+    run.fit()
+    assert len(busy) > 1
+    assert all(busy)
+
+
+def test_a_run_that_crashes_lets_it_end_and_the_next_start_counts_it(tmp_path):
+    class Crashes(FakeEngine):
+        def train_step(self, *args: Any, **kwargs: Any) -> Any:
+            if self.value == 2:
+                threading.Timer(0.2, self.disk.set).start()
+                raise RuntimeError("out of memory")
+            result = super().train_step(*args, **kwargs)
+            if self.value == 2:
+                self.disk.clear()
+            return result
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        background(tmp_path, Crashes(), Sink()).fit()
+    assert checkpoints(tmp_path) == []
+    assert publish_written(tmp_path / "checkpoints") == ["step_00000002"]
+    assert checkpoints(tmp_path) == [2]
+
+
+def test_a_disk_that_stands_still_does_not_keep_a_run_that_crashes(tmp_path, monkeypatch):
+    class Crashes(FakeEngine):
+        def train_step(self, *args: Any, **kwargs: Any) -> Any:
+            if self.value == 2:
+                raise RuntimeError("out of memory")
+            result = super().train_step(*args, **kwargs)
+            self.disk.clear()
+            return result
+
+    monkeypatch.setattr("routedvit.training.trainer.SECONDS_TO_END", 0.1)
+    engine, began = Crashes(), time.monotonic()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        background(tmp_path, engine, Sink()).fit()
+    assert time.monotonic() - began < 10
+    engine.disk.set()
 
 
 def test_what_may_crash_finds_its_step_saved(tmp_path):

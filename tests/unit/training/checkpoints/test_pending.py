@@ -4,11 +4,13 @@ once it is whole.
 
 from __future__ import annotations
 
+import gc
 import os
+import weakref
 
 import pytest
 
-from routedvit.training.checkpoints import pending
+from routedvit.training.checkpoints import commit, pending
 from routedvit.training.checkpoints.checkpoint import Checkpoints
 from routedvit.training.checkpoints.commit import SaveError
 from routedvit.training.checkpoints.fence import OwnershipLost
@@ -31,9 +33,17 @@ def checkpoints(engine, tmp_path, told) -> Checkpoints:
     return Checkpoints(tmp_path, engine, keep=2, tell=told.append)
 
 
+def finish(checkpoints: Checkpoints) -> None:
+    """The disk is free, and what was begun is written."""
+    checkpoints.engine.disk.set()
+    checkpoints.pending.let_it_end(20)
+    assert not checkpoints.pending.writing
+
+
 def begin(checkpoints: Checkpoints, step: int) -> RunState:
     """Save in the background on a disk that waits."""
     engine: FakeEngine = checkpoints.engine
+    finish(checkpoints)
     engine.disk.clear()
     engine.value = step
     state = RunState(step=step, best={"val/top1": float(step)})
@@ -55,9 +65,7 @@ def test_it_is_seen_once_it_is_settled(checkpoints, engine, tmp_path):
     begin(checkpoints, 1)
     assert checkpoints.pending
     assert checkpoints.pending.writing
-    engine.disk.set()
-    while checkpoints.pending.writing:
-        pass
+    finish(checkpoints)
     assert not list(tmp_path.glob("step_*"))
     assert not (tmp_path / "latest").exists()
     checkpoints.settle()
@@ -124,7 +132,7 @@ def test_one_that_cannot_fit_is_refused_at_once(checkpoints, tmp_path, monkeypat
 
 def test_an_error_that_is_not_the_disks_is_raised_where_it_settles(checkpoints, engine):
     begin(checkpoints, 1)
-    del checkpoints.pending._commit._run_state  # the thread has not come to it
+    del checkpoints.pending._commit._run_state  # which the thread has not come to
     engine.disk.set()
     with pytest.raises(AttributeError, match="_run_state"):
         checkpoints.settle()
@@ -142,11 +150,46 @@ def test_training_that_waits_for_a_slow_disk_is_told_so_once(
     assert "checkpoint.every_steps" in line
 
 
-def test_training_that_does_not_wait_hears_nothing(checkpoints, engine, told):
+def test_who_does_not_wait_hears_nothing_nor_who_had_to(checkpoints, engine, told, monkeypatch):
     for step in (1, 2):
         begin(checkpoints, step)
-        engine.disk.set()
+    monkeypatch.setattr(pending, "WORTH_A_LINE", -1.0)
+    engine.disk.set()
+    checkpoints.save(RunState(step=3))  # at a wish to stop: not for want of a faster disk
     assert told == []
+
+
+def test_where_a_host_has_no_room_for_a_copy_all_wait_and_are_told_once(
+    checkpoints, engine, tmp_path, told, monkeypatch
+):
+    asked = []
+    monkeypatch.setattr(commit, "has_room_for", lambda size: asked.append(size))
+    for step in (1, 2):
+        engine.value = step
+        checkpoints.save(RunState(step=step), in_background=True)
+        assert not checkpoints.pending
+        assert load(tmp_path)[0].step == step
+    assert asked == [1000, 1000]
+    (line,) = told
+    assert "no room for a copy" in line
+    assert "checkpoint.in_background" in line
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_copy_goes_when_it_is_written_or_could_not_be(checkpoints, engine, fails):
+    gc.disable()  # as while a run trains
+    try:
+        engine.full_disks = int(fails)
+        begin(checkpoints, 1)
+        held = weakref.ref(engine.taken)
+        del engine.taken
+        finish(checkpoints)
+        assert held() is None
+        there = weakref.ref(checkpoints.pending._commit)
+        checkpoints.settle()
+        assert there() is None
+    finally:
+        gc.enable()
 
 
 def test_what_a_newer_start_has_overtaken_is_not_published(engine, tmp_path):

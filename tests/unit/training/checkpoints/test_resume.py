@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from routedvit.training.checkpoints import commit, shelf
+from routedvit.training.checkpoints import commit, publishing, shelf
 from routedvit.training.checkpoints.checkpoint import Checkpoints
 from routedvit.training.checkpoints.rollbacks import last_jump, note_jump, read_jumps
 from routedvit.training.checkpoints.run_state import RunState
@@ -42,7 +42,7 @@ def test_a_lost_run_id_is_read_from_the_newest_checkpoint(engine, tmp_path):
 
 def test_a_checkpoint_from_before_runs_had_an_id_still_loads(engine, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(commit, "run_id", lambda folder: "")
+        patch.setattr(publishing, "run_id", lambda folder: "")
         save(engine, tmp_path, 1)
     shutil.rmtree(save(engine, tmp_path, 2))
     assert load(tmp_path)[0].step == 1

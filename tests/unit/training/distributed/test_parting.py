@@ -96,3 +96,29 @@ def test_ranks_that_end_together_disconnect_under_nccl(tmp_path: Path, code: int
 def test_gloo_disconnects_after_an_error_too(tmp_path: Path) -> None:
     result = end(RAISES.format(error="Mistake('x')"), "gloo", "together", tmp_path)
     assert (result[0], result[1]) == (2, "disconnecting\n")
+
+
+WRITES = """
+import threading, torch
+from safetensors.torch import save_file
+from routedvit.training.background import Background
+
+def write():
+    while True:
+        save_file({"weight": torch.zeros(1 << 20)}, "weights.safetensors")
+
+for _ in range(3):
+    Background(write, "save")
+time.sleep(0.5)
+"""
+
+
+def test_a_thread_that_still_writes_does_not_change_the_exit_code(tmp_path: Path) -> None:
+    """Cut off by the interpreter's end, it would abort the process."""
+    for _ in range(3):
+        code, _, told, seconds = end(
+            WRITES + RAISES.format(error="Mistake('no such file')"), "gloo", "together", tmp_path
+        )
+        assert code == 2
+        assert "no such file" in told
+        assert seconds < 10
