@@ -111,7 +111,7 @@ def main() -> None:
                 seconds, without_a_step = case.steps(args.steps, save)
                 in_all[save].append(seconds - bare)
                 held_up[save].append(without_a_step)
-        size = readable(case.engine.state_bytes())
+        size = readable(case.engine.share_bytes())
         title = f"{config.model.name}, {size}, ZeRO-{zero_stage(config.deepspeed)}"
     for what, measured in (("held up", held_up), ("in all", in_all)):
         baseline = statistics.median(measured[WAITING])

@@ -5,12 +5,9 @@ in, a container's or a job's, of either version. A limit counts pages of files t
 up at need.
 """
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
-
-import torch
 
 GROUPS = Path("/sys/fs/cgroup")
 MEMBERSHIP, MACHINE = Path("/proc/self/cgroup"), Path("/proc/meminfo")
@@ -21,32 +18,29 @@ class _Names(NamedTuple):
     """What the files of a cgroup are called."""
 
     root: str  # below GROUPS
-    limit: str
+    limits: tuple[str, ...]
     used: str
-    files: str  # a key in memory.stat
+    files: tuple[str, ...]  # keys in memory.stat
 
 
-UNIFIED = _Names("", "memory.max", "memory.current", "inactive_file")
+UNIFIED = _Names(
+    "", ("memory.max", "memory.high"), "memory.current", ("inactive_file", "active_file")
+)  # fmt: skip
 FIRST = _Names(
-    "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+    "memory", ("memory.limit_in_bytes",), "memory.usage_in_bytes",
+    ("total_inactive_file", "total_active_file"),
 )  # fmt: skip
 
 
 def has_room_for(size: int) -> bool:
-    """Whether all ranks of this machine may take `size` bytes more each.
+    """Whether the processes of this machine may take `size` bytes more, together.
 
-    True where the system does not say.
+    True where the system does not say, or in words that are not known here.
     """
-    wanted = size * _ranks_here()
-    return all(wanted < (1 - SPARE) * free for free in (*_in_machine(), *_in_groups()))
-
-
-def _ranks_here() -> int:
-    """As the launcher says (torchrun, deepspeed), else one a GPU."""
-    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
-        if os.environ.get(name, "").isdecimal():
-            return int(os.environ[name])
-    return max(1, torch.cuda.device_count())
+    try:
+        return all(size < (1 - SPARE) * free for free in (*_in_machine(), *_in_groups()))
+    except (ValueError, LookupError):
+        return True
 
 
 def _in_machine() -> Iterator[int]:
@@ -58,7 +52,7 @@ def _in_machine() -> Iterator[int]:
 def _in_groups() -> Iterator[int]:
     for line in _lines(MEMBERSHIP):
         _, controllers, path = line.split(":", 2)
-        if controllers in ("", "memory"):
+        if not controllers or "memory" in controllers.split(","):
             names = FIRST if controllers else UNIFIED
             place = GROUPS / names.root / path.strip("/")
             for folder in (place, *place.parents):
@@ -67,15 +61,17 @@ def _in_groups() -> Iterator[int]:
 
 
 def _in_group(folder: Path, names: _Names) -> Iterator[int]:
-    limit = "".join(_lines(folder / names.limit))
+    limits = ["".join(_lines(folder / limit)) for limit in names.limits]
     used = "".join(_lines(folder / names.used))
-    if limit.isdecimal() and used.isdecimal():  # 'max' is none
-        kept = dict(line.split() for line in _lines(folder / "memory.stat"))
-        yield int(limit) - int(used) + int(kept.get(names.files, 0))
+    if used.isdecimal():
+        stat = dict(line.split() for line in _lines(folder / "memory.stat"))
+        kept = sum(int(stat.get(key, 0)) for key in names.files)
+        # 'max' is no limit
+        yield from (int(limit) - int(used) + kept for limit in limits if limit.isdecimal())
 
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8").splitlines()
+        return path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return []

@@ -108,9 +108,9 @@ def open_folder(
     try:
         refuse_beside_the_living(folder.path)
         moved = move_aside(folder) if fresh else None
-        written = [] if resume else publish_written(folder.checkpoints)
         claim(folder, config, free=free)
         owner = take(folder.path)
+        written = publish_written(folder.checkpoints)
         clear_hidden(folder.checkpoints)
     except OSError as error:
         raise ConfigError(
@@ -196,8 +196,9 @@ def _own_config(folder: RunFolder) -> dict[str, Any] | None:
     with contextlib.suppress(ValueError, KeyError, TypeError):
         config: dict[str, Any] = json.loads(text)["config"]
         return config
-    for name in reversed(names_in(folder.checkpoints)):
-        if saved := _saved_config(folder.checkpoints / name):
+    visible = (folder.checkpoints / name for name in reversed(names_in(folder.checkpoints)))
+    for path in (*visible, *written_whole(folder.checkpoints)):
+        if saved := _saved_config(path):
             return saved
     raise ConfigError(
         f"{folder.config} is damaged and no checkpoint beside it says what its config was; put a "
@@ -237,12 +238,15 @@ def claim(folder: RunFolder, config: dict[str, Any], *, free: tuple[str, ...] = 
         differing = [key for key in differences(before, config) if not is_free(key, free)]
         if differing:
             place = "output_dir" if config.get("output_dir") else "name"
-            newest = folder.checkpoints / names_in(folder.checkpoints)[-1]
+            names = names_in(folder.checkpoints)
+            begin = names and (
+                f", and to begin where that one is add --resume {folder.checkpoints / names[-1]}"
+            )
             described = describe_differences(differing, before, config)
             raise ConfigError(
                 f"{folder.path} holds another run: {described}; "
-                f"give this one another {place} (--set {place}=...), and to begin where that one "
-                f"is add --resume {newest}; or start over with --fresh"
+                f"give this one another {place} (--set {place}=...){begin or ''}; or start over "
+                "with --fresh"
             )
     folder.path.mkdir(parents=True, exist_ok=True)
     record = {"config": config, "git_revision": git_revision(), "versions": versions()}

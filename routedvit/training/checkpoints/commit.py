@@ -12,6 +12,7 @@ what all had written (publishing.py) and clears away what they had not.
 import dataclasses
 import re
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +28,7 @@ from routedvit.training.checkpoints.manifest import (
 from routedvit.training.checkpoints.publishing import (
     Files,
     clear_hidden,
+    discard,
     hidden,
     note_written,
     publish,
@@ -34,6 +36,7 @@ from routedvit.training.checkpoints.publishing import (
 from routedvit.training.checkpoints.run_state import RUN_STATE, RunState
 from routedvit.training.checkpoints.shelf import Shelf
 from routedvit.training.config.base import ConfigError
+from routedvit.training.distributed.proc import boot_id
 from routedvit.training.engine import Engine
 from routedvit.training.engine.state import TakenState
 from routedvit.training.host_room import has_room_for
@@ -64,7 +67,10 @@ class Commit:
         self._run_state = dataclasses.asdict(state) | held  # a copy: the state goes on
         final = self.final = shelf.path_of(state.step)
         self.temporary = hidden(final, fence.name)
-        self.size = engine.state_bytes()
+        here = f"{socket.gethostname()} {boot_id()}"
+        shares = engine.gather((here, engine.share_bytes()))
+        self.size = sum(size for _, size in shares)
+        self.size_here = sum(size for machine, size in shares if machine == here)
         self._taken: TakenState | None = None
         self._thread: Background[Files] | None = None
 
@@ -87,7 +93,7 @@ class Commit:
         Raises:
             SaveError: there is no room for it on the disk.
         """
-        copied = all(self.engine.gather(has_room_for(self.engine.share_bytes())))
+        copied = all(self.engine.gather(has_room_for(self.size_here)))
         self._begin(copy=copied)
         if copied:
             self._thread = Background(self._write, name=f"save {self.final.name}")
@@ -138,6 +144,8 @@ class Commit:
         own = files_of(self.engine.rank, self.temporary)
         for path in own:
             sync(path)
+        for folder in {path.parent for path in own}:
+            sync(folder)
         files = {str(path.relative_to(self.temporary)): fingerprint(path) for path in own}
         note_written(self.temporary, self.engine.rank, files)
         return files
@@ -159,9 +167,9 @@ class Commit:
         fault = next((fault for _, fault in outcomes if fault), None)
         if fault is None:
             return [result for result, _ in outcomes]
+        self.fence.check()  # a newer start publishes or clears away what an older one has written
         if self.engine.rank == 0:
-            shutil.rmtree(self.temporary, ignore_errors=True)
-        self.fence.check()  # a newer start clears away what an older one has half written
+            discard(self.temporary)
         folder = self.shelf.folder
         raise SaveError(
             f"{self.final.name} was not saved ({fault}): it takes {readable(self.size)} and "

@@ -27,7 +27,8 @@ from routedvit.training.checkpoints.manifest import (
 )
 from routedvit.training.checkpoints.run_state import RUN_STATE
 
-HIDDEN = re.compile(r"\.(step_\d{8,})\.[^.]+\.tmp")  # not what `Shelf.delete` hides: no start's id
+# Not what `Shelf.delete` and `discard` hide, which is on its way out.
+HIDDEN = re.compile(r"\.(step_\d{8,})\.[^.]+\.tmp")
 
 Files = dict[str, Fingerprint]  # by name relative to the checkpoint
 NOTE = pydantic.TypeAdapter(Files)
@@ -51,7 +52,7 @@ def publish(folder: Path, final: Path, files: Files) -> None:
     manifest = Manifest(run=run_id(final.parent), step=step, files=files)
     write_json(folder / MANIFEST, manifest.model_dump())
     for note in folder.glob(".rank_*.written"):
-        note.unlink()
+        note.unlink(missing_ok=True)
     for inner in (path for path in folder.rglob("*") if path.is_dir()):
         sync(inner)
     sync(folder)
@@ -73,7 +74,7 @@ def written_whole(folder: Path) -> dict[Path, Files]:
 
 
 def publish_written(folder: Path) -> list[str]:
-    """Make those visible; returns their names. Rank 0.
+    """Make those visible; returns their names. Rank 0 of the start that owns the run.
 
     Raises:
         OSError: the disk does not let it; nothing is lost.
@@ -81,28 +82,51 @@ def publish_written(folder: Path) -> list[str]:
     names = []
     for path, files in written_whole(folder).items():
         final = path.with_name(path.name.split(".")[1])
-        publish(path, final, files)
+        try:
+            publish(path, final, files)
+        except OSError:
+            if path.exists() and not final.exists():  # else the start that wrote it did, just now
+                raise
         names.append(final.name)
-    return names
+    return [*dict.fromkeys(names)]  # two copies of a step are one
 
 
 def clear_hidden(folder: Path) -> None:
     """Delete what is hidden there, written whole or not. Rank 0."""
-    for path in folder.glob(".step_*.tmp"):
-        shutil.rmtree(path, ignore_errors=True)
+    paths = [*folder.glob(".step_*.tmp")]
+    for path in sorted(paths, key=lambda path: HIDDEN.fullmatch(path.name) is not None):
+        discard(path)
+
+
+def discard(path: Path) -> None:
+    """Delete a hidden folder; what cannot be deleted stays."""
+    if HIDDEN.fullmatch(path.name):
+        # Renamed first: half a deletion must not look whole, nor may a start on another machine
+        # go on to write there.
+        with contextlib.suppress(OSError):
+            path = path.rename(path.with_name(path.name.removesuffix(".tmp") + ".gone.tmp"))
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def _written(path: Path) -> Files | None:
-    """All files of a hidden folder, if all ranks have written theirs."""
-    with contextlib.suppress(FileNotFoundError, pydantic.ValidationError):
-        return Manifest.model_validate_json((path / MANIFEST).read_bytes()).files
-    with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
-        files: Files = {}
-        state = json.loads((path / RUN_STATE).read_text(encoding="utf-8"))
-        for rank in range(state["world_size"]):
-            files |= NOTE.validate_json(_note(path, rank).read_bytes())
-        return files
+    """All files of a hidden folder, if all ranks have written theirs and they are there."""
+    with contextlib.suppress(
+        OSError, ValueError, KeyError, TypeError
+    ):  # pydantic's is a ValueError
+        files = _noted(path)
+        if all((path / name).stat().st_size == entry.size for name, entry in files.items()):
+            return files
     return None
+
+
+def _noted(path: Path) -> Files:
+    with contextlib.suppress(OSError, ValueError):
+        return Manifest.model_validate_json((path / MANIFEST).read_bytes()).files
+    files: Files = {}
+    state = json.loads((path / RUN_STATE).read_text(encoding="utf-8"))
+    for rank in range(state["world_size"]):
+        files |= NOTE.validate_json(_note(path, rank).read_bytes())
+    return files
 
 
 def _note(folder: Path, rank: int) -> Path:

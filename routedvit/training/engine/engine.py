@@ -261,10 +261,6 @@ class Engine:
         """About how many bytes `take_state` holds on this rank."""
         return state_bytes(self._layout)
 
-    def state_bytes(self) -> int:
-        """The same on all ranks together. Collective."""
-        return sum(self.gather(self.share_bytes()))
-
     @property
     def offloads(self) -> bool:
         """Whether the optimiser works in the memory of the host."""

@@ -65,11 +65,8 @@ class FakeEngine:
         norm = float("inf") if skipped else 1.0
         return StepResult(loss, {"top1": 50.0}, norm, skipped, stop, writing, loss, self.loss_scale)
 
-    def state_bytes(self) -> int:
-        return 1000
-
     def share_bytes(self) -> int:
-        return self.state_bytes()
+        return 1000
 
     def take_state(self, *, copy: bool = False) -> Any:
         self.taken = FakeState(self, (self.value,) if copy else ())

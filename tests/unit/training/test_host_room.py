@@ -18,8 +18,6 @@ def host(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(host_room, "GROUPS", tmp_path / "groups")
     monkeypatch.setattr(host_room, "MEMBERSHIP", tmp_path / "cgroup")
     monkeypatch.setattr(host_room, "MACHINE", tmp_path / "meminfo")
-    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
-        monkeypatch.delenv(name, raising=False)
     (tmp_path / "meminfo").write_text(f"MemTotal: 999999 kB\nMemAvailable: {100 << 10} kB\n")
     return tmp_path
 
@@ -28,9 +26,11 @@ def limit(host: Path, names: host_room._Names, path: str, limit: str, used: int,
     """A cgroup with a limit in bytes."""
     folder = host / "groups" / names.root / path
     folder.mkdir(parents=True)
-    (folder / names.limit).write_text(f"{limit}\n")
+    (folder / names.limits[0]).write_text(f"{limit}\n")
     (folder / names.used).write_text(f"{used}\n")
-    (folder / "memory.stat").write_text(f"anon 5\n{names.files} {files}\n")
+    inactive, active = names.files
+    stat = f"anon 5\n{inactive} {files // 2}\n{active} {files // 2}\n"
+    (folder / "memory.stat").write_text(stat)
 
 
 def test_a_tenth_of_what_the_machine_has_is_left_to_others():
@@ -38,16 +38,13 @@ def test_a_tenth_of_what_the_machine_has_is_left_to_others():
     assert not has_room_for(91 * MIB)
 
 
-@pytest.mark.parametrize("name", ["LOCAL_WORLD_SIZE", "LOCAL_SIZE"])
-def test_all_ranks_of_the_machine_want_as_much(name, monkeypatch):
-    monkeypatch.setenv(name, "4")
-    assert has_room_for(22 * MIB)
-    assert not has_room_for(23 * MIB)
-
-
 @pytest.mark.parametrize(
     ("names", "line"),
-    [(host_room.UNIFIED, "0::/job/step"), (host_room.FIRST, "4:memory:/job/step")],
+    [
+        (host_room.UNIFIED, "0::/job/step"),
+        (host_room.FIRST, "4:memory:/job/step"),
+        (host_room.FIRST, "4:cpu,memory:/job/step"),
+    ],
 )
 def test_the_limit_of_a_group_that_the_process_is_in_counts(host, names, line):
     (host / "cgroup").write_text(f"3:cpuset:/elsewhere\n{line}\n")
@@ -62,6 +59,32 @@ def test_a_group_without_a_limit_and_one_of_others_say_nothing(host):
     limit(host, host_room.UNIFIED, "job", "max", used=90 * MIB)
     limit(host, host_room.UNIFIED, "other", str(MIB), used=0)
     assert has_room_for(89 * MIB)
+
+
+def test_where_a_group_is_slowed_down_counts_as_its_limit(host):
+    (host / "cgroup").write_text("0::/job\n")
+    limit(host, host_room.UNIFIED, "job", "max", used=40 * MIB)
+    (host / "groups" / "job" / "memory.high").write_text(f"{50 * MIB}\n")
+    assert has_room_for(8 * MIB)
+    assert not has_room_for(10 * MIB)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("cgroup", b"nothing known\n"),
+        ("cgroup", b"0::/\xff\xfe\n"),
+        ("meminfo", b"MemAvailable: much\n"),
+        ("meminfo", b"MemAvailable:\n"),
+        ("groups/job/memory.stat", b"one word more\n"),
+        ("groups/job/memory.stat", b"inactive_file none\n"),
+    ],
+)
+def test_what_is_not_understood_says_nothing(host, name, text):
+    (host / "cgroup").write_text("0::/job\n")
+    limit(host, host_room.UNIFIED, "job", str(99 * MIB), used=0)
+    (host / name).write_bytes(text)
+    assert has_room_for(MIB)
 
 
 def test_a_system_that_says_nothing_has_room(host):

@@ -192,7 +192,7 @@ def test_a_full_disk_is_named_with_the_need_and_the_mend_and_nothing_is_left(eng
 
 
 def test_a_save_that_cannot_fit_is_not_begun(engine, tmp_path, monkeypatch):
-    monkeypatch.setattr(FakeEngine, "state_bytes", lambda self: 1 << 60)
+    monkeypatch.setattr(FakeEngine, "share_bytes", lambda self: 1 << 60)
     with pytest.raises(SaveError, match="GiB"):
         save(engine, tmp_path, 1)
     assert not list(tmp_path.rglob("*step*"))

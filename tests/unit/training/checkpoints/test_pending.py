@@ -123,7 +123,7 @@ def test_a_full_disk_is_told_and_the_next_save_tries_again(checkpoints, engine, 
 
 
 def test_one_that_cannot_fit_is_refused_at_once(checkpoints, tmp_path, monkeypatch):
-    monkeypatch.setattr(FakeEngine, "state_bytes", lambda self: 1 << 60)
+    monkeypatch.setattr(FakeEngine, "share_bytes", lambda self: 1 << 60)
     with pytest.raises(SaveError, match="GiB"):
         checkpoints.save(RunState(step=1), in_background=True)
     assert not checkpoints.pending
