@@ -184,15 +184,16 @@ def earlier_config(folder: RunFolder, *, fresh: bool, resume: Path | None) -> di
 def _own_config(folder: RunFolder) -> dict[str, Any] | None:
     """That of the run in the folder; None without a checkpoint that another recipe could spoil.
 
-    A config.json that was cut, when a machine lost power, is made up for by the newest checkpoint
-    that says.
+    A config.json that was cut, when a machine lost power, or is gone is made up for by the newest
+    checkpoint that says.
 
     Raises:
-        ConfigError: neither tells.
+        ConfigError: it was cut, and none tells.
     """
-    if not (folder.config.exists() and folder.has_checkpoint()):
+    if not folder.has_checkpoint():
         return None
-    text = folder.config.read_bytes()  # what the disk refuses is no damage
+    there = folder.config.exists()
+    text = folder.config.read_bytes() if there else b""  # what the disk refuses is no damage
     with contextlib.suppress(ValueError, KeyError, TypeError):
         config: dict[str, Any] = json.loads(text)["config"]
         return config
@@ -200,6 +201,8 @@ def _own_config(folder: RunFolder) -> dict[str, Any] | None:
     for path in (*visible, *written_whole(folder.checkpoints)):
         if saved := _saved_config(path):
             return saved
+    if not there:
+        return None
     raise ConfigError(
         f"{folder.config} is damaged and no checkpoint beside it says what its config was; put a "
         "copy back, or delete the file, and the run goes on with the config of this start"

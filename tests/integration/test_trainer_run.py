@@ -119,3 +119,12 @@ def test_all_ranks_of_a_start_end_in_words_once_a_newer_one_began(report: dict[s
     assert "another start of this run" in first
     assert second == first
     assert report["overtaken"]["checkpoints"] == ["latest", "run_id", "step_00000004"]
+
+
+def test_a_checkpoint_that_was_being_written_when_all_crashed_is_gone_on_from(report: Any) -> None:
+    run = report["crashed"]
+    assert run["seen"] == []
+    assert run["published"] == ["step_00000004"]
+    assert run["first"] == "key32"  # of rank 0, the data of step 5
+    assert run["kept"] == ["step_00000008", "step_00000010"]  # in the background, and the last
+    assert run["is_bit_identical"]

@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from routedvit.training import engine as deepspeed_engine
 from routedvit.training.checkpoints.checkpoint import Checkpoints
 from routedvit.training.checkpoints.fence import OwnershipLost
 from routedvit.training.checkpoints.ownership import Owner, take
+from routedvit.training.checkpoints.publishing import publish_written
 from routedvit.training.checkpoints.run_state import RunState
 from routedvit.training.config.native import resolve_native_config
 from routedvit.training.distributed.collective import on_rank_zero
@@ -124,6 +126,16 @@ class Overtaken(toy.Loader):
             yield rows
 
 
+class Crashing(toy.Loader):
+    """Fails on all ranks with the batch after the one that comes with the first checkpoint."""
+
+    def batches(self, start: int) -> Iterator[dict[str, Any]]:
+        for number, rows in enumerate(super().batches(start)):
+            if number == 8:  # of step 5
+                raise RuntimeError("a driver fails")
+            yield rows
+
+
 def fit(
     world: World,
     folder: Path,
@@ -131,6 +143,7 @@ def fit(
     loader: toy.Loader,
     signals: StopSignals,
     owner: Owner | None = None,
+    evaluate_every: int = 4,
 ) -> tuple[Summary, Any, Recorder]:
     """One run of the Trainer in `folder`; dropout makes the random state matter."""
     objective = toy.objective(seed, proj_drop_rate=0.2)
@@ -150,7 +163,9 @@ def fit(
     trainer = Trainer(
         engine,
         loader,
-        evaluators=[Classification(toy.Validation(world.rank, world.size), every_steps=4)],
+        evaluators=[
+            Classification(toy.Validation(world.rank, world.size), every_steps=evaluate_every)
+        ],
         writer=recorder,
         monitor=recorder,
         progress=recorder,
@@ -187,6 +202,21 @@ def overtaken(world: World, folder: Path) -> dict[str, Any]:
     torch.distributed.all_gather_object(ends, end)
     names = sorted(path.name for path in (folder / "checkpoints").iterdir())
     return {"ends": ends, "checkpoints": names}
+
+
+def crashed(world: World, folder: Path) -> tuple[dict[str, Any], Any]:
+    """A start that crashes while a checkpoint is written in the background, and the next one."""
+    with StopSignals() as signals:
+        with suppress(RuntimeError):
+            fit(world, folder, 0, Crashing(world.rank, world.size), signals, evaluate_every=0)
+        torch.distributed.barrier()
+        seen = sorted(path.name for path in (folder / "checkpoints").glob("step_*"))
+        published = on_rank_zero(lambda: publish_written(folder / "checkpoints"))
+        loader = Loader(world)
+        _, weights, _ = fit(world, folder, 80, loader, signals, evaluate_every=0)
+    kept = sorted(path.name for path in (folder / "checkpoints").glob("step_*"))
+    report = {"seen": seen, "published": published, "first": loader.given[0], "kept": kept}
+    return report, weights
 
 
 def main(out: Path) -> None:
@@ -230,6 +260,11 @@ def main(out: Path) -> None:
         for name in weights["damaged"]
     )
     report["overtaken"] = overtaken(world, out / "e")
+    report["crashed"], weights["crashed"] = crashed(world, out / "g")
+    report["crashed"]["is_bit_identical"] = all(
+        torch.equal(weights["straight"][name], weights["crashed"][name])
+        for name in weights["straight"]
+    )
     ledger = (out / "c" / "bad_steps.jsonl").read_text().splitlines()
     report["ledger"] = [json.loads(line) for line in ledger]
     if world.rank == 0:

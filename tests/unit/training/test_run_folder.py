@@ -130,6 +130,18 @@ def test_a_cut_config_is_taken_from_the_newest_checkpoint_that_says(left, folder
     assert json.loads(folder.config.read_text())["config"]["seed"] == 0
 
 
+def test_a_config_that_is_gone_is_taken_from_the_newest_checkpoint_that_says(folder) -> None:
+    saved_run(folder)
+    folder.config.unlink()
+    saved = folder.checkpoints / "step_00000001" / "run_state.json"
+    saved.write_text(json.dumps({"config": CONFIG}))
+    with pytest.raises(ConfigError, match=r"seed was 0, is 1"):
+        claim(folder, CONFIG | {"seed": 1})
+    saved.unlink()  # nobody says
+    claim(folder, CONFIG | {"seed": 1})
+    assert json.loads(folder.config.read_text())["config"]["seed"] == 1
+
+
 def test_the_config_is_on_disk_before_it_takes_the_place_of_an_earlier_one(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
