@@ -11,6 +11,7 @@ and the next start of the run does that: nothing that was written is lost, whoev
 
 import contextlib
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -53,9 +54,8 @@ def publish(folder: Path, final: Path, files: Files) -> None:
     write_json(folder / MANIFEST, manifest.model_dump())
     for note in folder.glob(".rank_*.written"):
         note.unlink(missing_ok=True)
-    for inner in (path for path in folder.rglob("*") if path.is_dir()):
-        sync(inner)
-    sync(folder)
+    for inner, _, _ in os.walk(folder, topdown=False):  # asks nothing about the files
+        sync(Path(inner))
     folder.rename(final)
 
 
