@@ -11,10 +11,19 @@ from typing import Any
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from routedvit.training.config.watch import LogConfig, WandbConfig
 from routedvit.training.watch.csv_writer import CsvWriter
 from routedvit.training.watch.metrics import FanOutWriter, build_writer, flat_hparams
+
+
+@pytest.fixture(autouse=True)
+def _named_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of one second are read in the order of a count over the whole process, as text: the
+    tenth comes before the ninth. In a run there are seconds between two of them.
+    """
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
 
 
 def read(folder: Path) -> EventAccumulator:
