@@ -27,7 +27,7 @@ import torch
 import webdataset
 from PIL import Image
 
-from benchmarks.results import append_result
+from benchmarks.results import append_result, report_measured
 from benchmarks.timing import interleave
 from data import write
 from data.config import DataConfig
@@ -148,17 +148,7 @@ def main() -> None:
             name: [images / seconds for seconds in times]
             for name, times in interleave(cases, arguments.rounds, "cpu").items()
         }
-        baseline = statistics.median(rates[PLAIN])
-        for name, values in rates.items():
-            median = statistics.median(values)
-            print(
-                f"{name:28s} {median:7.0f} img/s  ({min(values):.0f} to {max(values):.0f})"
-                f"  {median / baseline:5.2f} x"
-            )
-            append_result(
-                "loader", name, values,
-                unit="img/s per core", baseline=PLAIN, ratio=median / baseline,
-            )  # fmt: skip
+        report_measured("loader", rates, unit="img/s per core", baseline=PLAIN)
         cost = statistics.median(rates["ours, sha256"]) / statistics.median(rates["SHA-256 only"])
         print(f"SHA-256 takes {cost:.1%} of the time of ours")
         shares = [waiting_share(shards, 4) for _ in range(3)]

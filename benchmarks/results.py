@@ -8,7 +8,7 @@ import datetime
 import os
 import platform
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -46,6 +46,28 @@ def append_result(
                 baseline, f"{ratio:.3f}", hardware(), platform.python_version(),
                 torch.__version__,
             ]
+        )  # fmt: skip
+
+
+def report_measured(
+    benchmark: str,
+    measured: Mapping[str, Sequence[float]],
+    *,
+    unit: str,
+    baseline: str,
+    prefix: str = "",
+) -> None:
+    """Print and append a row per case of one run; `prefix` begins the name of each."""
+    middle = statistics.median(measured[baseline])
+    for name, values in measured.items():
+        median = statistics.median(values)
+        print(
+            f"{prefix}{name:28s} {median:8.4g} {unit}  ({min(values):.4g} to {max(values):.4g})"
+            f"  {median / middle:6.3f} x {baseline}"
+        )
+        append_result(
+            benchmark, f"{prefix}{name}", values, unit=unit, baseline=baseline,
+            ratio=median / middle,
         )  # fmt: skip
 
 

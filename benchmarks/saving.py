@@ -10,7 +10,6 @@ Where a GPU computes, that is nearly nothing; on a CPU the writer's hashes compe
 """
 
 import argparse
-import statistics
 import tempfile
 import time
 from collections import defaultdict
@@ -20,7 +19,7 @@ import torch
 from timm.data import resolve_input_data_config
 
 import routedvit  # noqa: F401  (registers the models)
-from benchmarks.results import append_result
+from benchmarks.results import report_measured
 from benchmarks.trainer import BenchmarkConfig
 from routedvit.training import engine as engines
 from routedvit.training.assembly import wrap_objective
@@ -113,18 +112,10 @@ def main() -> None:
                 held_up[save].append(without_a_step)
         size = readable(case.engine.share_bytes())
         title = f"{config.model.name}, {size}, ZeRO-{zero_stage(config.deepspeed)}"
-    for what, measured in (("held up", held_up), ("in all", in_all)):
-        baseline = statistics.median(measured[WAITING])
-        for save, values in measured.items():
-            median = statistics.median(values)
-            print(
-                f"{title}: {what:8} {save:18} {median:7.3f} s"
-                f"  ({min(values):.3f} to {max(values):.3f})  {median / baseline:6.3f} x {WAITING}"
-            )
-            append_result(
-                "saving", f"{title} {what} {save}", values, unit="s",
-                baseline=WAITING, ratio=median / baseline,
-            )  # fmt: skip
+    for what, seconds_by_case in (("held up", held_up), ("in all", in_all)):
+        report_measured(
+            "saving", seconds_by_case, unit="s", baseline=WAITING, prefix=f"{title} {what} "
+        )
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ a warm cache is what to quote. Needs `make train`'s shards.
 
 import argparse
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -18,7 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.results import append_result
+from benchmarks.results import report_measured
 
 ROOT = Path(__file__).resolve().parents[1]
 BARE = [str(ROOT / "benchmarks" / "bare_deepspeed.py")]
@@ -71,16 +70,7 @@ def main() -> None:
         for _ in range(rounds):
             for name, case in cases.items():
                 times[name].append(case())
-    baseline = statistics.median(times["bare, warm"])
-    for name, seconds in times.items():
-        median = statistics.median(seconds)
-        print(
-            f"{name:24s} {median:6.1f} s  ({min(seconds):.1f} to {max(seconds):.1f})"
-            f"  {median / baseline:5.2f} x"
-        )
-        append_result(
-            "startup", name, seconds, unit="s", baseline="bare, warm", ratio=median / baseline
-        )
+    report_measured("startup", times, unit="s", baseline="bare, warm")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,9 @@ class Background(Generic[T]):
     The thread does not keep the process alive. One that is still running when the interpreter
     clears itself away may abort the process, see `is_any_running`.
 
-    Neither the call nor what it refers to outlives its end: the garbage collector may be off.
+    Neither the call nor what it refers to outlives its end: the garbage collector may be off. (A
+    Future would keep an error, whose traceback refers to the caller; executors keep the process
+    alive until all their calls have ended.)
     """
 
     def __init__(self, action: Callable[[], T], name: str) -> None:

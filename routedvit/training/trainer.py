@@ -93,7 +93,7 @@ class Trainer:
         self.monitor = monitor
         self.progress = progress
         self.checkpoints = checkpoints
-        checkpoints.tell_by(progress.message)  # does not tear the progress line
+        checkpoints.tell = progress.message  # does not tear the progress line
         self.guard = guard
         self.guard.restore(state.guard)
         self.schedules = schedules

@@ -73,13 +73,12 @@ class Checkpoints:
         self.engine = engine
         self.fence = Fence(engine, folder.parent, owner)
         self.retention = Retention(keep) if isinstance(keep, int) else keep
-        self.shelf = Shelf(folder, self.retention, tell)
-        self.tell = tell
-        self.pending = Pending(self._welcome, tell)
+        self.tell = tell  # who has a better place for lines may set another
+        self.shelf = Shelf(folder, self.retention, self._tell)
+        self.pending = Pending(self._welcome, self._tell)
 
-    def tell_by(self, tell: Callable[[str], None]) -> None:
-        """Tell what there is to tell by another function from now on."""
-        self.tell = self.shelf.tell = self.pending.tell = tell
+    def _tell(self, line: str) -> None:
+        self.tell(line)
 
     def save(
         self, state: RunState, *, bad_since: int | None = None, in_background: bool = False

@@ -1,8 +1,10 @@
 """What every section of the run config builds on: the strict base, errors for users."""
 
 import json
+import re
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 
 class ConfigError(ValueError):
@@ -12,6 +14,20 @@ class ConfigError(ValueError):
 def one_line(error: BaseException | str, limit: int | None = 300) -> str:
     """What an error says, without its line breaks."""
     return " ".join(str(error).split())[:limit]
+
+
+def explained(pattern: str, words: str) -> BeforeValidator:
+    """Refuses a string that is not like `pattern` in `words`; pydantic would show the pattern.
+
+    Beside `Field(pattern=...)`, which stands in the schema.
+    """
+
+    def check(value: Any) -> Any:
+        if isinstance(value, str) and not re.fullmatch(pattern, value):
+            raise ValueError(f"{json.dumps(value)} {words}")
+        return value
+
+    return BeforeValidator(check)
 
 
 class Section(BaseModel):

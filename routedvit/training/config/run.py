@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from routedvit.training.config.base import ConfigError, Section
+from routedvit.training.config.base import ConfigError, Section, explained
 from routedvit.training.config.recipe import (
     CapacityConfig,
     DistillConfig,
@@ -30,6 +30,10 @@ from routedvit.training.config.watch import CheckpointConfig, EvalConfig, GuardC
 __all__ = ["ConfigError", "RunConfig", "Section"]
 
 NAME = r"^\w[\w.-]*$"
+NO_NAME = (
+    "cannot name a run and its folder; write letters, digits and '_', and behind the first of them "
+    "also '.' and '-'"
+)
 RECOMPUTED = r"^(heavy|block)(/[1-9]\d*)?$"
 
 
@@ -143,7 +147,7 @@ class PrecisionConfig(Section):
 class RunConfig(Section):
     """The sections this package owns; `train.py` adds `data`."""
 
-    name: str = Field(pattern=NAME)
+    name: Annotated[str, explained(NAME, NO_NAME)] = Field(pattern=NAME)
     """Name of the run and of its folder: letters, digits, '_', and behind the first '.' and '-'."""
     about: AboutConfig = Field(default_factory=AboutConfig)
     output_dir: str | None = None
@@ -169,17 +173,6 @@ class RunConfig(Section):
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """Native DeepSpeed keys, verbatim. What the sections above own (batch sizes, clipping,
     precision, optimiser, scheduler) is filled in; a contradiction is an error."""
-
-    @field_validator("name", mode="before")
-    @classmethod
-    def _names_a_folder(cls, value: Any) -> Any:
-        # pydantic would show the pattern
-        if isinstance(value, str) and not re.fullmatch(NAME, value):
-            raise ValueError(
-                f"{json.dumps(value)} cannot name a run and its folder; write letters, digits and "
-                "'_', and behind the first of them also '.' and '-'"
-            )
-        return value
 
     @model_validator(mode="after")
     def _images_are_mixed_for_labels(self) -> "RunConfig":

@@ -1,15 +1,14 @@
 """Config sections around the training: evaluation, checkpoints, guards, what is logged."""
 
-import json
-import re
 from collections.abc import Callable
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from routedvit.training.config.base import Section
+from routedvit.training.config.base import Section, explained
 
 METRIC = r"^\w[^/]*/.+$"
+NO_METRIC = "is no evaluated value; write it as evaluator/metric, such as val/top1"
 
 
 class Cadence(Section):
@@ -126,22 +125,11 @@ class CheckpointConfig(Section):
     keep_best: int = Field(0, ge=0)
     """How many checkpoints to keep for their best_metric; an evaluation that belongs among them
     saves one at once."""
-    best_metric: str | None = Field(None, pattern=METRIC)
+    best_metric: Annotated[str | None, explained(METRIC, NO_METRIC)] = Field(None, pattern=METRIC)
     """Which evaluated value counts as best, as 'evaluator/metric'. Default: what the objective is
     judged by, val/top1 or, of MAE, val/loss; where only averages are evaluated, theirs."""
     best_mode: Literal["max", "min"] | None = None
     """Whether a higher or a lower best_metric is better. Default: min for a loss, else max."""
-
-    @field_validator("best_metric", mode="before")
-    @classmethod
-    def _is_a_metric(cls, value: Any) -> Any:
-        # pydantic would show the pattern
-        if isinstance(value, str) and not re.fullmatch(METRIC, value):
-            raise ValueError(
-                f"{json.dumps(value)} is no evaluated value; write it as evaluator/metric, such as "
-                "val/top1"
-            )
-        return value
 
     @field_validator("keep_every")
     @classmethod

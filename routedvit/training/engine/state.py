@@ -36,11 +36,14 @@ class TakenState:
     """
 
     def __init__(self, engine: "Engine", *, copy: bool) -> None:
-        self._writes_whole = engine.rank == 0
-        whole = ((name, value) for name, value in _replicated(engine) if self._writes_whole)
-        self._whole = {name: value.detach().cpu().clone() for name, value in whole}
         self._shards = TakenShards(engine._layout, copy=copy)
-        self._counters = json.dumps(engine._layout.counters())
+        self._whole: dict[str, torch.Tensor] = {}
+        self._counters = ""  # on rank 0, as those that are whole
+        for name, value in _replicated(engine):
+            if engine.rank == 0:
+                self._whole[name] = value.detach().to("cpu", copy=True)
+        if engine.rank == 0:
+            self._counters = json.dumps(engine._layout.counters())
 
     def write(self, folder: Path) -> None:
         """Write this rank's files below `folder`; each rank for itself, and once.
@@ -51,7 +54,7 @@ class TakenState:
         folder = folder / SHARDS
         folder.mkdir(exist_ok=True)
         self._shards.write(folder)
-        if self._writes_whole:
+        if self._counters:
             write_tensors(folder / REPLICATED, self._whole)
             (folder / COUNTERS).write_text(self._counters, encoding="utf-8")
 
