@@ -83,17 +83,21 @@ def check_learnable(train: Classes, learners: Sequence[str]) -> None:
 def check_same_classes(
     train: Classes, val: Classes, learners: Sequence[str] = (), num_classes: int | None = None
 ) -> None:
-    """Other numbers for the same classes would be an accuracy that looks real and means nothing.
+    """An accuracy without labels, or by other numbers for the same classes, would mean nothing.
+
+    It is only asked where labels are compared, by a classifier or by `learners`.
 
     Args:
         learners: keys of evaluators that learn from training labels and are tested on these.
         num_classes: of the model, 0 without a classifier; None: those of the training set.
     """
     keys = " and ".join(learners)
-    if learners and not val.labelled:
+    if not val.labelled:
+        tested = "the model's classes" if num_classes != 0 else keys
+        mend = "leave data.val out" if num_classes != 0 else f"delete {keys}"
         raise DataError(
-            f"{keys} cannot be tested on data.val.shards, which has no labels; delete {keys}, or "
-            "name shards with labels"
+            f"{tested} cannot be tested on data.val.shards, which has no labels; name shards with "
+            f"labels, or {mend}"
         )
     if not train.labelled and num_classes:  # the classes are a teacher's
         if val.number > num_classes:

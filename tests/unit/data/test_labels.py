@@ -66,8 +66,11 @@ def test_nobody_learns_from_labels_that_mean_nothing(train):
 
 
 def test_held_out_labels_are_compared_by_whoever_needs_them():
-    with pytest.raises(DataError, match=r"eval\.knn cannot be tested .* has no labels"):
-        check_same_classes(ANTS, BARE, ["eval.knn"])
+    with pytest.raises(DataError, match=r"^eval\.knn cannot .* no labels; .* or delete eval\.knn$"):
+        check_same_classes(ANTS, BARE, ["eval.knn"], 0)
+    for train in (ANTS, BARE):  # a classifier's top-1 would be its share of class 0
+        with pytest.raises(DataError, match=r"model's classes cannot .* or leave data\.val out$"):
+            check_same_classes(train, BARE, num_classes=3)
     with pytest.raises(DataError, match=r"\(2 classes\) .* or delete eval\.knn"):
         check_same_classes(ANTS, BOATS, ["eval.knn"], 0)
     with pytest.raises(DataError, match=r"one list of classes$"):

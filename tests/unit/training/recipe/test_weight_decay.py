@@ -2,31 +2,20 @@
 
 import copy
 import math
-import os
-from collections.abc import Iterator
 
 import pytest
 import torch
 from pydantic import ValidationError
 from torch import nn
 
-from routedvit.training import engine as engines
 from routedvit.training.config.differences import differences
 from routedvit.training.config.native import resolve_native_config
 from routedvit.training.config.recipe import OptimConfig
+from routedvit.training.distributed.world import World
 from routedvit.training.engine import Engine
 from routedvit.training.recipe.weight_decay import WeightDecayDial
 
 STEPS = 8
-
-
-@pytest.fixture
-def environment() -> Iterator[None]:
-    before = dict(os.environ)
-    yield
-    engines.stop()
-    os.environ.clear()
-    os.environ.update(before)
 
 
 def grouped(model: nn.Linear) -> torch.optim.Optimizer:
@@ -81,10 +70,8 @@ class Squares(nn.Module):
         return self.model(image).square().mean(), {}
 
 
-@pytest.mark.usefixtures("environment")
 @pytest.mark.parametrize("stage", [0, 2, 3])
-def test_the_optimiser_that_zero_steps_has_it(stage: int) -> None:
-    world = engines.start()
+def test_the_optimiser_that_zero_steps_has_it(stage: int, world: World) -> None:
     objective = Squares()
     native = resolve_native_config(
         {"zero_optimization": {"stage": stage}},
