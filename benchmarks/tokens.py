@@ -1,28 +1,37 @@
-"""Scores, gather and scatter of routed tokens, each way, beside a copy of the same bytes.
+"""Scores, gather and scatter of routed tokens and attention in windows, beside a copy of the bytes.
 
     python -m benchmarks.tokens [--rounds 30]
 
-ViT-B at 224 and 512 px, a quarter of the tokens routed. The baseline is the copy: a ratio of 1.25
-is 80 % of copy bandwidth. "PyTorch" is the reference implementation on the same device. Without a
-GPU only that is timed. There each call takes the next of a few sets of tensors, and as many results
-are kept: together they are several times as large as the L2 cache, so that what is timed is memory.
+ViT-B at 224 and 512 px, a quarter of the tokens routed, a quarter of the heads light. The baseline
+is the copy: a ratio of 1.25 is 80 % of copy bandwidth. "PyTorch" is the reference implementation on
+the same device. Without a GPU only that is timed. There each call takes the next of a few sets of
+tensors, and as many results are kept: together they are several times as large as the L2 cache, so
+that what is timed is memory.
 """
 
 import argparse
 import itertools
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 
 import torch
 
 from benchmarks.timing import interleave, report
-from routedvit.ops import gather_norm, gather_tokens, router_logits, scatter_add_tokens
+from routedvit.ops import (
+    gather_norm,
+    gather_tokens,
+    router_logits,
+    scatter_add_tokens,
+    window_attention,
+)
 from routedvit.ops.backend import backend, set_backend
 
 Operators = dict[str, dict[str, Callable[[], object]]]
 
 SETS = 4
-SHAPES = [(256, 197, 768), (64, 1025, 768)]
+SHAPES = [(256, 197, 768), (64, 1025, 768)]  # one prefix token
+LIGHT_HEADS, WINDOW = 3, 7
 
 
 def cases(batch: int, n: int, dim: int, device: str) -> Operators:
@@ -34,7 +43,9 @@ def cases(batch: int, n: int, dim: int, device: str) -> Operators:
     rows = torch.randn(batch, k, dim, device=device, dtype=dtype)
     gate = torch.rand(batch, k, device=device)
     weight, bias = torch.ones(2, dim, device=device, dtype=dtype)
-    for t in (x, base, rows, gate, weight, bias):
+    light, side = dim // 4, math.isqrt(n - 1)
+    qkv = torch.randn(batch, n, 3 * light, device=device, dtype=dtype)
+    for t in (x, base, rows, gate, weight, bias, qkv):
         t.requires_grad_()
     all_rows, few = x.numel() * x.element_size(), rows.numel() * x.element_size()
 
@@ -54,6 +65,11 @@ def cases(batch: int, n: int, dim: int, device: str) -> Operators:
         out = router_logits(x, weight.unsqueeze(0), dim**-0.5, 0)
         return torch.autograd.grad(out, wanted, out.detach()) if wanted else out
 
+    def attended(*wanted: torch.Tensor) -> object:
+        out = window_attention(qkv, side, side, WINDOW, LIGHT_HEADS, 1)
+        return torch.autograd.grad(out, wanted, out.detach()) if wanted else out
+
+    narrow = qkv.numel() // 3 * qkv.element_size()
     operators = {
         "scores": (scored, all_rows),
         "scores, backward too": (lambda: scored(x, weight), 3 * all_rows),
@@ -63,6 +79,8 @@ def cases(batch: int, n: int, dim: int, device: str) -> Operators:
         "scatter, backward too": (lambda: scattered(rows, gate), 3 * all_rows + 4 * few),
         "gather and norm": (normed, 2 * few),
         "gather and norm, backward too": (lambda: normed(x, weight, bias), 4 * few + all_rows),
+        "windows": (attended, 4 * narrow),
+        "windows, backward too": (lambda: attended(qkv), 11 * narrow),
     }
     return {name: _with_copy(*work, device) for name, work in operators.items()}
 

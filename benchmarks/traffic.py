@@ -66,7 +66,7 @@ class Launch(NamedTuple):
         """What it counts as."""
         if ".settle." in self.name:
             return "nothing"  # an operator that does nothing
-        if "scaled_dot_product" in self.name:
+        if "scaled_dot_product" in self.name or "window_attention" in self.name:
             return "attention"
         return "products" if self.name.endswith("mm") else "rest"
 

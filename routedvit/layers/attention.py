@@ -11,32 +11,23 @@ from torch import Tensor, nn
 from torch.jit import Final
 
 from routedvit.layers.wrapped import is_plain
-from routedvit.ops import merge_windows, partition_windows, window_padding_mask
-from routedvit.ops.windows import needs_padding
+from routedvit.ops import attention_among, window_attention
 
 __all__ = ["HeavyAttention", "WindowAttention"]
 
-register_notrace_function(partition_windows)
-register_notrace_function(merge_windows)
+register_notrace_function(window_attention)
+register_notrace_function(attention_among)
 register_notrace_function(apply_rot_embed_cat)
 
 KV_GATES = ("tokens", "values", "keys_values")
 
 
-@register_notrace_function
-def window_mask(x: Tensor, height: int, width: int, window: int) -> Tensor | None:
-    """Mask of the padded keys for images x [B, ...]; None where the window divides the grid."""
-    if not needs_padding(height, width, window):
-        return None
-    return window_padding_mask(x.shape[0], height, width, window, x.device)
-
-
 class WindowAttention(nn.Module):
     """Light attention: few heads, each token attends to its own w x w window of the grid.
 
-    Projections run on the whole sequence in raster order; only the narrow q, k, v and the narrow
-    output are moved into windows and back, never the D-wide tokens. Prefix tokens stand outside
-    the grid: their window is themselves, so attention returns their own value.
+    Projections run on the whole sequence in raster order; the D-wide tokens are never moved into
+    windows. Prefix tokens stand outside the grid: their window is themselves, so attention returns
+    their own value.
 
     Args:
         dim: token width D.
@@ -92,41 +83,28 @@ class WindowAttention(nn.Module):
 
         With `same_window`, x holds any N patches of the grid; see `RoutedBlock.forward`.
         """
-        height, width = grid
-        inner_dim = self.num_heads * self.head_dim
         qkv = self.qkv(x)
-        prefix_values = qkv[:, : self.num_prefix, 2 * inner_dim :]
-        patches = qkv[:, self.num_prefix :]
         if self.qk_norm or rope is not None:
-            patches = self._normalise_and_rotate(patches, rope)
+            qkv = self._normalise_and_rotate(qkv, rope)
         if same_window is None:
-            mask = window_mask(x, height, width, self.window)
-            windows = partition_windows(patches, height, width, self.window)
+            out = window_attention(
+                qkv, grid[0], grid[1], self.window, self.num_heads, self.num_prefix
+            )
         else:
-            mask, windows = same_window, patches
-        windows = windows.unflatten(2, (3, self.num_heads, self.head_dim))
-        # the gradient of an unbind where the parts lie is one copy; permuted first, it would be two
-        q, k, v = windows.unbind(2)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        out = out.transpose(1, 2).flatten(2)
-        if same_window is None:
-            out = merge_windows(out, height, width, self.window)
-        if self.num_prefix > 0:
-            out = torch.cat([prefix_values, out], 1)
+            out = attention_among(qkv, same_window, self.num_heads, self.num_prefix)
         return self.proj_drop(self.proj(out))
 
     def _normalise_and_rotate(self, qkv: Tensor, rope: Tensor | None) -> Tensor:
-        """qk-norm and rotary positions on qkv [B, N, 3 * inner]: they depend on the grid, not on
-        the window.
+        """qk-norm and rotary positions on qkv [B, P + N, 3 * inner]: they depend on the grid, not
+        on the window.
         """
         batch, num_tokens = qkv.shape[0], qkv.shape[1]
         q, k, v = qkv.reshape(batch, num_tokens, 3, self.num_heads, self.head_dim).unbind(2)
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
-            patch_rope = rope[..., self.num_prefix :, :].unsqueeze(-2)
-            q = apply_rot_embed_cat(q, patch_rope)
-            k = apply_rot_embed_cat(k, patch_rope)
+            token_rope = rope.unsqueeze(-2)
+            q = apply_rot_embed_cat(q, token_rope)
+            k = apply_rot_embed_cat(k, token_rope)
         return torch.stack([q.type_as(v), k.type_as(v), v], 2).flatten(2)
 
 

@@ -42,7 +42,10 @@ from routedvit.ops.backend import plain_pytorch
 
 __all__ = ["RoutedAttention"]
 
-for function in (gather_tokens, scatter_add_tokens, prepend_prefix):
+for function in (
+    *(gather_tokens, scatter_add_tokens, prepend_prefix),
+    *(partition_windows, merge_windows),
+):
     register_notrace_function(function)
 
 

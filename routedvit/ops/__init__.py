@@ -14,6 +14,7 @@ from routedvit.ops.router_logits import router_logits
 from routedvit.ops.routing import SAVED_OPS, route, route_all, select
 from routedvit.ops.soft_topk import soft_topk
 from routedvit.ops.tokens import gather_all, gather_tokens, prepend_prefix, scatter_add_tokens
+from routedvit.ops.window_attention import attention_among, window_attention
 from routedvit.ops.windows import (
     merge_windows,
     partition_windows,
@@ -23,6 +24,7 @@ from routedvit.ops.windows import (
 
 __all__ = [
     "SAVED_OPS",
+    "attention_among",
     "coordinate_descent",
     "gather_all",
     "gather_norm",
@@ -42,5 +44,6 @@ __all__ = [
     "settle_gradient",
     "shared_windows",
     "soft_topk",
+    "window_attention",
     "window_padding_mask",
 ]

@@ -33,7 +33,13 @@ BACKENDS = ("auto", "torch", "triton")
 VARIABLE = "ROUTEDVIT_BACKEND"
 KERNELS = tuple(
     f"routedvit.ops.{name}_triton"
-    for name in ("coordinate_descent", "gather_norm", "router_logits", "soft_topk")
+    for name in (
+        "coordinate_descent",
+        "gather_norm",
+        "router_logits",
+        "soft_topk",
+        "window_attention",
+    )
 )
 # Triton itself supports no older NVIDIA architecture
 LOWEST_CAPABILITY = (8, 0)

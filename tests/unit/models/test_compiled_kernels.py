@@ -15,6 +15,7 @@ import routedvit  # noqa: F401  registers the models
 from routedvit.ops import set_backend
 
 FORWARD, BACKWARD = {"route", "token_rows"}, {"route_backward", "settle"}
+LOW_PRECISION = {"window_attention"}, {"window_attention_backward"}
 
 
 @pytest.fixture
@@ -34,12 +35,15 @@ def gradients(model: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) 
     return [p.grad.clone() for p in model.parameters()]
 
 
-@pytest.mark.parametrize("policy", ["none", "block"])
-def test_the_graphs_hold_the_operators_forward_and_backward(policy, interpreter):
+@pytest.mark.parametrize(
+    ("policy", "dtype"),
+    [("none", torch.float32), ("block", torch.float32), ("none", torch.bfloat16)],
+)
+def test_the_graphs_hold_the_operators_forward_and_backward(policy, dtype, interpreter):
     torch.manual_seed(0)
-    model = timm.create_model("colt5_vit_test", img_size=28, patch_size=4).train()
+    model = timm.create_model("colt5_vit_test", img_size=28, patch_size=4).train().to(dtype)
     model.set_grad_checkpointing(policy=policy)
-    x = torch.randn(2, 3, 28, 28)
+    x = torch.randn(2, 3, 28, 28, dtype=dtype)
     set_backend("torch")
     expected = gradients(model, model, x)
     set_backend("triton")
@@ -56,6 +60,11 @@ def test_the_graphs_hold_the_operators_forward_and_backward(policy, interpreter)
     backend = aot_autograd(fw_compiler=compiler(0), bw_compiler=compiler(1))
     found = gradients(model, torch.compile(model, fullgraph=True, backend=backend), x)
     ours = [{n.split(".")[1] for n in names if n.startswith("routedvit.")} for names in called]
-    assert ours[0] == FORWARD
-    assert ours[1] - {"token_rows"} == BACKWARD  # which may be recomputed, routing never
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
+    low = dtype != torch.float32
+    assert ours[0] == FORWARD | (LOW_PRECISION[0] if low else set())
+    # token rows may be recomputed, routing never
+    assert ours[1] - {"token_rows"} == BACKWARD | (LOW_PRECISION[1] if low else set())
+    if low:  # tokens may be routed otherwise
+        assert all(grad.isfinite().all() for grad in found)
+    else:
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)

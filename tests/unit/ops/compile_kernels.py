@@ -29,11 +29,12 @@ from routedvit.ops import (
     routing_triton,
     soft_topk_triton,
     tokens_triton,
+    window_attention_triton,
 )
 
 MODULES = (
     coordinate_descent_triton, gather_norm_triton, router_logits_triton, routing_triton,
-    soft_topk_triton, tokens_triton,
+    soft_topk_triton, tokens_triton, window_attention_triton,
 )  # fmt: skip
 CHIPS = (80, 90)
 ROW_LENGTHS = (196, 1024, 4096, 65536)  # one warp, few warps, the largest block, several blocks
@@ -80,6 +81,13 @@ def launch_everything() -> Iterator[str]:
         x, weight = torch.zeros(2, 200, dim).bfloat16(), torch.zeros(routes, dim).bfloat16()
         logits = ops.router_logits(x, weight, 0.5, 4)
         ops.router_logits_backward(x, weight, logits, 0.5, 4)
+    for side, head_dim, dtype in (
+        (7, 64, torch.bfloat16), (8, 128, torch.bfloat16), (7, 32, torch.float16),
+    ):  # fmt: skip
+        yield f"window={side} head_dim={head_dim} {dtype}"
+        qkv = torch.zeros(2, 200, 9 * head_dim, dtype=dtype)
+        out = ops.window_attention(qkv, 14, 14, side, 3, 4)
+        ops.window_attention_backward(qkv, out, 14, 14, side, 3, 4)
 
 
 def launch_tokens(x: Tensor) -> None:
