@@ -82,5 +82,6 @@ def _gates(scores: Tensor, ascending: Tensor, target: float) -> Tensor:
     left = target - torch.arange(num_above - 1, -1, -1, dtype=scores.dtype)
     num_saturated = (weight[:, first:] * left > running[:, 1:]).sum(-1, keepdim=True)
     free = running.gather(-1, num_above - num_saturated)
-    shift = ((target - num_saturated) / free).log_()
+    # a number less an integer tensor would be float32, also among float64
+    shift = ((target - num_saturated.to(scores.dtype)) / free).log_()
     return (scores - anchor).add_(shift).clamp_(max=0).exp_()
