@@ -72,6 +72,20 @@ def test_nan_is_not_hidden_and_stays_in_its_row(function, count):
     torch.testing.assert_close((indices[[0, 2]], gates[[0, 2]]), expected)
 
 
+@pytest.mark.parametrize("present", [2, 4, 5])
+def test_minus_infinity_takes_no_part_however_many_are_left(present):
+    results = []
+    for function in (route, route_reference):
+        logits = draw(2, 16)
+        logits[0, present:] = -math.inf
+        logits.requires_grad_()
+        _, gates = function(logits, 4, 1.125, 1.0)
+        gates.square().sum().backward()
+        results.append((gates.detach(), logits.grad))
+    assert results[0][0][0, : min(present, 4)].isfinite().all()
+    torch.testing.assert_close(results[0], results[1])
+
+
 def test_gradient_is_zero_when_everything_is_selected():
     logits = draw(2, 9).requires_grad_()
     _, gates = route(logits, 9)
