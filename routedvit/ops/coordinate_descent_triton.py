@@ -164,7 +164,9 @@ def coordinate_descent_backward_kernel(
             share = _softmax(logit, temperatures_ptr, sums_ptr, log_k, t)
             grad_excess = -tl.load(grads_ptr + t) * share
             out += grad_excess
-        tl.store(out_ptr + column, out - grad_excess, mask=column < n)
+        # a masked entry may have met the sum of no entries
+        out = tl.where(logit > -float("inf"), out - grad_excess, 0.0)
+        tl.store(out_ptr + column, out, mask=column < n)
 
 
 def _temperatures(

@@ -46,6 +46,17 @@ def test_rows_of_several_blocks(device):
     )
 
 
+def test_a_row_that_is_masked_as_a_whole_has_no_gradient(device):
+    mask = torch.tensor([[True] * 9, [False] * 9], device=device)
+    logits = draw(2, 9).to(device).requires_grad_()
+    k = torch.full((2, 1), 3.0, device=device, requires_grad=True)
+    coordinate_descent(logits, k, mask=mask).square().sum().backward()
+    assert logits.grad[0].isfinite().all()
+    assert (logits.grad[1] == 0).all()
+    assert k.grad[0] != 0
+    assert k.grad[1] == 0
+
+
 def test_operators_are_registered_soundly(device):
     logits = draw(2, 10).to(device).requires_grad_()
     k = torch.tensor([[2.5], [4.0]], device=device, requires_grad=True)
