@@ -95,7 +95,8 @@ def coordinate_descent_kernel(
         column = start + tl.arange(0, BLOCK)
         logit = _load(logits_ptr, mask_ptr, start, n, BLOCK, HAS_MASK)
         gate = tl.exp((logit + shift - tl.maximum(logit + shift, 0.0)) / temperature)
-        tl.store(gates_ptr + column, tl.where(logit > -float("inf"), gate, 0.0), mask=column < n)
+        # a maximum swallows NaN, but a loss should show it
+        tl.store(gates_ptr + column, tl.where(logit != -float("inf"), gate, 0.0), mask=column < n)
 
 
 @triton.jit
