@@ -51,7 +51,9 @@ def as_ratio(capacity: float | str | Fraction, name: str = "capacity") -> Fracti
     except (ValueError, ZeroDivisionError, OverflowError):
         raise ValueError(f"{name}={capacity!r} is not a ratio; write 0.25 or '1/4'") from None
     if not isinstance(capacity, Rational | str):
-        ratio = ratio.limit_denominator(4096)  # 0.1 means 1/10, not its binary neighbour
+        # 0.1 means 1/10, not its binary neighbour; the smallest share is one token anyway
+        smallest = Fraction(1, 4096)
+        ratio = smallest if 0 < ratio < smallest else ratio.limit_denominator(4096)
     if not 0 < ratio <= 1:
         raise ValueError(
             f"{name}={capacity!r} must lie in (0, 1]: the share of tokens that go heavy"

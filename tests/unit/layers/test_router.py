@@ -115,6 +115,13 @@ def test_all_or_nothing_whatever_the_capacity(kind, k):
     assert routed(router, tokens())[0].shape == (3, 1, k)
 
 
+@pytest.mark.parametrize("capacity", [1e-4, 1e-12])
+def test_the_smallest_capacities_are_one_token(capacity):
+    ratio = as_ratio(capacity)
+    assert 0 < ratio <= Fraction(1, 4096)
+    assert Router(8, capacity).num_selected(196) == 1
+
+
 @pytest.mark.parametrize("capacity", [0, -0.1, 1.5, float("nan"), "a half", "1/0", None, True])
 def test_impossible_capacities_are_named(capacity):
     with pytest.raises((ValueError, TypeError), match="q_capacity="):
