@@ -169,7 +169,7 @@ class Router(nn.Module):
             raise ValueError(
                 f"solver={solver!r} is unknown; choose {' or '.join(map(repr, SOLVERS))}"
             )
-        if eps <= 0 or fetch_ratio < 1:
+        if not (eps > 0 and fetch_ratio >= 1):
             raise ValueError(f"eps={eps} must be positive and fetch_ratio={fetch_ratio} at least 1")
         if num_iterations < 1:
             raise ValueError(f"num_iterations={num_iterations} must be at least 1")

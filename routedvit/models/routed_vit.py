@@ -127,7 +127,8 @@ class RoutedVisionTransformer(FeatureMaps):
             global_pool=global_pool, class_token=class_token, reg_tokens=reg_tokens,
             pos_embed=pos_embed, rope=rope, patch_drop_rate=patch_drop_rate,
             light_heads=light_heads, light_head_dim=light_head_dim,
-            light_mlp_ratio=light_mlp_ratio, heavy_window=heavy_window, dense_blocks=dense_blocks,
+            light_mlp_ratio=light_mlp_ratio, kv_routes=kv_routes, heavy_window=heavy_window,
+            dense_blocks=dense_blocks,
         )  # fmt: skip
         if norm_eps is not None:
             kwargs["norm_layer"] = norm_with_eps(kwargs.get("norm_layer"), norm_eps)

@@ -129,7 +129,11 @@ def test_impossible_capacities_are_named(capacity):
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"solver": "magic"}, {"eps": 0.0}, {"fetch_ratio": 0.5}, {"temperature": 1.0}]
+    "arguments",
+    [
+        *({"solver": "magic"}, {"eps": 0.0}, {"fetch_ratio": 0.5}, {"temperature": 1.0}),
+        *({"eps": float("nan")}, {"fetch_ratio": float("nan")}),
+    ],
 )
 def test_impossible_router_arguments_are_named(arguments):
     with pytest.raises((ValueError, TypeError), match=next(iter(arguments))):
