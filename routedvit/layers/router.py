@@ -231,7 +231,11 @@ class Router(nn.Module):
                     return no_logits(x, self.weight, num_prefix)
             x = x.detach()
         if self.cosine:
-            x, vectors = F.normalize(x.float(), dim=-1), F.normalize(self.weight.float(), dim=-1)
+            dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+            x, vectors = (
+                F.normalize(x.to(dtype), dim=-1),
+                F.normalize(self.weight.to(dtype), dim=-1),
+            )
             return router_logits(x, vectors, self.scale, num_prefix)
         return router_logits(x, self.weight, self.scale, num_prefix)
 

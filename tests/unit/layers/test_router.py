@@ -56,6 +56,13 @@ def test_almost_every_selected_token_passes_a_gradient_to_the_router():
     assert reached.float().mean() > 0.85
 
 
+@pytest.mark.parametrize("cosine", [False, True])
+def test_float64_tokens_are_scored_in_float64(cosine):
+    router, x = Router(64, 0.25, cosine=cosine, scale=4.0).double(), tokens().double()
+    score = torch.cosine_similarity(x, router.weight, dim=-1) if cosine else x @ router.weight[0]
+    torch.testing.assert_close(router(x)[:, 0], 4 * score, rtol=1e-12, atol=1e-12)
+
+
 def test_prefix_tokens_neither_compete_nor_count():
     x = tokens()
     router = Router(64, 0.25)
