@@ -18,6 +18,7 @@ __all__ = [
     "block_builder",
     "check_architecture",
     "check_choice",
+    "check_image",
     "check_known",
     "norm_with_eps",
     "per_block",

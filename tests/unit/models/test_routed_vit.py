@@ -370,6 +370,11 @@ def test_impossible_changes_are_named():
         model.set_grad_checkpointing(every=0)
     with pytest.raises(ValueError, match="light_window=4 must lie between 1 and 2"):
         model.set_input_size((8, 8))
+    model = timm.create_model("colt5_vit_ti", img_size=32, depth=1)  # takes windows as they come
+    with pytest.raises(ValueError, match=r"img_size=\(8, 8\) is smaller than patch_size"):
+        model.set_input_size((8, 8))
+    assert model.patch_embed.grid_size == (2, 2)
+    assert model(torch.zeros(1, 3, 32, 32)).isfinite().all()
 
 
 def test_a_misspelled_argument_names_the_nearest() -> None:
