@@ -12,9 +12,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
+import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
@@ -98,11 +100,15 @@ def load_images(paths: Sequence[Path], model: nn.Module) -> Tensor:
     return torch.stack(tensors)
 
 
-def draw(model: nn.Module, images: Tensor, *, router: str, title: str, size: int) -> Tensor:
+def draw(model: Any, images: Tensor, *, router: str, title: str, size: int) -> Tensor:
     """uint8 [3, H, W]: the routing of normalised `images` in `model`."""
     config = resolve_model_data_config(model)
     with torch.no_grad():
-        routing = model.routing(images)  # type: ignore[operator]
+        routing = model.routing(images)
+    # what fills no patch is not seen, or filled up with zeros (dynamic_img_pad)
+    patch, grid = model.patch_embed.patch_size, next(iter(routing.values())).grid
+    missing = [n * p - side for n, p, side in zip(grid, patch, images.shape[-2:], strict=True)]
+    images = F.pad(images, (0, missing[1], 0, missing[0]))
     pictures = drawing.denormalize(images, config["mean"], config["std"])
     return drawing.routing_sheet(pictures, routing, router=router, title=title, size=size)
 

@@ -51,7 +51,9 @@ def as_ratio(capacity: float | str | Fraction, name: str = "capacity") -> Fracti
     except (ValueError, ZeroDivisionError, OverflowError):
         raise ValueError(f"{name}={capacity!r} is not a ratio; write 0.25 or '1/4'") from None
     if not isinstance(capacity, Rational | str):
-        ratio = ratio.limit_denominator(4096)  # 0.1 means 1/10, not its binary neighbour
+        # 0.1 means 1/10, not its binary neighbour; the smallest share is one token anyway
+        smallest = Fraction(1, 4096)
+        ratio = smallest if 0 < ratio < smallest else ratio.limit_denominator(4096)
     if not 0 < ratio <= 1:
         raise ValueError(
             f"{name}={capacity!r} must lie in (0, 1]: the share of tokens that go heavy"
@@ -167,7 +169,7 @@ class Router(nn.Module):
             raise ValueError(
                 f"solver={solver!r} is unknown; choose {' or '.join(map(repr, SOLVERS))}"
             )
-        if eps <= 0 or fetch_ratio < 1:
+        if not (eps > 0 and fetch_ratio >= 1):
             raise ValueError(f"eps={eps} must be positive and fetch_ratio={fetch_ratio} at least 1")
         if num_iterations < 1:
             raise ValueError(f"num_iterations={num_iterations} must be at least 1")
@@ -229,7 +231,11 @@ class Router(nn.Module):
                     return no_logits(x, self.weight, num_prefix)
             x = x.detach()
         if self.cosine:
-            x, vectors = F.normalize(x.float(), dim=-1), F.normalize(self.weight.float(), dim=-1)
+            dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+            x, vectors = (
+                F.normalize(x.to(dtype), dim=-1),
+                F.normalize(self.weight.to(dtype), dim=-1),
+            )
             return router_logits(x, vectors, self.scale, num_prefix)
         return router_logits(x, self.weight, self.scale, num_prefix)
 

@@ -18,6 +18,7 @@ __all__ = [
     "block_builder",
     "check_architecture",
     "check_choice",
+    "check_image",
     "check_known",
     "norm_with_eps",
     "per_block",
@@ -54,6 +55,7 @@ def check_architecture(
     light_heads: int | None,
     light_head_dim: int | None,
     light_mlp_ratio: float,
+    kv_routes: int,
     heavy_window: bool,
     dense_blocks: int,
 ) -> None:
@@ -62,7 +64,11 @@ def check_architecture(
     They are called as the model calls them.
     """
     check_at_least(1, num_heads=num_heads, depth=depth, embed_dim=embed_dim, head_dim=head_dim)
+    check_at_least(1, kv_routes=kv_routes)
+    check_at_least(0, reg_tokens=reg_tokens)
     check_choice("pos_embed", pos_embed, POS_EMBEDS)
+    if pos_embed == "sincos" and embed_dim % 4:
+        raise ValueError(f"pos_embed='sincos' needs embed_dim={embed_dim} to be a multiple of 4")
     check_choice("global_pool", global_pool, POOLS)
     if global_pool == "token" and not class_token:
         raise ValueError("global_pool='token' needs class_token=True")
@@ -73,6 +79,10 @@ def check_architecture(
     check_at_least(1, light_head_dim=light_head_dim)
     if not mlp_ratio * embed_dim >= 1:
         raise ValueError(f"mlp_ratio={mlp_ratio} leaves the heavy FFN no hidden units; 4 is usual")
+    if 0 < light_mlp_ratio * embed_dim < 1:
+        raise ValueError(
+            f"light_mlp_ratio={light_mlp_ratio} leaves the light FFN no hidden units; 0 is for none"
+        )
     if not 0 <= drop_path_rate < 1:
         raise ValueError(f"drop_path_rate={drop_path_rate} must lie in [0, 1)")
     check_router_arguments(router, router_kwargs)

@@ -116,7 +116,7 @@ def dense_arguments(weights: Mapping[str, Tensor], module: Any) -> dict[str, Any
 
 
 def _module_arguments(module: Any) -> dict[str, Any]:
-    """What the weights do not tell: positions, pooling, activation, preprocessing."""
+    """What the weights do not tell: image sizes, positions, pooling, activation, preprocessing."""
     arguments = {
         "img_size": _plain(module.patch_embed.img_size),
         "global_pool": module.global_pool,
@@ -124,6 +124,9 @@ def _module_arguments(module: Any) -> dict[str, Any]:
         "pool_include_prefix": module.pool_include_prefix,
         "act_layer": _activation(module.blocks[0].mlp.act),
     }
+    if module.dynamic_img_size:
+        arguments["dynamic_img_size"] = True
+        arguments["dynamic_img_pad"] = module.patch_embed.dynamic_img_pad
     eps = module.blocks[0].norm1.eps
     if eps != 1e-6:  # timm's default and ours
         arguments["norm_eps"] = eps

@@ -65,7 +65,8 @@ def count_flops(
     num_patches = grid[0] * grid[1]
     num_tokens = num_patches + model.num_prefix_tokens
     stem = 2 * num_patches * _weight_size(model.patch_embed.proj)
-    head = _linear(model.head, 1) if isinstance(model.head, nn.Linear) else 0
+    pooled = 1 if model.global_pool else num_tokens
+    head = _linear(model.head, pooled) if isinstance(model.head, nn.Linear) else 0
     pool = 0
     if model.attn_pool is not None:
         rows = num_tokens if model.pool_include_prefix else num_patches

@@ -28,6 +28,7 @@ from routedvit.models.arguments import (
     block_builder,
     check_architecture,
     check_choice,
+    check_image,
     check_known,
     norm_with_eps,
     per_block,
@@ -127,7 +128,8 @@ class RoutedVisionTransformer(FeatureMaps):
             global_pool=global_pool, class_token=class_token, reg_tokens=reg_tokens,
             pos_embed=pos_embed, rope=rope, patch_drop_rate=patch_drop_rate,
             light_heads=light_heads, light_head_dim=light_head_dim,
-            light_mlp_ratio=light_mlp_ratio, heavy_window=heavy_window, dense_blocks=dense_blocks,
+            light_mlp_ratio=light_mlp_ratio, kv_routes=kv_routes, heavy_window=heavy_window,
+            dense_blocks=dense_blocks,
         )  # fmt: skip
         if norm_eps is not None:
             kwargs["norm_layer"] = norm_with_eps(kwargs.get("norm_layer"), norm_eps)
@@ -361,10 +363,11 @@ class RoutedVisionTransformer(FeatureMaps):
         """Change the image or patch size; position tables and patch kernel are resampled.
 
         Raises:
-            ValueError: `light_window` does not fit the new grid; nothing is changed then.
+            ValueError: no patch or no `light_window` fits the new size; nothing is changed then.
         """
         size = to_2tuple(img_size or self.patch_embed.img_size)
         patch = to_2tuple(patch_size or self.patch_embed.patch_size)
+        check_image(size, patch)
         window_for((size[0] // patch[0], size[1] // patch[1]), self.light_window)
         super().set_input_size(img_size, patch_size)
         if self.rope is not None and not self.dynamic_img_size:

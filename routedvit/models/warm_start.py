@@ -77,6 +77,8 @@ def warm_start(model: nn.Module, source: str) -> WarmStart:
                 check_heads(other, model)
         kind, (state, transfer) = "dense", from_dense(weights, model, grid)
     else:
+        if isinstance(other, RoutedVisionTransformer):
+            _check_routed_heads(other, model)
         kind, (state, transfer) = "routed", _from_routed(weights, model, grid)
     model.load_state_dict(state)
     fresh = [target for kind, _, target in transfer.rows if kind in ("initialised", "zero")]
@@ -123,6 +125,20 @@ def _described(config: Path, weights: dict[str, Tensor]) -> nn.Module | None:
     told = model.state_dict()
     same = (told[n].shape == weights[n].shape for n in SHAPED if n in told and n in weights)
     return model if all(same) else None
+
+
+def _check_routed_heads(other: RoutedVisionTransformer, model: RoutedVisionTransformer) -> None:
+    """Raises ValueError unless both have as many heads; shapes of weights tell the width alone."""
+    theirs, ours = (m._routed_blocks()[-1].attn for m in (other, model))
+    heads = {"num_heads": (theirs.heavy.num_heads, ours.heavy.num_heads)}
+    if theirs.light is not None and ours.light is not None:
+        heads["light_heads"] = (theirs.light.num_heads, ours.light.num_heads)
+    for name, (have, want) in heads.items():
+        if have != want:
+            raise ValueError(
+                f"the weights are of a model with {name}={have}, this one has {name}={want}:"
+                f" pass {name}={have}, and the width of a head if it was given"
+            )
 
 
 def _from_routed(

@@ -188,7 +188,8 @@ def _descend_backward(
         softmax = torch.minimum(scores, cap).div_(tau[1:-1].unsqueeze(-1))
         softmax.sub_(sums[..., 1:].unsqueeze(-1)).clamp_(min=-80).exp_()  # as in forward
         saturated = scores > cap
-        share = (softmax * saturated).sum(-1)
+        # not a product: where a whole row is masked the softmax is NaN
+        share = softmax.masked_fill(~saturated, 0.0).sum(-1)
         passed_on = share.flip(-1).cumprod(-1).flip(-1)  # [..., T - 1]
         grad_shift[..., :-1] = passed_on * grad_shift[..., -1:]
         weight = grad_shift[..., 1:].unsqueeze(-2)

@@ -95,7 +95,8 @@ def coordinate_descent_kernel(
         column = start + tl.arange(0, BLOCK)
         logit = _load(logits_ptr, mask_ptr, start, n, BLOCK, HAS_MASK)
         gate = tl.exp((logit + shift - tl.maximum(logit + shift, 0.0)) / temperature)
-        tl.store(gates_ptr + column, tl.where(logit > -float("inf"), gate, 0.0), mask=column < n)
+        # a maximum swallows NaN, but a loss should show it
+        tl.store(gates_ptr + column, tl.where(logit != -float("inf"), gate, 0.0), mask=column < n)
 
 
 @triton.jit
@@ -164,7 +165,9 @@ def coordinate_descent_backward_kernel(
             share = _softmax(logit, temperatures_ptr, sums_ptr, log_k, t)
             grad_excess = -tl.load(grads_ptr + t) * share
             out += grad_excess
-        tl.store(out_ptr + column, out - grad_excess, mask=column < n)
+        # a masked entry may have met the sum of no entries
+        out = tl.where(logit > -float("inf"), out - grad_excess, 0.0)
+        tl.store(out_ptr + column, out, mask=column < n)
 
 
 def _temperatures(

@@ -8,7 +8,7 @@ forward and six backward: with r = 1 / rms(x), u = g * x,
     dw = sum r u,   dx = r (g * w) - r^3 (u . w) / D * x
 
 where both sums over u are matrix-vector products. Left out: everything but a CPU in eager mode,
-where PyTorch's own operator is at least as good.
+where PyTorch's own operator is at least as good, and low precision, whose squares may overflow.
 """
 
 from functools import partial
@@ -34,7 +34,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """
     if torch.jit.is_scripting():
         return _plain(x, weight, eps)
-    if x.device.type != "cpu" or differentiates_itself():
+    if x.device.type != "cpu" or x.dtype.itemsize < 4 or differentiates_itself():
         return _plain(x, weight, eps)
     return _RmsNorm.apply(x, weight, eps)
 

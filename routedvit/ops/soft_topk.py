@@ -96,7 +96,7 @@ def capped_softmax(logits: Tensor, top: Tensor, k: Tensor, eps: float) -> Tensor
         eps: temperature.
     """
     scores = logits.detach()
-    valid = scores > -math.inf
+    valid = scores != -math.inf  # NaN too: it makes the gates of its row NaN, which a loss shows
     num_valid = valid.sum(-1, keepdim=True).to(k.dtype)
     k = torch.minimum(k, num_valid)
     threshold, anchor = _saturation(scores, top, k.detach(), eps)

@@ -10,7 +10,8 @@ The mathematics is that of `soft_topk.py`. With weights e_j = exp(s_j / eps - an
 order, their running sum c_j is the weight of rank m and all ranks below it, so m entries saturate
 as long as (k - m) * e > c holds at rank m, and what the free entries sum to is an element of c.
 
-Left out: rows whose k-th and next score tie, and NaN. The caller takes the other way there.
+Left out: rows whose k-th and next score tie, NaN, and rows with fewer than ceil(target) scores
+above minus infinity. The caller takes the other way there.
 """
 
 import math
@@ -37,12 +38,14 @@ def route_rows(
 
     Returns:
         gates of the selected [rows, k], their indices [rows, k] int64 ascending, and all gates
-        [rows, n]; None if a tie or a NaN leaves the selection open.
+        [rows, n]; None if a tie or a NaN leaves the selection open, or no anchor is finite.
     """
     rows, n = logits.shape
     scores = logits if eps == 1 else logits / eps
-    ascending = _ascending(scores, n - math.ceil(target))
-    if ascending[:, -1].isnan().any():  # selects fewer, which a tie in another row could make up
+    first = n - math.ceil(target)  # where the anchor is
+    ascending = _ascending(scores, first)
+    # NaN, the last, selects fewer, which a tie in another row could make up
+    if ascending[:, -1].isnan().any() or ascending[:, first].isneginf().any():
         return None
     selected = scores >= ascending[:, n - k : n - k + 1]
     flat = torch.from_numpy(np.flatnonzero(selected.numpy()))
@@ -82,5 +85,6 @@ def _gates(scores: Tensor, ascending: Tensor, target: float) -> Tensor:
     left = target - torch.arange(num_above - 1, -1, -1, dtype=scores.dtype)
     num_saturated = (weight[:, first:] * left > running[:, 1:]).sum(-1, keepdim=True)
     free = running.gather(-1, num_above - num_saturated)
-    shift = ((target - num_saturated) / free).log_()
+    # a number less an integer tensor would be float32, also among float64
+    shift = ((target - num_saturated.to(scores.dtype)) / free).log_()
     return (scores - anchor).add_(shift).clamp_(max=0).exp_()

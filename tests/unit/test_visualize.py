@@ -65,6 +65,15 @@ def test_images_are_prepared_for_the_model_and_shown_as_prepared(
     assert (sheet.dtype, sheet.shape[0]) == (torch.uint8, 3)
 
 
+def test_a_border_that_fills_no_patch_is_not_drawn() -> None:
+    """It would shift every patch of the picture."""
+    model = timm.create_model("colt5_vit_test", img_size=40, depth=1).eval()  # 2 x 2 patches of 16
+    images = torch.rand(2, 1, 3, 40, 40, generator=torch.Generator().manual_seed(0))
+    images[:, ..., :32, :32] = images[0, ..., :32, :32]
+    sheets = [visualize.draw(model, x, router="ffn", title="", size=64) for x in images]
+    assert torch.equal(*sheets)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -56,6 +56,13 @@ def test_almost_every_selected_token_passes_a_gradient_to_the_router():
     assert reached.float().mean() > 0.85
 
 
+@pytest.mark.parametrize("cosine", [False, True])
+def test_float64_tokens_are_scored_in_float64(cosine):
+    router, x = Router(64, 0.25, cosine=cosine, scale=4.0).double(), tokens().double()
+    score = torch.cosine_similarity(x, router.weight, dim=-1) if cosine else x @ router.weight[0]
+    torch.testing.assert_close(router(x)[:, 0], 4 * score, rtol=1e-12, atol=1e-12)
+
+
 def test_prefix_tokens_neither_compete_nor_count():
     x = tokens()
     router = Router(64, 0.25)
@@ -115,6 +122,13 @@ def test_all_or_nothing_whatever_the_capacity(kind, k):
     assert routed(router, tokens())[0].shape == (3, 1, k)
 
 
+@pytest.mark.parametrize("capacity", [1e-4, 1e-12])
+def test_the_smallest_capacities_are_one_token(capacity):
+    ratio = as_ratio(capacity)
+    assert 0 < ratio <= Fraction(1, 4096)
+    assert Router(8, capacity).num_selected(196) == 1
+
+
 @pytest.mark.parametrize("capacity", [0, -0.1, 1.5, float("nan"), "a half", "1/0", None, True])
 def test_impossible_capacities_are_named(capacity):
     with pytest.raises((ValueError, TypeError), match="q_capacity="):
@@ -122,7 +136,11 @@ def test_impossible_capacities_are_named(capacity):
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"solver": "magic"}, {"eps": 0.0}, {"fetch_ratio": 0.5}, {"temperature": 1.0}]
+    "arguments",
+    [
+        *({"solver": "magic"}, {"eps": 0.0}, {"fetch_ratio": 0.5}, {"temperature": 1.0}),
+        *({"eps": float("nan")}, {"fetch_ratio": float("nan")}),
+    ],
 )
 def test_impossible_router_arguments_are_named(arguments):
     with pytest.raises((ValueError, TypeError), match=next(iter(arguments))):

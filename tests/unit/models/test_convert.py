@@ -111,6 +111,13 @@ def test_other_image_and_patch_sizes_are_resampled_as_timm_does(name, img_size, 
     assert_same_outputs(ours, dense, images(*dense.patch_embed.img_size))
 
 
+@pytest.mark.parametrize("pad", [False, True])
+def test_images_of_any_size_stay_welcome(pad: bool) -> None:
+    dense = make_dense(dynamic_img_size=True, dynamic_img_pad=pad)
+    height, width = (23, 41) if pad else (24, 40)
+    assert_same_outputs(convert(dense), dense, images(height, width))
+
+
 def test_a_grid_that_is_not_square_needs_the_model_itself() -> None:
     dense = make_dense(img_size=(16, 32))
     assert_same_outputs(convert(dense), dense, images(16, 32))

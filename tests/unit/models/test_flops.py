@@ -15,6 +15,7 @@ CASES = [
     {"null_kv": True, "global_pool": "prr", "num_classes": 0},
     {"light_heads": 0, "light_mlp_ratio": 0, "q_capacity": 0.1, "ffn_capacity": 1.0},
     {"router": "all_light"},
+    {"img_size": 64, "global_pool": "", "num_classes": 500},  # a head on every token
 ]
 
 

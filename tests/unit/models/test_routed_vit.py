@@ -319,6 +319,10 @@ BAD = [
     ({"kv_capacity": 1.5}, "kv_capacity=1.5"),
     ({"ffn_capacity": [0.5, 0.5]}, "ffn_capacity has 2 entries for 3 blocks"),
     ({"kv_routes": 3}, "kv_routes=3"),
+    ({"kv_routes": 0}, "kv_routes=0 must be at least 1"),
+    ({"reg_tokens": -1}, "reg_tokens=-1 must be at least 0"),
+    ({"pos_embed": "sincos", "embed_dim": 66, "num_heads": 2}, "embed_dim=66 to be a multiple"),
+    ({"light_mlp_ratio": 1e-3}, "light_mlp_ratio=0.001 leaves the light FFN no hidden units"),
     ({"num_heads": 5}, "num_heads=5"),
     ({"num_heads": 0}, "num_heads=0 must be at least 1"),
     ({"light_window": 7}, "light_window=7"),
@@ -366,6 +370,11 @@ def test_impossible_changes_are_named():
         model.set_grad_checkpointing(every=0)
     with pytest.raises(ValueError, match="light_window=4 must lie between 1 and 2"):
         model.set_input_size((8, 8))
+    model = timm.create_model("colt5_vit_ti", img_size=32, depth=1)  # takes windows as they come
+    with pytest.raises(ValueError, match=r"img_size=\(8, 8\) is smaller than patch_size"):
+        model.set_input_size((8, 8))
+    assert model.patch_embed.grid_size == (2, 2)
+    assert model(torch.zeros(1, 3, 32, 32)).isfinite().all()
 
 
 def test_a_misspelled_argument_names_the_nearest() -> None:

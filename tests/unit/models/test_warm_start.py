@@ -210,6 +210,16 @@ def test_other_heads_are_refused_where_anything_tells_them(prefix: str, tmp_path
         warm_start(routed(num_heads=4), prefix + folder)
 
 
+@pytest.mark.parametrize("name", ["num_heads", "light_heads"])
+def test_other_heads_of_a_routed_model_are_refused_too(name: str, tmp_path: Path) -> None:
+    both = {"num_heads": 2, "light_heads": 2, "light_head_dim": 16}
+    few = {**both, name: 1, "light_head_dim": 16 if name == "num_heads" else 32}
+    folder = export(routed(**both), tmp_path / "routed")
+    with pytest.raises(ValueError, match=f"{name}=2, this one has {name}=1"):
+        warm_start(routed(**few), folder)
+    warm_start(routed(**both), folder)
+
+
 @pytest.mark.parametrize("model_args", [{}, {"img_size": 64, "patch_size": 0}, {"strange": 1}])
 def test_a_config_that_tells_of_another_model_says_nothing(model_args, tmp_path: Path) -> None:
     source = routed()

@@ -38,11 +38,14 @@ def test_masked_entries_have_no_gate_and_no_gradient():
     logits = torch.randn(4, 196, generator=torch.Generator().manual_seed(0)).requires_grad_()
     mask = torch.rand(4, 196, generator=torch.Generator().manual_seed(1)) > 0.3
     mask[3] = False
-    gates = soft_topk(logits, 27, mask=mask, solver="coordinate_descent")
+    k = torch.full((4,), 27.0, requires_grad=True)
+    gates = soft_topk(logits, k, mask=mask, solver="coordinate_descent")
     gates.square().sum().backward()
     assert (gates[~mask] == 0).all()
     assert (logits.grad[~mask] == 0).all()
     assert (logits.grad[mask] != 0).any()
+    assert (k.grad[:3] != 0).all()
+    assert k.grad[3] == 0
 
 
 def test_converges_to_the_exact_gates_where_the_spread_is_small():

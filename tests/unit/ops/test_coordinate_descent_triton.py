@@ -46,6 +46,26 @@ def test_rows_of_several_blocks(device):
     )
 
 
+def test_a_row_that_is_masked_as_a_whole_has_no_gradient(device):
+    mask = torch.tensor([[True] * 9, [False] * 9], device=device)
+    logits = draw(2, 9).to(device).requires_grad_()
+    k = torch.full((2, 1), 3.0, device=device, requires_grad=True)
+    coordinate_descent(logits, k, mask=mask).square().sum().backward()
+    assert logits.grad[0].isfinite().all()
+    assert (logits.grad[1] == 0).all()
+    assert k.grad[0] != 0
+    assert k.grad[1] == 0
+
+
+def test_nan_is_not_hidden_and_stays_in_its_row(device):
+    logits = draw(3, 9)
+    logits[1, 4] = logits[2] = float("nan")
+    gates = coordinate_descent(logits.to(device), torch.full((3, 1), 3.0, device=device))
+    assert gates[0].isfinite().all()
+    assert gates[1, 4].isnan()
+    assert gates[2].isnan().all()
+
+
 def test_operators_are_registered_soundly(device):
     logits = draw(2, 10).to(device).requires_grad_()
     k = torch.tensor([[2.5], [4.0]], device=device, requires_grad=True)

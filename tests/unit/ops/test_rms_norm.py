@@ -45,3 +45,13 @@ def test_error_in_fp32_is_that_of_pytorch():
     for found, theirs, truth in zip(ours, run(pytorch, torch.float32), exact, strict=True):
         last_place = torch.finfo(torch.float32).eps * truth.abs().max()
         assert (found - truth).abs().max() <= 3 * (theirs - truth).abs().max() + last_place
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 40.0])
+def test_low_precision_is_rounded_only_at_the_end(dtype, scale):
+    x, weight = (draw(8, 768) * scale).to(dtype), draw(768, seed=1).to(dtype)
+    x[0] = 0
+    exact = F.rms_norm(x.double(), weight.shape, weight.double(), 1e-12)
+    out = rms_norm(x, weight, 1e-12).double()
+    torch.testing.assert_close(out, exact, rtol=1.01 * torch.finfo(dtype).eps, atol=1e-4)

@@ -1,5 +1,7 @@
 """The routing operators: selection, gates, the closed-form backward, registration."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -53,6 +55,35 @@ def test_duplicates_get_equal_gates_and_exactly_k_distinct_indices():
     indices, gates = route(torch.zeros(2, 16), 5)
     assert all(len(set(row)) == 5 for row in indices.tolist())
     assert gates.unique().numel() == 1
+
+
+@pytest.mark.parametrize("function", [route, route_reference])
+@pytest.mark.parametrize("count", [1, 5, 16])
+def test_nan_is_not_hidden_and_stays_in_its_row(function, count):
+    logits = draw(3, 16)
+    spoilt = logits.clone()
+    spoilt[1, :count] = math.nan
+    spoilt.requires_grad_()
+    indices, gates = function(spoilt, 4, 1.125, 1.0)
+    assert gates[1].isnan().any()
+    gates.square().sum().backward()
+    assert spoilt.grad[[0, 2]].isfinite().all()
+    expected = function(logits[[0, 2]], 4, 1.125, 1.0)
+    torch.testing.assert_close((indices[[0, 2]], gates[[0, 2]]), expected)
+
+
+@pytest.mark.parametrize("present", [2, 4, 5])
+def test_minus_infinity_takes_no_part_however_many_are_left(present):
+    results = []
+    for function in (route, route_reference):
+        logits = draw(2, 16)
+        logits[0, present:] = -math.inf
+        logits.requires_grad_()
+        _, gates = function(logits, 4, 1.125, 1.0)
+        gates.square().sum().backward()
+        results.append((gates.detach(), logits.grad))
+    assert results[0][0][0, : min(present, 4)].isfinite().all()
+    torch.testing.assert_close(results[0], results[1])
 
 
 def test_gradient_is_zero_when_everything_is_selected():

@@ -33,6 +33,13 @@ def test_equals_the_soft_topk_and_the_largest(n, k, target, spread):
     assert torch.equal(gates, all_gates.gather(-1, indices))
 
 
+def test_float64_is_exact_where_float32_cannot_hold_the_target():
+    logits = draw(3, 96).double() * 5
+    routed = route_rows(logits, 24, 24 * 1.1, 1.0)
+    assert routed is not None
+    torch.testing.assert_close(routed[2], soft_topk(logits, 24 * 1.1), rtol=1e-12, atol=1e-14)
+
+
 def test_a_row_whose_selection_is_open_is_declined():
     logits = draw(3, 16)
     assert route_rows(logits, 4, 4.5, 1.0) is not None
