@@ -50,7 +50,8 @@ def _plain(
     x: Tensor, norm_weight: Tensor, weight: Tensor, bias: Tensor | None, eps: float
 ) -> Tensor:
     y = F.linear(x, weight * norm_weight)
-    scale = _inverse_rms(x, eps).to(y.dtype)
+    # fp16 ends at 65,504, and times infinity a row of zeros would be NaN
+    scale = _inverse_rms(x, eps).clamp(max=torch.finfo(y.dtype).max).to(y.dtype)
     return y * scale if bias is None else torch.addcmul(bias.to(y.dtype), y, scale)
 
 

@@ -64,3 +64,9 @@ def test_compiled_equals_eager():
     compiled = torch.compile(rms_norm_linear, backend="aot_eager", fullgraph=True)
     found = run(compiled, torch.float64, (6, 8))
     torch.testing.assert_close(found, run(rms_norm_linear, torch.float64, (6, 8)))
+
+
+def test_a_row_of_zeros_is_zero_in_fp16_autocast():
+    with torch.autocast("cpu", torch.float16):
+        out = rms_norm_linear(torch.zeros(2, 8), torch.ones(8), draw(3, 8), None, 1e-12)
+    assert not out.any()
