@@ -89,13 +89,23 @@ def find_best(folder: RunFolder) -> str:
     best = newest.best
     if not best:
         raise ConfigError(f"{OPTION} {BEST}: nothing was evaluated; {there}")
-    metric = newest.config.get("checkpoint", {}).get("best_metric") or next(iter(best))
+    metric = newest.config.get("checkpoint", {}).get("best_metric") or usual_metric(newest)
     for name, state in states.items():
         if metric in best and state.metrics.get(metric) == best[metric]:
             return name
     raise ConfigError(
         f"{OPTION} {BEST}: the step with the best {metric} ({best.get(metric)}) has no checkpoint "
         f"(checkpoint.keep_best keeps it); {there}"
+    )
+
+
+def usual_metric(state: RunState) -> str:
+    """What its best is judged by where the config names nothing. `eval.weights` may have changed on
+    a resume, and values of both kinds be there.
+    """
+    averages = state.config.get("eval", {}).get("weights") == "ema"
+    return next(
+        (name for name in state.best if ("_ema/" in name) == averages), next(iter(state.best))
     )
 
 

@@ -137,7 +137,8 @@ def check_resume(
             f"--resume {checkpoint}: there is no such folder, and none of that name in "
             f"{folder.checkpoints}"
         )
-    if fresh and folder.path.resolve() in found.resolve().parents:
+    own = {folder.path.resolve(), folder.checkpoints.resolve()}  # which may be a link
+    if fresh and own & {*found.resolve().parents}:
         raise ConfigError(
             f"--resume {checkpoint} goes on with the run in {folder.path}, which --fresh would "
             "move aside; leave --fresh out, or give the new run another name (--set name=...)"

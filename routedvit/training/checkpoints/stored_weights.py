@@ -73,7 +73,9 @@ def title(path: Path, folder: RunFolder) -> str:
     own = path.parent if path.name == WEIGHTS else path
     home = own.parent.parent if own.parent.name == folder.checkpoints.name else own.parent
     name = own.stem if own.is_file() else own.name
-    return name if home == folder.path.resolve() else f"{home.name}.{name}"
+    # checkpoints/ may be a link to another disk
+    is_own = home == folder.path.resolve() or own.parent == folder.checkpoints.resolve()
+    return name if is_own else f"{home.name}.{name}"
 
 
 def weights_in(path: Path, wanted: str = "both") -> Iterator[tuple[str, dict[str, Tensor]]]:

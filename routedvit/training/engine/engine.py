@@ -165,8 +165,19 @@ class Engine:
                     "= bf16, or lower optim.lr and start again from the newest checkpoint"
                 ) from error
             raise
-        applied = self._engine.was_step_applied()
-        return self._engine.get_global_grad_norm() if applied else float("inf"), applied
+        if not self._engine.was_step_applied():
+            self._forget_gradients()
+            return float("inf"), False
+        return self._engine.get_global_grad_norm(), True
+
+    def _forget_gradients(self) -> None:
+        """Those of a skipped step. With an offloaded optimiser DeepSpeed 0.19.8 goes on to add to
+        them under ZeRO 1 and 2, where it adds up in fp32 beside a bf16 or fp16 network: one step
+        that is not finite would make all that follow so.
+        """
+        if self.offloads and self.zero_stage < 3:
+            sums = self._engine.optimizer.averaged_gradients
+            sums.update(dict.fromkeys(sums))
 
     def _finish_step_unsharded(self) -> tuple[torch.Tensor, bool]:
         """As `_finish_step`; without ZeRO, DeepSpeed neither checks nor tells the norm."""

@@ -234,6 +234,21 @@ def test_the_best_goes_by_the_metric_of_the_config(tmp_path: Path) -> None:
     assert find_best(RunFolder(tmp_path)) == "step_00000002"
 
 
+@pytest.mark.parametrize(("weights", "step"), [("both", 1), ("raw", 1), ("ema", 2)])
+def test_the_best_goes_by_the_weights_that_are_evaluated_now(
+    weights: str, step: int, tmp_path: Path
+) -> None:
+    shelf(tmp_path, 20.0, 10.0, best=20.0, config={"eval": {"weights": weights}})
+    for folder, value in zip(sorted((tmp_path / "checkpoints").iterdir()), (1.0, 2.0), strict=True):
+        state = json.loads((folder / "run_state.json").read_text())
+        state["metrics"]["val_ema/top1"] = value
+        # as after starts that evaluated the others only
+        raw, averages = state["best"], {"val_ema/top1": 2.0}
+        state["best"] = raw | averages if weights == "ema" else averages | raw
+        (folder / "run_state.json").write_text(json.dumps(state))
+    assert find_best(RunFolder(tmp_path)) == f"step_{step:08d}"
+
+
 def test_a_best_that_was_not_kept_is_told(tmp_path: Path) -> None:
     shelf(tmp_path, 10.0, 20.0, best=30.0)
     with pytest.raises(ConfigError, match=r"best val/top1 \(30.0\) has no checkpoint.*step_0"):

@@ -213,6 +213,23 @@ def test_offload_computes_what_the_gpu_would(stage: int, offload: list[str], exa
     torch.testing.assert_close(losses, exact[:4], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize(("stage", "dtype"), [(1, "bf16"), (2, "fp16")])
+def test_a_skipped_step_leaves_no_gradients_to_an_offloaded_optimiser(
+    stage: int, dtype: str
+) -> None:
+    """In bf16 one that is not finite, in fp16 those that the search for the loss scale skips."""
+
+    def losses(spoiled: bool) -> list[float]:
+        engine = engine_of(stage, dtype, offload_optimizer={"device": "cpu"})
+        learn(engine, DATA[0])
+        if spoiled:
+            image = torch.full_like(DATA[0]["image"], torch.inf)
+            assert engine.train_step([DATA[0] | {"image": image}]).skipped
+        return [learn(engine, rows).loss for rows in DATA[1:4]]
+
+    assert losses(spoiled=True) == losses(spoiled=False)
+
+
 def test_what_offload_cannot_do_here_is_refused_in_words() -> None:
     def resolve(stage: int, **zero: Any) -> None:
         resolve_native_config(

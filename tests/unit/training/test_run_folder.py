@@ -229,6 +229,16 @@ def test_a_checkpoint_that_is_not_there_or_would_go_leaves_the_folder_alone(tmp_
     assert "the earlier run is kept in" in told
 
 
+def test_checkpoints_on_a_linked_disk_would_go_with_their_run_too(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    (tmp_path / "scratch" / "step_5").mkdir(parents=True)
+    folder.path.mkdir()
+    folder.checkpoints.symlink_to(tmp_path / "scratch")
+    with pytest.raises(ConfigError, match="leave --fresh out"):
+        open_folder(folder, {}, fresh=True, free=(), resume=Path("step_5"))
+    assert (folder.checkpoints / "step_5").is_dir()
+
+
 @pytest.mark.parametrize(
     ("optim", "words"),
     [

@@ -114,6 +114,14 @@ def test_weights_are_named_by_where_they_lie(tmp_path: Path) -> None:
     assert {path: title(path, RunFolder(run)) for path in expected} == expected
 
 
+def test_a_checkpoint_on_a_linked_disk_is_the_runs_own(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    (tmp_path / "scratch" / "step_00000005").mkdir(parents=True)
+    folder.path.mkdir()
+    folder.checkpoints.symlink_to(tmp_path / "scratch")
+    assert title(folder.checkpoints / "step_00000005", folder) == "step_00000005"
+
+
 def test_a_latest_that_cannot_be_read_is_told_with_a_way_round(tmp_path: Path) -> None:
     pointer = tmp_path / "checkpoints" / "latest"
     pointer.parent.mkdir()
