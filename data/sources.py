@@ -178,8 +178,9 @@ def _image_folder(root: Path, label_names: list[str] | None) -> Split:
         ignored["beside the class folders"] = beside
     if hidden := len(folders) - len(found):
         ignored["hidden folders"] = hidden
+    here = set(found)  # val may lack a class that train has
     for label, name in enumerate(label_names):
-        for path in sorted(_files_below(root / name)):
+        for path in sorted(_files_below(root / name)) if name in here else ():
             if path.suffix.lower() not in SUFFIXES:
                 ignored[_kind(path)] += 1
                 continue
