@@ -169,9 +169,11 @@ def match(
         check_url(pattern, field)
         return _match_url(pattern, field, remote, manifest)
     path = Path(pattern)
-    if manifest and path.is_dir():
+    # Path.is_dir would raise at a list in braces that is longer than a name may be
+    is_folder = os.path.isdir(path)
+    if manifest and is_folder:
         return [str(path / entry.name) for entry in _load_manifest(manifest, remote).shards]
-    if path.is_dir():
+    if is_folder:
         path = path / MANIFEST_NAME
     if path.name == MANIFEST_NAME:
         return [str(path.parent / entry.name) for entry in read_manifest(path).shards]
@@ -179,7 +181,7 @@ def match(
     found: list[str] = []
     there = _files_beside(names) if len(names) > 1 else None
     for name in names:
-        is_file = Path(name).is_file() if there is None else name in there
+        is_file = os.path.isfile(name) if there is None else name in there
         hits = [name] if is_file else sorted(glob.glob(name))
         if not hits:
             what = "no shard matches" if len(names) == 1 else f"{name} is missing of"

@@ -26,6 +26,14 @@ def test_manifest_folder_glob_and_braces_name_the_same_shards(make_set, pattern)
     assert (found.sizes, found.num_samples, found.num_classes) == ([4, 2, 3], 9, 3)
 
 
+def test_a_list_in_braces_may_be_longer_than_a_name(make_set):
+    folder = make_set([1] * 50)
+    listed = ",".join(f"{number:03d}.tar" for number in range(50))
+    assert resolve(f"{folder}/{{{listed}}}").sizes == [1] * 50
+    with pytest.raises(DataError, match=r"no shard matches"):
+        resolve(f"{folder}/{'x' * 300}.tar")
+
+
 def test_a_folder_is_listed_once_for_all_names_of_a_pattern(make_set, monkeypatch):
     """Ranks by the hundred would each ask about tens of thousands of shards, one by one."""
     folder = make_set([4, 2, 3])
