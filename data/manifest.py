@@ -89,6 +89,8 @@ def read_manifest(path: Path) -> Manifest:
                 f"`python -m data.check --write-manifest '{path.parent}/*.tar'`"
             )
         raise DataError(f"{path.parent} has no {MANIFEST_NAME}; {mend}") from None
+    except IsADirectoryError:
+        raise DataError(f"{path} is a folder; name the {MANIFEST_NAME} in it") from None
     return parse_manifest(content, str(path))
 
 
