@@ -23,6 +23,8 @@ def test_a_shards_pattern_is_all_that_must_be_given():
         ({"train": {"shards": "x"}, "num_worker": 2}, "num_worker"),
         ({"train": {"shards": "x"}, "augment": {"hflip": 2}}, "hflip"),
         ({"train": {"shards": "x"}, "augment": {"scale": [1.0, 0.1]}}, "scale is"),
+        ({"train": {"shards": "x"}, "augment": {"color_jitter": -0.4}}, "color_jitter"),
+        ({"train": {"shards": "x"}, "augment": {"color_jitter": [0.4, -1, 0]}}, "color_jitter.1"),
         (
             {"train": {"shards": "x"}, "normalize": {"mean": [0.5], "std": [1, 1]}},
             "one per channel",
