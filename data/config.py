@@ -96,7 +96,7 @@ _Statistics = Literal["dataset", "model"]
 class NormalizeConfig(_Section):
     """Channel statistics given by hand, in units of the pixel range 0 to 1."""
 
-    mean: list[float] = Field(description="Mean per channel, 0 to 1.")
+    mean: list[Fraction] = Field(description="Mean per channel, 0 to 1.")
     std: list[Annotated[float, Field(gt=0)]] = Field(description="Standard deviation per channel.")
 
     @model_validator(mode="after")

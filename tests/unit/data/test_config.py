@@ -30,6 +30,7 @@ def test_a_shards_pattern_is_all_that_must_be_given():
             "one per channel",
         ),
         ({"train": {"shards": "x"}, "normalize": {"mean": [0.5], "std": [0]}}, "std"),
+        ({"train": {"shards": "x"}, "normalize": {"mean": [123.7], "std": [58.4]}}, "mean.0"),
         ({"train": {"shards": "x"}, "verify": "md5"}, "verify"),
         ({"train": {"shards": "x"}, "num_workers": "2"}, "num_workers"),
         ({"train": {"shards": "x"}, "num_workers": 2.0}, "num_workers"),
