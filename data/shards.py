@@ -54,8 +54,9 @@ class ShardSet:
 
     @property
     def label_names(self) -> list[str] | None:
-        """The names of the classes, where they are known."""
-        return self.classes.names
+        """A name for each class, its number where only others are known; None without any."""
+        names = self.classes.names
+        return names and names + [str(label) for label in range(len(names), self.num_classes)]
 
     @property
     def sizes(self) -> list[int]:

@@ -14,6 +14,7 @@ from data.manifest import read_manifest
 from data.mixture import resolve_train
 from data.reader import ShardReader
 from data.shards import expand_braces, match, resolve
+from tests.unit.data.making import amend
 
 
 @pytest.mark.parametrize(
@@ -71,6 +72,11 @@ def test_several_sets_are_one_with_pooled_statistics(make_set):
     assert found.mean == pytest.approx([0.5])
     variance = (4 * (0.01 + 0.04) + 12 * (0.09 + 0.36)) / 16 - 0.25
     assert found.std == pytest.approx([variance**0.5])
+
+
+def test_every_class_has_a_name_where_one_set_of_several_knows_fewer(make_set):
+    named = amend(make_set([4], "a"), label_names=["ant", "bee"], class_counts=[3, 1])
+    assert resolve([str(named), str(make_set([4], "b"))]).label_names == ["ant", "bee", "2"]
 
 
 @pytest.mark.parametrize(
