@@ -181,6 +181,10 @@ def test_a_manifest_elsewhere_that_cannot_be_meant_is_refused(apart, make_set):
         resolve(str(twin / "manifest.json"), manifest=str(manifest))
     with pytest.raises(DataError, match=r"twin is a folder; name the manifest\.json in it"):
         resolve(str(folder), manifest=str(twin))
+    with pytest.raises(
+        DataError, match=r"give the URL again \(--set data\.train\.manifest=\.\.\.\)"
+    ):
+        resolve(str(folder), manifest="https://h/manifest.json?***")
     with pytest.raises(DataError, match=r"cannot tell apart"):
         resolve([str(folder / "000.tar"), str(twin / "000.tar")], manifest=str(manifest))
 
