@@ -101,9 +101,10 @@ def check_url(url: str, field: str) -> None:
             "copy the shards to a disk or a store that speaks one of them"
         )
     if HIDDEN in url:
+        key = re.split(r"\.\d", field)[0]  # --set gives a list of sources as a whole
         raise DataError(
             f"{field}: {url!r} is from the record of a run, which leaves out user, password and "
-            f"query; give the URL again (--set {field}=...)"
+            f"query; give the URL again (--set {key}=...)"
         )
 
 

@@ -189,6 +189,12 @@ def test_a_manifest_elsewhere_that_cannot_be_meant_is_refused(apart, make_set):
         resolve([str(folder / "000.tar"), str(twin / "000.tar")], manifest=str(manifest))
 
 
+@pytest.mark.parametrize(("field", "key"), [("train.0.shards", "train"), ("val.shards",) * 2])
+def test_a_url_of_a_record_is_to_be_given_by_a_key_that_can_be_set(field, key):
+    with pytest.raises(DataError, match=rf"data\.{field}: .* \(--set data\.{key}=\.\.\.\)"):
+        resolve("https://h/a?***", f"data.{field}")
+
+
 def test_where_a_source_ends_is_part_of_what_a_resumed_run_compares(make_set):
     """It is part of the order of samples, and the same shards may be named in other lists."""
     folder = make_set([4, 2, 3])
