@@ -46,7 +46,7 @@ class ShardEntry(BaseModel):
 class Manifest(BaseModel):
     """What `manifest.json` holds. Pixel statistics are in units of the range 0 to 1."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     format: Literal[1] = 1
     samples: int
     class_counts: list[int]  # index: the label

@@ -122,6 +122,7 @@ def test_a_shard_that_the_manifest_does_not_know_is_refused(make_set):
     [
         ({"samples": 99}, r"samples is 99 but the shards add up to 2"),
         ({"formatt": 1}, r"formatt"),
+        ({"std": [float("nan")]}, r"std\.0: .* finite number"),
         ({"shards": [{"name": "../x", "samples": 2, "bytes": 9999, "sha256": "0" * 64}]}, "name"),
     ],
 )
