@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.errors import DataError, legible
+from data.errors import BadShard, DataError, legible
 from data.history import history_of
 from data.mixture import TURNS, order_of, resolve_train
 from data.order import Place
@@ -79,11 +79,10 @@ def audit(run: Path) -> Audit:
             following = position + 1
             count, again = count + 1, again + len(keys) - 1
             substituted += position in substitutes
-            planned = reader.key(int(shard), int(sample))
+            planned = _planned(reader, int(shard), int(sample), position in substitutes)
             for key in sorted(set(keys) - {planned, substitutes.get(position)}):
-                found.tell(
-                    f"position {position} was {legible(key)}, the order says {legible(planned)}"
-                )
+                said = "a sample of a damaged shard" if planned is None else legible(planned)
+                found.tell(f"position {position} was {legible(key)}, the order says {said}")
             if len(set(keys)) > 1:
                 both = " and ".join(map(legible, sorted(set(keys))))
                 found.tell(f"position {position} was {both} in turn")
@@ -93,6 +92,16 @@ def audit(run: Path) -> Audit:
     )
     found.report += epochs.lines()
     return found
+
+
+def _planned(reader: ShardReader, shard: int, sample: int, replaced: bool) -> str | None:
+    """The key that the order says; None where it was `replaced`, and its shard tells no keys."""
+    try:
+        return reader.key(shard, sample)
+    except BadShard:
+        if not replaced:
+            raise
+        return None
 
 
 def _by_position(folder: Path) -> Iterator[tuple[int, list[str]]]:

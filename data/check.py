@@ -181,7 +181,8 @@ def names_in(path: Path) -> list[str]:
 
 def run(arguments: argparse.Namespace) -> int:
     """Check what the arguments name; returns the exit code."""
-    paths = [path for pattern in arguments.shards for path in local(pattern)]
+    named = (path for pattern in arguments.shards for path in local(pattern))
+    paths = list(dict.fromkeys(named))  # each once: patterns may overlap
     names = names_in(arguments.label_names) if arguments.label_names else None
     folders = dict.fromkeys(path.parent for path in paths)
     labels = {folder: arguments.labels or _labels_of(folder) for folder in folders}

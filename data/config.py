@@ -96,7 +96,7 @@ _Statistics = Literal["dataset", "model"]
 class NormalizeConfig(_Section):
     """Channel statistics given by hand, in units of the pixel range 0 to 1."""
 
-    mean: list[float] = Field(description="Mean per channel, 0 to 1.")
+    mean: list[Fraction] = Field(description="Mean per channel, 0 to 1.")
     std: list[Annotated[float, Field(gt=0)]] = Field(description="Standard deviation per channel.")
 
     @model_validator(mode="after")
@@ -108,7 +108,8 @@ class NormalizeConfig(_Section):
         return self
 
 
-_Three = Annotated[tuple[float, float, float], Strict(False)]  # also of a list, all JSON has
+Strength = Annotated[float, Field(ge=0)]
+_Three = Annotated[tuple[Strength, Strength, Strength], Strict(False)]  # also a list, all JSON has
 
 
 # Which keys of `augment` a mode reads; the others belong to all.
@@ -140,7 +141,7 @@ class AugmentConfig(_Section):
         default=0.5, description="timm: probability of a left-right flip (0 for digits)."
     )
     vflip: Fraction = Field(default=0.0, description="timm: probability of an up-down flip.")
-    color_jitter: Annotated[float | _Three, _one_of(list | tuple, _Three, float)] = Field(
+    color_jitter: Annotated[Strength | _Three, _one_of(list | tuple, _Three, Strength)] = Field(
         default=0.4,
         description="timm: strength of brightness, contrast and saturation jitter; unused while "
         "auto_augment is set (3-Augment excepted), as in timm.",

@@ -30,13 +30,15 @@ EIGHT_BIT_MODES = frozenset(
     {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "CMYK", "YCbCr"}
 )
 
+# `open_image` has a limit of its own. Set once and not around each image: whenever filters change
+# Python forgets what it warned of, and would say of every image with odd EXIF that it is so.
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+
 
 def open_image(payload: bytes, max_pixels: int) -> Image.Image:
     """The image with only its header read. BadSample when it is not an image we accept."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # ours is below
-            image = Image.open(io.BytesIO(payload), formats=FORMATS)
+        image = Image.open(io.BytesIO(payload), formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise BadSample(f"too many pixels: {error}") from error
     except Exception as error:  # parsers fail in many ways on hostile bytes; all mean the same

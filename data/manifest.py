@@ -46,7 +46,7 @@ class ShardEntry(BaseModel):
 class Manifest(BaseModel):
     """What `manifest.json` holds. Pixel statistics are in units of the range 0 to 1."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     format: Literal[1] = 1
     samples: int
     class_counts: list[int]  # index: the label
@@ -89,6 +89,8 @@ def read_manifest(path: Path) -> Manifest:
                 f"`python -m data.check --write-manifest '{path.parent}/*.tar'`"
             )
         raise DataError(f"{path.parent} has no {MANIFEST_NAME}; {mend}") from None
+    except IsADirectoryError:
+        raise DataError(f"{path} is a folder; name the {MANIFEST_NAME} in it") from None
     return parse_manifest(content, str(path))
 
 

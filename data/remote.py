@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 import aiohttp
 
@@ -101,9 +101,10 @@ def check_url(url: str, field: str) -> None:
             "copy the shards to a disk or a store that speaks one of them"
         )
     if HIDDEN in url:
+        key = re.split(r"\.\d", field)[0]  # --set gives a list of sources as a whole
         raise DataError(
             f"{field}: {url!r} is from the record of a run, which leaves out user, password and "
-            f"query; give the URL again (--set {field}=...)"
+            f"query; give the URL again (--set {key}=...)"
         )
 
 
@@ -116,8 +117,12 @@ def shown(name: str) -> str:
 
 
 def file_name(name: str) -> str:
-    """The last part of a path or URL, without a URL's query."""
-    return (urlsplit(name).path if is_url(name) else name).rpartition("/")[2]
+    """The last part of a path or URL, without a URL's query, as the manifest calls the file."""
+    if not is_url(name):
+        return name.rpartition("/")[2]
+    parts = urlsplit(name)
+    last = parts.path.rpartition("/")[2]
+    return unquote(last) if _is_escaped(parts.scheme) else last
 
 
 def sibling(place: str, name: str) -> str:
@@ -126,7 +131,13 @@ def sibling(place: str, name: str) -> str:
         return str(Path(place).with_name(name))
     parts = urlsplit(place)
     folder = parts.path.rpartition("/")[0]
-    return urlunsplit(parts._replace(path=f"{folder}/{name}"))
+    last = quote(name) if _is_escaped(parts.scheme) else name
+    return urlunsplit(parts._replace(path=f"{folder}/{last}"))
+
+
+def _is_escaped(scheme: str) -> bool:
+    """Whether URLs write a space as %20; those of s3 and gs hold names as they are."""
+    return scheme in ("http", "https")
 
 
 def as_folder(url: str) -> str:

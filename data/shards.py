@@ -54,8 +54,9 @@ class ShardSet:
 
     @property
     def label_names(self) -> list[str] | None:
-        """The names of the classes, where they are known."""
-        return self.classes.names
+        """A name for each class, its number where only others are known; None without any."""
+        names = self.classes.names
+        return names and names + [str(label) for label in range(len(names), self.num_classes)]
 
     @property
     def sizes(self) -> list[int]:
@@ -98,7 +99,7 @@ def resolve(
     patterns = [shards] if isinstance(shards, str) else shards
     names = _names(patterns, field, remote, manifest)
     homes = [manifest or sibling(name, MANIFEST_NAME) for name in names]
-    manifests = {home: _load_manifest(home, remote) for home in dict.fromkeys(homes)}
+    manifests = {home: _load_manifest(home, remote, field) for home in dict.fromkeys(homes)}
     entries = _entries(names, homes, manifests, field)
     mean, std = pooled(
         [(manifest.mean, manifest.std, manifest.samples) for manifest in manifests.values()]
@@ -162,16 +163,18 @@ def match(
     """The shards that one pattern names, in order, as paths or URLs. DataError without any."""
     if manifest and file_name(pattern) == MANIFEST_NAME:
         raise DataError(
-            f"{field} is a manifest, and {field.rpartition('.')[0]}.manifest names one too; "
+            f"{field} is a manifest, and {_beside(field)} names one too; "
             "name the folder of the shards"
         )
     if is_url(pattern):
         check_url(pattern, field)
         return _match_url(pattern, field, remote, manifest)
     path = Path(pattern)
-    if manifest and path.is_dir():
-        return [str(path / entry.name) for entry in _load_manifest(manifest, remote).shards]
-    if path.is_dir():
+    # Path.is_dir would raise at a list in braces that is longer than a name may be
+    is_folder = os.path.isdir(path)
+    if manifest and is_folder:
+        return [str(path / entry.name) for entry in _load_manifest(manifest, remote, field).shards]
+    if is_folder:
         path = path / MANIFEST_NAME
     if path.name == MANIFEST_NAME:
         return [str(path.parent / entry.name) for entry in read_manifest(path).shards]
@@ -179,7 +182,7 @@ def match(
     found: list[str] = []
     there = _files_beside(names) if len(names) > 1 else None
     for name in names:
-        is_file = Path(name).is_file() if there is None else name in there
+        is_file = os.path.isfile(name) if there is None else name in there
         hits = [name] if is_file else sorted(glob.glob(name))
         if not hits:
             what = "no shard matches" if len(names) == 1 else f"{name} is missing of"
@@ -213,7 +216,7 @@ def _match_url(pattern: str, field: str, remote: RemoteConfig, manifest: str | N
     if file_name(pattern) == MANIFEST_NAME or not file_name(pattern).endswith(".tar"):
         is_manifest = file_name(pattern) == MANIFEST_NAME
         home = pattern if is_manifest else sibling(as_folder(pattern), MANIFEST_NAME)
-        entries = _load_manifest(manifest or home, remote).shards
+        entries = _load_manifest(manifest or home, remote, field).shards
         return [sibling(home, entry.name) for entry in entries]
     found: list[str] = []
     for url in expand_braces(pattern, field):
@@ -224,9 +227,14 @@ def _match_url(pattern: str, field: str, remote: RemoteConfig, manifest: str | N
     return found
 
 
-def _load_manifest(name: str, remote: RemoteConfig) -> Manifest:
+def _beside(field: str) -> str:
+    """The key of the manifest beside the `field` that names its shards."""
+    return f"{field.removesuffix('shards')}manifest"
+
+
+def _load_manifest(name: str, remote: RemoteConfig, field: str) -> Manifest:
     if is_url(name):
-        check_url(name, "manifest")
+        check_url(name, _beside(field))
         return parse_manifest(read_bytes(name, remote, MAX_MANIFEST_BYTES), shown(name))
     return read_manifest(Path(name))
 

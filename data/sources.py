@@ -129,17 +129,18 @@ def divide(split: Split, held_out: float) -> dict[str, Split]:
     return splits
 
 
-def folder_splits(root: Path, held_out: float) -> dict[str, Split]:
+def folder_splits(root: Path, held_out: float, out: Path | None = None) -> dict[str, Split]:
     """Images in one folder per class, as torchvision's ImageFolder reads them.
 
     With `train` and `val` folders inside, those are the splits; else `held_out` of each class is,
-    of those in `train` where there is one.
+    of those in `train` where there is one. Shards may be written to `out` inside `root`: what is
+    there from an earlier start is no class.
     """
     if not root.is_dir():
         raise DataError(f"--path {root} is no folder; name the folder that holds the class folders")
     named = [name for name in ("train", "val") if (root / name).is_dir()]
     if "train" not in named:
-        return divide(_image_folder(root, None), held_out)
+        return divide(_image_folder(root, None, out), held_out)
     train = _image_folder(root / "train", None)
     for path in set(root.iterdir()) - {root / name for name in named}:
         files = [path] if path.is_file() else path.rglob("*")
@@ -163,8 +164,9 @@ def _kind(path: Path) -> str:
     return path.suffix.lower() or "without a suffix"
 
 
-def _image_folder(root: Path, label_names: list[str] | None) -> Split:
+def _image_folder(root: Path, label_names: list[str] | None, out: Path | None = None) -> Split:
     folders = sorted(path.name for path in root.iterdir() if path.is_dir())
+    folders = [name for name in folders if out is None or not _is_for(out, root / name)]
     found = [name for name in folders if not name.startswith(".")]
     if odd := [name for name in found if not _is_text(name)]:
         raise DataError(f"{root}: the folder name {odd[0]!r} is no UTF-8; rename that class")
@@ -178,8 +180,9 @@ def _image_folder(root: Path, label_names: list[str] | None) -> Split:
         ignored["beside the class folders"] = beside
     if hidden := len(folders) - len(found):
         ignored["hidden folders"] = hidden
+    here = set(found)  # val may lack a class that train has
     for label, name in enumerate(label_names):
-        for path in sorted(_files_below(root / name)):
+        for path in sorted(_files_below(root / name)) if name in here else ():
             if path.suffix.lower() not in SUFFIXES:
                 ignored[_kind(path)] += 1
                 continue
@@ -193,6 +196,13 @@ def _image_folder(root: Path, label_names: list[str] | None) -> Split:
             f"{' '.join(sorted(SUFFIXES))}{there}"
         )
     return Split(references, label_names, ignored)
+
+
+def _is_for(out: Path, folder: Path) -> bool:
+    """Whether a folder is there for the shards in `out` alone."""
+    if not out.resolve().is_relative_to(folder.resolve()):
+        return False
+    return not any(path.suffix.lower() in SUFFIXES for path in _files_below(folder))
 
 
 def _is_text(name: str) -> bool:

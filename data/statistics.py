@@ -83,6 +83,7 @@ def combine(notes: list[dict[str, Any]], label_names: list[str] | None) -> Manif
     std = np.sqrt(np.maximum(square - mean**2, 0))
     channels = 1 if set(modes) <= {"L", "1"} else 3
     entries = [ShardEntry.model_validate(note["entry"]) for note in notes]
+    seen = [note for note in notes if note["modes"]]  # of the others no image could be read
     return Manifest(
         samples=sum(entry.samples for entry in entries),
         class_counts=[counts[label] for label in range(classes)],
@@ -91,7 +92,7 @@ def combine(notes: list[dict[str, Any]], label_names: list[str] | None) -> Manif
         std=[round(value, 6) for value in std[:channels].tolist()],
         pixel_samples=pixel_samples,
         modes=dict(sorted(modes.items())),
-        width=(min(n["width"][0] for n in notes), max(n["width"][1] for n in notes)),
-        height=(min(n["height"][0] for n in notes), max(n["height"][1] for n in notes)),
+        width=(min(n["width"][0] for n in seen), max(n["width"][1] for n in seen)),
+        height=(min(n["height"][0] for n in seen), max(n["height"][1] for n in seen)),
         shards=entries,
     )

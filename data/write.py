@@ -66,7 +66,7 @@ def splits_of(arguments: argparse.Namespace) -> dict[str, Split]:
     if path is None:
         raise DataError(f"--source {arguments.source} needs --path: where the images are")
     if arguments.source == "folder":
-        return folder_splits(path, held_out)
+        return folder_splits(path, held_out, arguments.out)
     if arguments.source == "idx":
         return idx_splits(path)
     # timm's datasets import torch: seconds that the other sources need not wait

@@ -10,7 +10,7 @@ import threading
 import time
 from collections import defaultdict
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 
 class FaultyServer(http.server.ThreadingHTTPServer):
@@ -43,7 +43,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         asked_for = urlsplit(self.path)  # whole URLs come to a proxy
-        path = self.server.root / asked_for.path.lstrip("/")
+        path = self.server.root / unquote(asked_for.path).lstrip("/")
         self.server.requests.append((path.name, self.headers["Range"]))
         if self.server.credentials not in (None, self.headers["Authorization"]):
             return self.send_error(401)
@@ -52,7 +52,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         faults = self.server.faults[path.name]
         fault = faults.pop(0) if faults else "none"
         if path.is_dir():
-            links = "".join(f'<a href="{entry.name}">x</a>' for entry in path.iterdir())
+            links = "".join(f'<a href="{quote(e.name)}">x</a>' for e in path.iterdir())
             return self.answer(200, (links + '<a href="http://other/x.tar">x</a>').encode(), fault)
         if fault.isdecimal() or not path.is_file():
             return self.send_error(int(fault) if fault.isdecimal() else 404)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import tracemalloc
 
 import numpy as np
@@ -221,6 +222,20 @@ def test_substitutes_of_bad_samples_are_known(tmp_path, make_config, run, capsys
     run_steps(run, config, 1, 0, 1)
     assert audit.main([str(run)]) == 0
     assert "substitutes for bad ones" in capsys.readouterr().out
+
+
+def test_substitutes_of_a_quarantined_shard_are_known(make_set, make_config, run, capsys):
+    """Without its index file nobody can say which keys it had."""
+    folder = make_set(SIZES)
+    config = make_config(folder, streams=2, log_samples=True, max_bad_shards=1)
+    write_config(run, config)
+    os.truncate(folder / "001.tar", 1024)
+    run_steps(run, config, 2, 0, 6)
+    assert audit.main([str(run)]) == 0
+    assert "3 substitutes for bad ones\nepoch 0: 81 of 81" in capsys.readouterr().out
+    os.truncate(folder / "002.tar", 1024)  # after the run, which thus replaced nothing of it
+    assert audit.main([str(run)]) == 2
+    assert "002.tar: offset 1024" in capsys.readouterr().err
 
 
 def test_a_run_without_a_ledger_says_how_to_get_one(run, capsys):

@@ -108,6 +108,13 @@ def test_a_manifest_for_other_shards_of_the_folder_too_is_not_replaced(good, cap
     assert check.main(["--write-manifest", f"{good}/*.tar"]) == 0
 
 
+@pytest.mark.parametrize("options", [[], ["--write-manifest"]])
+def test_a_shard_that_two_patterns_name_is_read_once(good, capsys, options):
+    capsys.readouterr()
+    assert check.main([*options, str(good), f"{good}/*.tar"]) == 0
+    assert "6 samples in 2 shards" in capsys.readouterr().out
+
+
 def test_a_file_system_that_cannot_flush_folders_serves(good, monkeypatch):
     flush = os.fsync
 

@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 import time
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -45,6 +46,15 @@ def encoded(kind: str, mode: str = "RGB", **options: object) -> bytes:
 def test_every_usual_mode_becomes_the_models_channels(kind, mode, channels):
     image = decode(encoded(kind, mode), channels, 10_000)
     assert (image.mode, image.size) == ({1: "L", 3: "RGB"}[channels], (64, 48))
+
+
+def test_what_pillow_warns_of_is_said_once_and_not_of_every_image():
+    image = encoded("PNG", "P", transparency=bytes(range(256)))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            decode(image, 3, 10_000)
+    assert len(said) == 1
 
 
 def mutated(content: bytes, rng: random.Random) -> bytes:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from data import check
 from data.cache import ShardCache
 from data.clients import client
 from data.config import RemoteConfig
@@ -355,6 +356,20 @@ def test_a_folder_with_a_token_keeps_it_for_all_of_its_files(
     with pytest.raises(DataError, match=r"manifest\.json: the server answers 403") as caught:
         resolve(url.replace("sig=a", "sig=secret"), remote=remote)
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "pattern", ["", "*.tar", "shard%20*.tar", "shard%20{%23,%25,é}.tar", "shard {%23,%25,é}.tar"]
+)
+def test_names_that_a_url_escapes_are_those_of_the_manifest(indexed, server, remote, pattern):
+    folder = indexed([1, 1, 1])
+    for number, name in enumerate(("shard #.tar", "shard %.tar", "shard é.tar")):
+        (folder / f"00{number}.tar").rename(folder / name)
+    assert check.main(["--write-manifest", f"{folder}/*.tar"]) == 0
+    shards = resolve(f"{server.url}/train/{pattern}", remote=remote)
+    reader = ShardReader(shards, remote=remote)
+    keys = [reader.read(number, 0).key for number in range(3)]
+    assert keys == ["train/0000", "train/0001", "train/0002"]
 
 
 @pytest.mark.parametrize(

@@ -62,3 +62,10 @@ def test_images_that_are_ignored_are_counted_by_kind(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "ignored   4 members that are neither a sample's image nor its label\n" in said
     assert "of them 3 images: 2 .depth.png, 1 .gif\n" in said
+
+
+def test_a_shard_without_a_readable_image_does_not_shrink_the_others(tmp_path, capsys):
+    write_tar(tmp_path / "a.tar", pair("x", 0, 0))
+    write_tar(tmp_path / "b.tar", [("y.png", b"no image"), ("y.cls", b"0")])
+    assert check.main(["--write-manifest", f"{tmp_path}/*.tar"]) == 1
+    assert "8 to 8 pixels wide, 8 to 8 high; 1 L" in capsys.readouterr().out

@@ -14,6 +14,7 @@ from data.manifest import read_manifest
 from data.mixture import resolve_train
 from data.reader import ShardReader
 from data.shards import expand_braces, match, resolve
+from tests.unit.data.making import amend
 
 
 @pytest.mark.parametrize(
@@ -24,6 +25,14 @@ def test_manifest_folder_glob_and_braces_name_the_same_shards(make_set, pattern)
     found = resolve(str(folder) + pattern)
     assert [Path(name).name for name in found.names] == ["000.tar", "001.tar", "002.tar"]
     assert (found.sizes, found.num_samples, found.num_classes) == ([4, 2, 3], 9, 3)
+
+
+def test_a_list_in_braces_may_be_longer_than_a_name(make_set):
+    folder = make_set([1] * 50)
+    listed = ",".join(f"{number:03d}.tar" for number in range(50))
+    assert resolve(f"{folder}/{{{listed}}}").sizes == [1] * 50
+    with pytest.raises(DataError, match=r"no shard matches"):
+        resolve(f"{folder}/{'x' * 300}.tar")
 
 
 def test_a_folder_is_listed_once_for_all_names_of_a_pattern(make_set, monkeypatch):
@@ -63,6 +72,11 @@ def test_several_sets_are_one_with_pooled_statistics(make_set):
     assert found.mean == pytest.approx([0.5])
     variance = (4 * (0.01 + 0.04) + 12 * (0.09 + 0.36)) / 16 - 0.25
     assert found.std == pytest.approx([variance**0.5])
+
+
+def test_every_class_has_a_name_where_one_set_of_several_knows_fewer(make_set):
+    named = amend(make_set([4], "a"), label_names=["ant", "bee"], class_counts=[3, 1])
+    assert resolve([str(named), str(make_set([4], "b"))]).label_names == ["ant", "bee", "2"]
 
 
 @pytest.mark.parametrize(
@@ -108,6 +122,7 @@ def test_a_shard_that_the_manifest_does_not_know_is_refused(make_set):
     [
         ({"samples": 99}, r"samples is 99 but the shards add up to 2"),
         ({"formatt": 1}, r"formatt"),
+        ({"std": [float("nan")]}, r"std\.0: .* finite number"),
         ({"shards": [{"name": "../x", "samples": 2, "bytes": 9999, "sha256": "0" * 64}]}, "name"),
     ],
 )
@@ -165,8 +180,20 @@ def test_a_manifest_elsewhere_that_cannot_be_meant_is_refused(apart, make_set):
     twin = make_set([4], "twin")
     with pytest.raises(DataError, match=r"data\.train\.manifest names one too"):
         resolve(str(twin / "manifest.json"), manifest=str(manifest))
+    with pytest.raises(DataError, match=r"twin is a folder; name the manifest\.json in it"):
+        resolve(str(folder), manifest=str(twin))
+    with pytest.raises(
+        DataError, match=r"give the URL again \(--set data\.train\.manifest=\.\.\.\)"
+    ):
+        resolve(str(folder), manifest="https://h/manifest.json?***")
     with pytest.raises(DataError, match=r"cannot tell apart"):
         resolve([str(folder / "000.tar"), str(twin / "000.tar")], manifest=str(manifest))
+
+
+@pytest.mark.parametrize(("field", "key"), [("train.0.shards", "train"), ("val.shards",) * 2])
+def test_a_url_of_a_record_is_to_be_given_by_a_key_that_can_be_set(field, key):
+    with pytest.raises(DataError, match=rf"data\.{field}: .* \(--set data\.{key}=\.\.\.\)"):
+        resolve("https://h/a?***", f"data.{field}")
 
 
 def test_where_a_source_ends_is_part_of_what_a_resumed_run_compares(make_set):

@@ -43,6 +43,12 @@ def test_train_without_val_is_what_is_held_out_from(tree):
     assert splits["train"].ignored == Counter({"in test/": 4})
 
 
+def test_a_class_without_a_folder_in_val_has_no_held_out_images(tree):
+    val = folder_splits(tree("train/a", "train/b", "val/b"), 0)["val"]
+    assert val.label_names == ["a", "b"]
+    assert [(one.key, one.label) for one in val.references] == [(f"b/{n}", 1) for n in range(4)]
+
+
 def test_links_to_folders_are_followed_once_and_hidden_folders_are_no_classes(tree, tmp_path):
     root = tree("a", ".ipynb_checkpoints")
     (tmp_path / "more").mkdir()

@@ -370,6 +370,19 @@ def test_a_folder_with_other_shards_is_not_mixed_into(photographs, tmp_path, cap
     assert "precious.tar and 0 more" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("inside", ["cow", "cow/shards", "cat/shards"])
+def test_shards_that_are_written_among_the_classes_become_none(photographs, inside, capsys):
+    out = photographs / inside
+    command = [*from_folder(photographs, out), "--held-out", "0.25"]
+    assert write.main(command) == 0
+    written = {name: (out / name / "manifest.json").read_text() for name in ("train", "val")}
+    (out / "val" / "manifest.json").unlink()  # as if it had been stopped
+    assert write.main(command) == 0
+    assert "complete already" in capsys.readouterr().out
+    for name, text in written.items():
+        assert (out / name / "manifest.json").read_text() == text
+
+
 @pytest.mark.parametrize("decoded", [1, 256])
 def test_a_cut_image_is_in_neither_the_shard_nor_the_manifest(
     photographs, tmp_path, monkeypatch, decoded
