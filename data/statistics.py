@@ -83,7 +83,7 @@ def combine(notes: list[dict[str, Any]], label_names: list[str] | None) -> Manif
     std = np.sqrt(np.maximum(square - mean**2, 0))
     channels = 1 if set(modes) <= {"L", "1"} else 3
     entries = [ShardEntry.model_validate(note["entry"]) for note in notes]
-    seen = [note for note in notes if note["modes"]]  # of the others no image could be read
+    seen = [note for note in notes if note["modes"]] or notes  # of the others no image was readable
     return Manifest(
         samples=sum(entry.samples for entry in entries),
         class_counts=[counts[label] for label in range(classes)],
