@@ -164,6 +164,8 @@ def named_dataset_splits(
             LookupError,
         ) as error:
             first = str(error).partition("\n")[0] or type(error).__name__
+            if "download=True" in first:  # torchvision's words
+                hint = ", which this command does not take: let torchvision download it to --path"
             raise DataError(f"--name {name}, split {theirs}: {first}{hint}") from None
         found[ours] = dataset_split(
             dataset, ours, image_column=image_column, label_column=label_column

@@ -10,10 +10,12 @@ though torch tells it from a signal handler, in the midst of whatever the main p
 from __future__ import annotations
 
 import atexit
+import os
 import signal
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.util import Finalize
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -131,6 +133,17 @@ def _begin_worker(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
+    Finalize(None, _end_if_orphaned, args=(os.getppid(),), exitpriority=0)
+
+
+def _end_if_orphaned(parent: int) -> None:
+    """End at once where the main process is gone.
+
+    Else the exit would wait for the queue's thread, and that for ever where the pipe is full: the
+    other workers hold its reading end too. (Queues wait at priority -5, after this.)
+    """
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def _end_workers(batches: Any) -> None:

@@ -41,7 +41,8 @@ def read_json(path: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise ConfigError(f"config file {path} does not exist{_similar_files(path)}") from None
     except IsADirectoryError:
-        inside = _similar_files(str(Path(path, "config.json")))
+        of_a_run = Path(path, "config.json")
+        inside = f"; name {of_a_run}" if of_a_run.exists() else _similar_files(str(of_a_run))
         raise ConfigError(f"config file {path} is a folder{inside}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {path} cannot be read: {error}") from None

@@ -112,7 +112,8 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _one_length(self) -> "TrainConfig":
         if (self.epochs is None) == (self.steps is None):
-            raise ValueError("give exactly one of train.epochs and train.steps")
+            both = "" if self.epochs is None else ", null for the other (--set train.epochs=null)"
+            raise ValueError(f"give exactly one of train.epochs and train.steps{both}")
         return self
 
 

@@ -96,24 +96,46 @@ def test_a_trainer_that_fails_in_mid_stream_ends_its_workers(make_set):
 
 def test_workers_notice_that_their_trainer_was_killed(make_set):
     """No orphan keeps memory: torch's watchdog sees the parent gone within its 5 s poll."""
+    _expect_no_orphans(SCRIPT, make_set(SIZES))
+
+
+def test_workers_with_batches_that_nobody_fetches_end_with_a_killed_trainer(make_set):
+    """Their queue, a pipe of 64 KiB that the other workers hold open, stays full for ever."""
+    until_it_is_full = """
+import array, fcntl, termios, time
+from data.workers import _LIVE
+(queue,) = (batches._worker_result_queue for batches in _LIVE)
+filled = array.array("i", [0])
+while filled[0] < 50_000:
+    time.sleep(0.05)
+    fcntl.ioctl(queue._reader.fileno(), termios.FIONREAD, filled)
+"""
+    script = SCRIPT.replace("batch_size=4", "batch_size=2048") + until_it_is_full
+    _expect_no_orphans(script, make_set(SIZES))
+
+
+def _expect_no_orphans(script: str, folder: Path) -> None:
+    script += """
+import multiprocessing
+print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
     process = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            SCRIPT + "import multiprocessing as m\n"
-            "print(*[c.pid for c in m.active_children()], flush=True)\n"
-            "os.kill(os.getpid(), signal.SIGKILL)",
-            str(make_set(SIZES)),
-        ],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
+        [sys.executable, "-c", script, str(folder)], cwd=ROOT, stdout=subprocess.PIPE
     )
-    pids = [int(pid) for pid in process.communicate(timeout=60)[0].split()]
-    assert len(pids) == 2
-    deadline = time.monotonic() + 20
-    while any(_alive(pid) for pid in pids):
-        assert time.monotonic() < deadline, "orphaned loader processes"
-        time.sleep(0.2)
+    assert process.stdout is not None
+    pids = [int(pid) for pid in process.stdout.readline().split()]
+    try:
+        assert process.wait(timeout=60) == -signal.SIGKILL
+        assert len(pids) == 2
+        deadline = time.monotonic() + 20
+        while any(_alive(pid) for pid in pids):
+            assert time.monotonic() < deadline, "orphaned loader processes"
+            time.sleep(0.2)
+    finally:
+        process.stdout.close()
+        for pid in filter(_alive, pids):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _alive(pid: int) -> bool:

@@ -329,7 +329,9 @@ def test_a_torchvision_dataset_becomes_shards_by_its_timm_name(tmp_path):
 def test_a_dataset_that_is_not_there_is_said_in_a_line(tmp_path, capsys):
     command = ["--source", "dataset", "--name", "torch/fashion_mnist", "--path", str(tmp_path)]
     assert write.main([*command, "--out", str(tmp_path / "out")]) == 2
-    assert "Dataset not found" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "Dataset not found" in told
+    assert "let torchvision download it to --path" in told
 
 
 def test_items_of_any_dataset_object_keep_their_encoded_bytes(photographs):

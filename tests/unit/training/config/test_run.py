@@ -64,7 +64,7 @@ def test_set_overrides_nested_keys_with_json_values(path: str) -> None:
         ('optim.lr="fast"', ["optim.lr", '"fast"', "valid number"]),
         ("train.batch_size=2.5", ["train.batch_size", "2.5", "integer"]),
         ("train.batch_size=-1", ["train.batch_size", "greater than 0"]),
-        ("train.steps=7", ["exactly one of train.epochs and train.steps"]),
+        ("train.steps=7", ["train.epochs and train.steps, null for the other (--set train.epochs"]),
         ("loss.name=hinge", ["loss.name", "'softmax' or 'bce'"]),
         ("train.epochs=Infinity", ["train.epochs = Infinity: input should be a finite number"]),
         ("optim.lr=1e999", ["optim.lr = Infinity: input should be a finite number"]),
@@ -123,6 +123,9 @@ def test_missing_file_lists_its_neighbours(path: str) -> None:
 
 def test_a_folder_is_told_what_it_holds(path: str) -> None:
     with pytest.raises(ConfigError, match=r"is a folder; there are .*run\.json"):
+        load_config(RunConfig, str(Path(path).parent), [])
+    Path(path).rename(Path(path).with_name("config.json"))
+    with pytest.raises(ConfigError, match=r"is a folder; name .*config\.json$"):
         load_config(RunConfig, str(Path(path).parent), [])
 
 
