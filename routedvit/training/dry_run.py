@@ -143,11 +143,12 @@ def describe_step(config: RunConfig, machine: Machine, data: Any) -> str:
     batch = f"{config.train.batch_size:,} images = {world_size} ranks x {size}"
     batch += f" x {accumulation} accumulated" if accumulation > 1 else ""
     factor = max(scheduled(config.capacity))
+    recomputed = " with what is recomputed" if chosen[0] != "none" else ""
     teacher = ", with its teacher" if config.objective.name == "distill" else ""
     lines = [
         f"parameters   {compute.num_parameters:,}",
         f"compute      {_gflops(compute.forward_flops)} an image forward in training, "
-        f"{_gflops(compute.training_flops)} in all with what is recomputed{teacher}",
+        f"{_gflops(compute.training_flops)} in all{recomputed}{teacher}",
         f"batch        {batch}",
         *([f"capacity     factor {float(factor):g} of the schedule, its largest"] * (factor > 1)),
         "",

@@ -15,6 +15,7 @@ import torch
 
 from routedvit.training.config.base import ConfigError
 
+ACCELERATOR_GIVEN = "DS_ACCELERATOR" in os.environ  # before the engine sets it where it must
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # How MPI counts processes, all of them and those of a machine: Open MPI; MPICH and Intel MPI.
 MPI = (

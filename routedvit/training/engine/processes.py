@@ -24,7 +24,7 @@ from torch.distributed import distributed_c10d
 from routedvit.training.distributed.connection import connecting
 from routedvit.training.distributed.parting import connected_by_nccl
 from routedvit.training.distributed.patience import bound_of_a_wait
-from routedvit.training.distributed.world import World, join_environment
+from routedvit.training.distributed.world import ACCELERATOR_GIVEN, World, join_environment
 from routedvit.training.host_memory import keep_freed_memory
 
 # Both are read while deepspeed is imported. The NVML check keeps CUDA uninitialised for forks.
@@ -49,6 +49,8 @@ def start(*, tf32: bool = True, tell: Callable[[str], None] = print) -> World:
     See `connection.connecting` for what it raises and when it calls `tell`.
     """
     world = join_environment()
+    if world.device.type == "cpu" and not ACCELERATOR_GIVEN and world.rank == 0:
+        tell("torch finds no GPU, so this runs on the CPU (DS_ACCELERATOR=cpu says that it should)")
     prepare_deepspeed()
     if world.device.type == "cpu":
         keep_freed_memory()
