@@ -26,8 +26,8 @@ def split_batch(batch_size: int, micro_batch_size: int | None, world_size: int) 
         lower = batch_size // world_size * world_size
         near = " or ".join(str(size) for size in (lower, lower + world_size) if size)
         raise ConfigError(
-            f"train.batch_size = {batch_size} does not divide over {ranks}; use {near}, or a number "
-            "of ranks that divides it and data.streams"
+            f"train.batch_size = {batch_size} does not divide over {ranks}; use {near}, or a "
+            "number of ranks that divides it and data.streams"
         )
     share = batch_size // world_size
     micro = micro_batch_size or share
