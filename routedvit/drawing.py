@@ -66,6 +66,16 @@ def gate_map(routing: Routing, row: int) -> Tensor:
     return gates_N.view(height, width)
 
 
+def as_divided(image: Tensor, grid: tuple[int, int], patch: tuple[int, int] | None) -> Tensor:
+    """What of `image` [3, H, W] the patches are: a border that fills none is not seen, and one that
+    was filled up (timm's dynamic_img_pad) is black.
+    """
+    if patch is None:
+        return image
+    rows, columns = (n * side for n, side in zip(grid, patch, strict=True))
+    return F.pad(image, (0, columns - image.shape[-1], 0, rows - image.shape[-2]))
+
+
 def fit(image: Tensor, grid: tuple[int, int], size: int) -> Tensor:
     """`image` resized so that its longer side is about `size` and every patch has whole pixels.
 
@@ -133,6 +143,7 @@ def routing_sheet(
     title: str = "",
     size: int = 140,
     max_blocks: int = 12,
+    patch: tuple[int, int] | None = None,
 ) -> Tensor:
     """The sheet of one router: a row per image, a column for the image and one per block.
 
@@ -143,6 +154,7 @@ def routing_sheet(
         title: first line of the sheet, such as 'step 1200'.
         size: longer side of one picture in pixels, about.
         max_blocks: with more blocks than this, that many at even distances are drawn.
+        patch: height and width of a patch in pixels; None: the patches fill the images.
 
     Returns:
         uint8 [3, H, W].
@@ -161,7 +173,8 @@ def routing_sheet(
     tint = TINTS.get(router_kind(router), TINTS["ffn"])
     rows = []
     for i, image in enumerate(images):
-        fits = {grid: fit(image, grid, size) for grid in {blocks[name].grid for name in names}}
+        grids = {blocks[name].grid for name in names}
+        fits = {grid: fit(as_divided(image, grid, patch), grid, size) for grid in grids}
         fitted = fits[blocks[names[0]].grid]
         row = [fitted]
         for name in names:

@@ -16,7 +16,6 @@ from typing import Any
 
 import timm
 import torch
-import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
@@ -105,12 +104,10 @@ def draw(model: Any, images: Tensor, *, router: str, title: str, size: int) -> T
     config = resolve_model_data_config(model)
     with torch.no_grad():
         routing = model.routing(images)
-    # what fills no patch is not seen, or filled up with zeros (dynamic_img_pad)
-    patch, grid = model.patch_embed.patch_size, next(iter(routing.values())).grid
-    missing = [n * p - side for n, p, side in zip(grid, patch, images.shape[-2:], strict=True)]
-    images = F.pad(images, (0, missing[1], 0, missing[0]))
     pictures = drawing.denormalize(images, config["mean"], config["std"])
-    return drawing.routing_sheet(pictures, routing, router=router, title=title, size=size)
+    return drawing.routing_sheet(
+        pictures, routing, router=router, title=title, size=size, patch=model.patch_embed.patch_size
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -8,6 +8,7 @@ tokens are one window more, in which each attends to itself alone.
     B images, P prefix tokens, N = H * W patches, E = heads * head_dim:  qkv [B, P + N, 3 * E]
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -23,13 +24,13 @@ __all__ = ["window_attention"]
 
 
 @triton.jit
-def _window(
-    window, height, width, num_prefix, SIDE: tl.constexpr, BLOCK_T: tl.constexpr,
-):  # fmt: skip
-    """Where the tokens of a window lie in the sequence, which are real, who may look at whom.
+def _window(height, width, num_prefix, SIDE: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Where the tokens of this program's window lie in the sequence, which are real, who may look
+    at whom.
 
     Rows that are no token look everywhere: they are not written, and must not become NaN.
     """
+    window = tl.program_id(1)
     t = tl.arange(0, BLOCK_T)
     columns = (width + SIDE - 1) // SIDE
     row = (window // columns) * SIDE + t // SIDE
@@ -41,7 +42,23 @@ def _window(
     real = tl.where(is_prefix, t < num_prefix, in_grid)
     at_each_other = (t[:, None] == t[None, :]) | (window < num_windows)
     allowed = (real[None, :] & at_each_other) | ~real[:, None]
-    return token.to(tl.int64), real, allowed
+    return token.to(tl.int64)[:, None], real[:, None], allowed
+
+
+@triton.jit
+def _read(qkv_ptr, token, real, inner, head_dim, stride_image, stride_token, BLOCK_D: tl.constexpr):
+    """Queries, keys and values of this program's head, zero where there are none; which columns
+    of the output they are, and where it has entries.
+    """
+    d = tl.arange(0, BLOCK_D)
+    inside = real & (d < head_dim)[None, :]
+    column = (tl.program_id(2) * head_dim + d)[None, :]
+    image = tl.program_id(0).to(tl.int64)
+    source = qkv_ptr + image * stride_image + token * stride_token + column
+    q = tl.load(source, mask=inside, other=0.0)
+    k = tl.load(source + inner, mask=inside, other=0.0)
+    v = tl.load(source + 2 * inner, mask=inside, other=0.0)
+    return q, k, v, column, inside
 
 
 @triton.jit
@@ -64,56 +81,41 @@ def _weights(q, k, allowed, scale, INTERPRETED: tl.constexpr):
 @triton.jit
 def window_attention_kernel(
     qkv_ptr, out_ptr,
-    height, width, num_prefix, num_tokens, head_dim, stride_image, stride_token, scale,
-    HEADS: tl.constexpr, SIDE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    height, width, num_prefix, num_tokens, inner, head_dim, stride_image, stride_token, scale,
+    SIDE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    image = tl.program_id(0).to(tl.int64)
-    token, real, allowed = _window(tl.program_id(1), height, width, num_prefix, SIDE, BLOCK_T)
-    d = tl.arange(0, BLOCK_D)
-    inside = real[:, None] & (d < head_dim)[None, :]
-    inner = HEADS * head_dim
-    column = (tl.program_id(2) * head_dim + d)[None, :]
-    source = qkv_ptr + image * stride_image + token[:, None] * stride_token + column
-    q = tl.load(source, mask=inside, other=0.0)
-    k = tl.load(source + inner, mask=inside, other=0.0)
-    v = tl.load(source + 2 * inner, mask=inside, other=0.0)
+    token, real, allowed = _window(height, width, num_prefix, SIDE, BLOCK_T)
+    q, k, v, column, inside = _read(
+        qkv_ptr, token, real, inner, head_dim, stride_image, stride_token, BLOCK_D
+    )
     weights = _weights(q, k, allowed, scale, INTERPRETED)
     out = _product(weights.to(v.dtype), v, INTERPRETED)
-    target = out_ptr + (image * num_tokens + token)[:, None] * inner + column
-    tl.store(target, out.to(out_ptr.dtype.element_ty), mask=inside)
+    place = tl.program_id(0).to(tl.int64) * num_tokens + token
+    tl.store(out_ptr + place * inner + column, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def window_attention_backward_kernel(
     qkv_ptr, grad_ptr, out_ptr,
-    height, width, num_prefix, num_tokens, head_dim, stride_image, stride_token, scale,
-    HEADS: tl.constexpr, SIDE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    height, width, num_prefix, num_tokens, inner, head_dim, stride_image, stride_token, scale,
+    SIDE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """With weights A and the gradient G of the output, all of one window:
 
     dV = A^T G,   dS = A * (G V^T - rowsum(A * G V^T)),   dQ = dS K * scale,   dK = dS^T Q * scale
     """
-    image = tl.program_id(0).to(tl.int64)
-    token, real, allowed = _window(tl.program_id(1), height, width, num_prefix, SIDE, BLOCK_T)
-    d = tl.arange(0, BLOCK_D)
-    inside = real[:, None] & (d < head_dim)[None, :]
-    inner = HEADS * head_dim
-    column = (tl.program_id(2) * head_dim + d)[None, :]
-    source = qkv_ptr + image * stride_image + token[:, None] * stride_token + column
-    q = tl.load(source, mask=inside, other=0.0)
-    k = tl.load(source + inner, mask=inside, other=0.0)
-    v = tl.load(source + 2 * inner, mask=inside, other=0.0)
-    place = image * num_tokens + token
-    grad = tl.load(grad_ptr + place[:, None] * inner + column, mask=inside, other=0.0)
-    target = out_ptr + place[:, None] * 3 * inner + column
+    token, real, allowed = _window(height, width, num_prefix, SIDE, BLOCK_T)
+    q, k, v, column, inside = _read(
+        qkv_ptr, token, real, inner, head_dim, stride_image, stride_token, BLOCK_D
+    )
+    place = tl.program_id(0).to(tl.int64) * num_tokens + token
+    grad = tl.load(grad_ptr + place * inner + column, mask=inside, other=0.0)
+    target = out_ptr + place * 3 * inner + column
     weights = _weights(q, k, allowed, scale, INTERPRETED)
     grad_v = _product(tl.trans(weights).to(grad.dtype), grad, INTERPRETED)
     tl.store(target + 2 * inner, grad_v.to(out_ptr.dtype.element_ty), mask=inside)
     # a NaN of one token is no gradient of those that may not look at it
-    grad_weights = _product(grad, tl.trans(v), INTERPRETED)
-    grad_weights = tl.where(allowed, grad_weights, 0.0)
+    grad_weights = tl.where(allowed, _product(grad, tl.trans(v), INTERPRETED), 0.0)
     mean = tl.sum(weights * grad_weights, axis=1)
     grad_scores = (weights * (grad_weights - mean[:, None]) * scale).to(q.dtype)
     grad_q = _product(grad_scores, k, INTERPRETED)
@@ -125,20 +127,32 @@ def window_attention_backward_kernel(
 _INTERPRETED = not isinstance(window_attention_kernel, triton.JITFunction)
 
 
-def _launch_options(side: int, head_dim: int, num_prefix: int) -> dict[str, Any]:
-    tokens = max(side * side, num_prefix)
-    return {
-        "SIDE": side,
-        "BLOCK_T": max(16, triton.next_power_of_2(tokens)),
-        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
-        "INTERPRETED": _INTERPRETED,
-        "num_warps": 4,
-    }
-
-
-def _grid(batch: int, height: int, width: int, side: int, heads: int, prefix: int) -> Any:
-    windows = triton.cdiv(height, side) * triton.cdiv(width, side)
-    return batch, windows + (prefix > 0), heads
+def _launch(
+    kernel: Any,
+    qkv: Tensor,
+    others: Sequence[Tensor],
+    height: int,
+    width: int,
+    side: int,
+    num_heads: int,
+    num_prefix: int,
+) -> None:
+    """Run `kernel` on qkv and the other tensors, which are contiguous; the last is the output."""
+    if qkv.numel() == 0:
+        return
+    if qkv.stride(-1) != 1:
+        qkv = qkv.contiguous()
+    batch, num_tokens, inner = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+    head_dim = inner // num_heads
+    windows = triton.cdiv(height, side) * triton.cdiv(width, side) + (num_prefix > 0)
+    with torch.cuda.device_of(qkv):
+        kernel[(batch, windows, num_heads)](
+            qkv, *others, height, width, num_prefix, num_tokens, inner, head_dim,
+            qkv.stride(0), qkv.stride(1), head_dim**-0.5,
+            SIDE=side, BLOCK_T=max(16, triton.next_power_of_2(max(side * side, num_prefix))),
+            BLOCK_D=max(16, triton.next_power_of_2(head_dim)), INTERPRETED=_INTERPRETED,
+            num_warps=4,
+        )  # fmt: skip
 
 
 @torch.library.custom_op("routedvit::window_attention", mutates_args=())
@@ -146,18 +160,9 @@ def window_attention(
     qkv: Tensor, height: int, width: int, window: int, num_heads: int, num_prefix: int
 ) -> Tensor:
     """qkv [B, P + N, 3 * E] -> [B, P + N, E]."""
-    batch, num_tokens, inner = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
-    if qkv.stride(-1) != 1:
-        qkv = qkv.contiguous()
-    out = qkv.new_empty((batch, num_tokens, inner))
-    if out.numel() > 0:
-        head_dim = inner // num_heads
-        with torch.cuda.device_of(qkv):
-            window_attention_kernel[_grid(batch, height, width, window, num_heads, num_prefix)](
-                qkv, out, height, width, num_prefix, num_tokens, head_dim,
-                qkv.stride(0), qkv.stride(1), head_dim**-0.5,
-                HEADS=num_heads, **_launch_options(window, head_dim, num_prefix),
-            )  # fmt: skip
+    out = qkv.new_empty((qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3))
+    shape = (height, width, window, num_heads, num_prefix)
+    _launch(window_attention_kernel, qkv, [out], *shape)
     return out
 
 
@@ -177,19 +182,9 @@ def window_attention_backward(
     num_prefix: int,
 ) -> Tensor:
     """Gradient of qkv [B, P + N, 3 * E] from that of the output [B, P + N, E]."""
-    batch, num_tokens, inner = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
-    if qkv.stride(-1) != 1:
-        qkv = qkv.contiguous()
     out = qkv.new_empty(qkv.shape)
-    if out.numel() > 0:
-        head_dim = inner // num_heads
-        grid = _grid(batch, height, width, window, num_heads, num_prefix)
-        with torch.cuda.device_of(qkv):
-            window_attention_backward_kernel[grid](
-                qkv, grad.contiguous(), out, height, width, num_prefix, num_tokens, head_dim,
-                qkv.stride(0), qkv.stride(1), head_dim**-0.5,
-                HEADS=num_heads, **_launch_options(window, head_dim, num_prefix),
-            )  # fmt: skip
+    shape = (height, width, window, num_heads, num_prefix)
+    _launch(window_attention_backward_kernel, qkv, [grad.contiguous(), out], *shape)
     return out
 
 

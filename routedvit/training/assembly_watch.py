@@ -80,7 +80,9 @@ def build_monitor(
         return None
     probe = loaders.val.probe(config.log.probe_images)
     watched: dict[str, Any] = {"mean": loader.mean, "std": loader.std, "rank": engine.rank}
-    monitor = RoutingMonitor(probe, writer, **watched, tell=tell)
+    model: Any = engine.model
+    patch = model.patch_embed.patch_size
+    monitor = RoutingMonitor(probe, writer, **watched, patch=patch, tell=tell)
     if not isinstance(engine.objective, MaskedObjective):
         return monitor
     return ReconstructionMonitor(engine.objective, probe, writer, **watched, also=monitor)

@@ -48,6 +48,7 @@ class RoutingMonitor:
             (`EvalLoader.probe`).
         writer: where the numbers and pictures go; on ranks other than 0 the null writer.
         mean, std: what the images were normalised with, per channel.
+        patch: height and width of a patch in pixels; None: the patches fill the images.
         rank: only rank 0 computes statistics and draws.
         tell: told in one line when routers collapse or recover.
     """
@@ -59,11 +60,13 @@ class RoutingMonitor:
         *,
         mean: Sequence[float],
         std: Sequence[float],
+        patch: tuple[int, int] | None = None,
         rank: int = 0,
         tell: Callable[[str], None] = warnings.warn,
     ) -> None:
         self._probe = probe
         self._writer = writer
+        self._patch = patch
         self._rank = rank
         self._tell = tell
         self._health = RoutingHealth()
@@ -115,7 +118,7 @@ class RoutingMonitor:
     def _write_pictures(self, routing: Mapping[str, Routing], step: int) -> None:
         for router in dict.fromkeys(name.rpartition(".")[2] for name in routing):
             sheet = drawing.routing_sheet(
-                self._pictures, routing, router=router, title=f"step {step}"
+                self._pictures, routing, router=router, title=f"step {step}", patch=self._patch
             )
             self._writer.image(f"routed_patches/{router}", sheet, step)
 

@@ -227,3 +227,16 @@ def test_the_controls_are_meant_to_be_as_they_are() -> None:
         model.weight.zero_()
     RoutingMonitor(probe(), Recorder(), mean=[0.0], std=[1.0], tell=told.append).run(model, 10)
     assert told == []
+
+
+def test_a_border_that_fills_no_patch_is_not_drawn() -> None:
+    images = probe()[:1]
+    bordered = nn.functional.pad(images, (0, 3, 0, 3), value=9.0)
+    drawn = []
+    for probed in (images, bordered):
+        recorder = Recorder()
+        watch = RoutingMonitor(probed, recorder, mean=[0.0], std=[1.0], patch=(4, 4))
+        routing = Model().routing(images)
+        watch._write_pictures(routing, 1)
+        drawn.append(recorder.images["routed_patches/ffn", 1])
+    assert torch.equal(*drawn)
