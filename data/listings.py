@@ -40,14 +40,23 @@ def list_splits(
     images, labels = [], []
     for number, row in enumerate(_rows(path)):
         for column in (image_column, label_column):
-            if row.get(column) in (None, "") or row[column] != row[column]:  # NaN is none either
+            value = row.get(column)
+            blank = value is None or (isinstance(value, str) and not value.strip())
+            if blank or value != value:  # NaN is none either
                 known = ", ".join(str(name) for name in row)
+                mend = "name the columns with --image-column and --label-column"
+                if len(row) == 1:
+                    mend = "columns stand between commas, in a .tsv between tabs"
                 raise DataError(
-                    f"{path}: row {number + 1} has no {column!r} (columns: {known}); name the "
-                    "columns with --image-column and --label-column"
+                    f"{path}: row {number + 1} has no {column!r} (columns: {known}); {mend}"
                 )
+        if isinstance(row[image_column], dict | bytes):  # as Hugging Face exports them
+            raise DataError(
+                f"{path}: {image_column!r} holds images themselves, not the paths of their files; "
+                "save them as files and list these, or read a data set with --source dataset"
+            )
         images.append(str(row[image_column]))
-        labels.append(str(row[label_column]))
+        labels.append(str(row[label_column]).strip())
     if not images:
         raise DataError(f"{path} lists no images; expected a header line and a row per image")
     if held_out:

@@ -47,6 +47,8 @@ def test_what_excel_saves_is_read(tmp_path, said):
         (b'image,label\n"' + b"x" * 200_000 + b'",1\n', "cannot be read as CSV: field larger"),
         (b"image,label\na.png,0\nb.png,-1\n", "label -1; classes are numbered from 0"),
         (b"image,label\na.png,48901000\n", "label 48901000; classes are numbered from 0"),
+        (b"image,label\na.png,  \n", "row 1 has no 'label'"),
+        (b"image;label\na.png;0\n", "(columns: image;label); columns stand between commas"),
     ],
 )
 def test_what_is_wrong_with_a_list_is_said_in_a_line(said, content, words):
@@ -69,6 +71,30 @@ def test_whole_numbers_that_pandas_made_fractions_are_classes(tmp_path, said):
         (tmp_path / f"{name}.png").write_bytes(png(0))
     assert said(b"image,label\na.png,2.0\nb.png,10.0\nc.png,0.0\n") == (0, "")
     assert manifest_in(tmp_path).class_counts == [1, 0, 1, *[0] * 7, 1]
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [((" cat", "cat ", "dog"), ["cat", "dog"]), ((" 1", "0 ", "1"), ["0", "1"])],
+)
+def test_space_around_a_label_makes_no_class(tmp_path, said, labels, classes):
+    for name in "abc":
+        (tmp_path / f"{name}.png").write_bytes(png(0))
+    rows = "".join(f"{name}.png,{label}\n" for name, label in zip("abc", labels, strict=True))
+    assert said(b"image,label\n" + rows.encode()) == (0, "")
+    assert manifest_in(tmp_path).label_names == classes
+
+
+@pytest.mark.parametrize("image", [b"\x89PNG", {"bytes": b"\x89PNG", "path": "a.png"}])
+def test_a_table_that_holds_images_is_no_list_of_files(tmp_path, capsys, image):
+    """Hugging Face exports such ones; their bytes were printed as a name."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pytest.importorskip("pyarrow").table({"image": [image], "label": [0]})
+    parquet.write_table(table, tmp_path / "list.parquet")
+    command = ["--source", "list", "--path", str(tmp_path / "list.parquet")]
+    assert write.main([*command, "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert ("'image' holds images themselves" in error, error.count("\n")) == (True, 1)
 
 
 def test_a_label_that_is_no_number_at_all_is_missing(tmp_path, capsys):
