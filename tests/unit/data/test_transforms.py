@@ -71,6 +71,7 @@ def test_a_position_is_augmented_the_same_whenever_it_is_met(augment, channels):
         ({"auto_augment": "rand-m9.5"}, "'rand-m9.5' is no policy of timm"),
         ({"auto_augment": "random"}, "'random' is no policy of timm;"),
         ({"auto_augment": "augmix-q3"}, "'augmix-q3' is no policy of timm"),
+        ({"auto_augment": "augmix-a0"}, "'augmix-a0' is no policy of timm .alpha <= 0"),
     ],
     ids=str,
 )
