@@ -222,7 +222,10 @@ def _match_url(pattern: str, field: str, remote: RemoteConfig, manifest: str | N
     for url in expand_braces(pattern, field):
         hits = find(url, remote) if _GLOB.search(urlsplit(url).path) else [url]
         if not hits:
-            raise DataError(f"{field}: no shard matches {shown(url)!r}; correct the pattern")
+            mend = "correct the pattern"
+            if urlsplit(url).query:
+                mend = "servers list files without a query: name the folder, or a brace pattern"
+            raise DataError(f"{field}: no shard matches {shown(url)!r}; {mend}")
         found += hits
     return found
 

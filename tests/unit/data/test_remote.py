@@ -358,6 +358,14 @@ def test_a_folder_with_a_token_keeps_it_for_all_of_its_files(
     assert "secret" not in str(caught.value)
 
 
+def test_a_glob_with_a_token_is_told_of_what_takes_one(make_set, server, remote):
+    make_set([4])
+    with pytest.raises(DataError, match=r"/\*\.tar'; servers list files without a query: name the"):
+        resolve(f"{server.url}/train/*.tar?sig=secret", remote=remote)
+    with pytest.raises(DataError, match=r"/x\*\.tar'; correct the pattern"):
+        resolve(f"{server.url}/train/x*.tar", remote=remote)
+
+
 @pytest.mark.parametrize(
     "pattern", ["", "*.tar", "shard%20*.tar", "shard%20{%23,%25,é}.tar", "shard {%23,%25,é}.tar"]
 )
