@@ -30,7 +30,7 @@ from tqdm import tqdm
 from data.arguments import share, whole
 from data.errors import DataError
 from data.examination import ShardReport, Task, draft_of, examine, index_beside
-from data.findings import about_classes, against_manifest, repeated_keys
+from data.findings import about_classes, against_manifest, repeated_keys, shared_keys
 from data.manifest import LABELS, MANIFEST_NAME, Manifest, publish, read_manifest
 from data.manifest import write_manifest as save_manifest
 from data.pool import each
@@ -193,13 +193,16 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         performed = each(examine, tasks, arguments.jobs)
         reports = list(tqdm(performed, total=len(tasks), unit="shard", disable=None))
-        findings = repeated_keys(reports)
-        for folder in folders:
-            inside = [report for report in reports if report.path.parent == folder]
+        findings = []
+        found = {f: [report for report in reports if report.path.parent == f] for f in folders}
+        for folder, inside in found.items():
+            findings += repeated_keys(inside)
             findings += check_folder(folder, inside, write, names, arguments.max_skipped)
     finally:
         for path in paths if write else []:
             draft_of(path).unlink(missing_ok=True)
+    for line in shared_keys(found):
+        print(f"  NOTE      {line}")
     for line in findings[:MAX_LINES]:
         print(f"  WRONG     {line}")
     if len(findings) > MAX_LINES:

@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data.decode import MAX_IMAGE_BYTES, MAX_PIXELS, decode, open_image
+from data.decode import MAX_IMAGE_BYTES, MAX_PIXELS, open_image
 from data.errors import BadSample, DataError, legible
 from data.index_file import SUFFIX, entry_for, pack
+from data.lazy_image import FACTORS, LazyImage
 from data.manifest import MAX_CLASSES, ShardEntry, write_atomically
 from data.statistics import ShardStatistics
 from data.tar_index import TarIndex, index_of
@@ -163,5 +164,5 @@ def _examine_sample(
         raise BadSample(f"an image of {size} encoded bytes; {MAX_IMAGE_BYTES} are allowed")
     image = open_image(payload, MAX_PIXELS)
     if full_decode:
-        decode(payload, 3, MAX_PIXELS)
+        LazyImage(payload, 3, MAX_PIXELS).pixels(FACTORS[0])  # as data.encoding: every coded byte
     statistics.add(image, label)

@@ -70,10 +70,8 @@ def about_classes(folder: Path, reports: list[ShardReport], manifest: Manifest) 
 
 
 def repeated_keys(reports: list[ShardReport]) -> list[str]:
-    """Keys that more than one shard holds."""
-    hashes = np.concatenate([np.zeros(0, np.uint64), *(report.keys for report in reports)])
-    hashes.sort()
-    repeated = hashes[1:][hashes[1:] == hashes[:-1]]
+    """Keys that more than one shard of a folder holds."""
+    repeated = _repeated([report.keys for report in reports])
     if not len(repeated):
         return []
     counts: Counter[str] = Counter()
@@ -85,3 +83,28 @@ def repeated_keys(reports: list[ShardReport]) -> list[str]:
     return [
         f"key {legible(key)} is in {count} shards" for key, count in counts.items() if count > 1
     ]
+
+
+def shared_keys(folders: dict[Path, list[ShardReport]]) -> list[str]:
+    """A hint, where folders have keys in common: the same images, or others of these names."""
+    keys = {
+        folder: np.unique(np.concatenate([report.keys for report in reports]))
+        for folder, reports in folders.items()
+    }
+    repeated = np.unique(_repeated(list(keys.values())))
+    if not len(repeated):
+        return []
+    homes = [folder for folder, own in keys.items() if repeated[0] in own]
+    report = next(report for report in folders[homes[0]] if repeated[0] in report.keys)
+    index = read_index(report.path, labels=report.labels)
+    key = index.key(int(np.flatnonzero(key_hashes(index) == repeated[0])[0]))
+    return [
+        f"keys that are in more than one folder: {len(repeated)}, such as {legible(key)} in "
+        f"{' and '.join(map(str, homes))}; if these are the same images, one is too many"
+    ]
+
+
+def _repeated(keys: list[np.ndarray]) -> np.ndarray:
+    """What stands more than once in the arrays together."""
+    hashes = np.sort(np.concatenate([np.zeros(0, np.uint64), *keys]))
+    return hashes[1:][hashes[1:] == hashes[:-1]]

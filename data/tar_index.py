@@ -120,7 +120,11 @@ class _Builder:
     def _sample(self, key: str, members: list[tuple[str, Member]]) -> None:
         if key in self._seen:
             header = members[0][1].header
-            self.tar.fault(header, f"key {key!r} comes a second time or is interleaved")
+            self.tar.fault(
+                header,
+                f"key {key!r} comes a second time or is interleaved (the members of a sample have "
+                "to be neighbours, which `tar --sort=name` makes them)",
+            )
         sample = _Draft(key, members[0][1].header)
         kinds = [extension for extension, _ in members]
         others = [kind for kind, member in members if not self._take(sample, kind, member)]
@@ -195,7 +199,10 @@ class _Builder:
             return None, "its JSON member cannot be read"
         if not isinstance(words, dict) or name not in words:
             return None, f"its JSON member has no {name!r}"
-        text = json.dumps(words[name]).strip('"').encode()
+        label = words[name]
+        if isinstance(label, float) and label.is_integer():  # as pandas writes whole numbers
+            label = int(label)
+        text = json.dumps(label).strip('"').encode()
         label = _number(text, len(text))
         if label == NO_LABEL:
             return None, f"{name!r} is {text[:MAX_LABEL_BYTES]!r} and no class number"

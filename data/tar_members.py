@@ -84,7 +84,10 @@ class Tar:
             elif kind == b"5":
                 long_name = None
             elif kind != b"g":
-                self.fault(position, f"a member of type {kind!r} (link, device, sparse) is refused")
+                what = f"a member of type {kind!r} (link, device, sparse) is refused"
+                if kind in (b"1", b"2"):
+                    what += "; `tar --dereference --hard-dereference` stores files, not links"
+                self.fault(position, what)
             position = following
 
     def _check_sum(self, header: bytes, position: int) -> None:

@@ -115,6 +115,21 @@ def test_a_shard_that_two_patterns_name_is_read_once(good, capsys, options):
     assert "6 samples in 2 shards" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("name", "number"), [("same", 1), ("same", 2), ("other", 0)])
+def test_keys_that_folders_share_are_a_hint_and_no_finding(tmp_path, capsys, name, number):
+    """Of train/cat/1.jpg and val/cat/1.jpg nobody knows whether they are one image."""
+    for folder, key in (("train", "same"), ("val", name)):
+        (tmp_path / folder).mkdir()
+        members = pair(key, 0, 0) + pair(f"{key}2" if number == 2 else f"{folder}2", 1, 0)
+        write_tar(tmp_path / folder / "a.tar", members)
+    patterns = [f"{tmp_path}/train/*.tar", f"{tmp_path}/val/*.tar"]
+    assert check.main(["--write-manifest", *patterns]) == 0
+    said = capsys.readouterr().out
+    both = f"{tmp_path}/train and {tmp_path}/val"
+    hint = f"NOTE      keys that are in more than one folder: {number}, such as same"
+    assert ((hint in said), (both in said)) == (number > 0, number > 0)
+
+
 def test_a_file_system_that_cannot_flush_folders_serves(good, monkeypatch):
     flush = os.fsync
 
@@ -265,6 +280,17 @@ def test_shards_without_cls_members_are_adopted_and_trained_on(
     (tmp_path / "a.tar.index").unlink()
     batch = next(train_loader(make_config(tmp_path), batch=2, micro=2).batches(0))
     assert sorted(batch["target"].tolist()) == labels
+
+
+def test_whole_numbers_that_a_table_made_fractions_are_labels(tmp_path, capsys):
+    members = []
+    for number in range(100):
+        text = json.dumps({"label": number % 3 + (0.5 if number == 99 else 0.0)}).encode()
+        members += [(f"{number}.png", png(number)), (f"{number}.json", text)]
+    write_tar(tmp_path / "a.tar", members)
+    assert check.main(["--write-manifest", "--label-key", "json:label", f"{tmp_path}/*.tar"]) == 0
+    assert read_manifest(tmp_path / "manifest.json").class_counts == [33, 33, 33]
+    assert "1 skipped, the first 99: 'label' is b'0.5' and no class" in capsys.readouterr().out
 
 
 def test_labels_are_those_of_the_key_also_where_only_tars_and_manifest_were_copied(tmp_path):
