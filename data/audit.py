@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.errors import BadShard, DataError, legible
+from data.errors import BadShard, DataError, counted, legible
 from data.history import history_of
 from data.mixture import TURNS, order_of, resolve_train
 from data.order import Place
@@ -171,7 +171,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(*found.report, sep="\n")
     for line in found.wrong:
         print(f"  WRONG  {line}")
-    print(f"{found.findings} findings" if found.wrong else "all is well")
+    print(counted(found.findings, "findings") if found.wrong else "all is well")
     return 1 if found.wrong else 0
 
 

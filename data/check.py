@@ -28,7 +28,7 @@ from typing import Any
 from tqdm import tqdm
 
 from data.arguments import share, whole
-from data.errors import DataError
+from data.errors import DataError, counted
 from data.examination import ShardReport, Task, draft_of, examine, index_beside
 from data.findings import about_classes, against_manifest, repeated_keys, shared_keys
 from data.manifest import LABELS, MANIFEST_NAME, Manifest, publish, read_manifest
@@ -59,8 +59,8 @@ def check_folder(
     findings = [line for report in reports for line in report.damage]
     if write and findings:
         raise DataError(
-            f"{findings[0]} ({len(findings)} damaged shards); a manifest would vouch for them: "
-            "replace them or leave them out"
+            f"{findings[0]} ({counted(len(findings), 'damaged shards')}); a manifest "
+            "would vouch for them: replace them or leave them out"
         )
     notes = _notes(reports)
     if any(note["class_counts"] for note in notes):
@@ -210,7 +210,7 @@ def run(arguments: argparse.Namespace) -> int:
     depth = (
         "headers and 256 images a shard read" if arguments.headers_only else "every image decoded"
     )
-    print(f"{len(findings)} findings" if findings else f"all is well: {depth}")
+    print(counted(len(findings), "findings") if findings else f"all is well: {depth}")
     return 1 if findings else 0
 
 

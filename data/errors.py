@@ -54,6 +54,11 @@ def legible(name: str) -> str:
     return "".join(c if _shows(c) else c.encode("unicode_escape").decode() for c in name)
 
 
+def counted(number: int, things: str) -> str:
+    """'1 shard', '2,000 shards'."""
+    return f"{number:,} {things.removesuffix('s') if number == 1 else things}"
+
+
 def _shows(character: str) -> bool:
     return (
         character.isprintable()

@@ -91,7 +91,8 @@ def rehearse(config: RunConfig, data: Any, machine: Machine, *, search: bool) ->
     # Of the data: what is built below goes by the model's.
     check_labels(config.objective, num_classes)
     check_num_classes(config.model, num_classes * config.objective.classifies)
-    yield f"{config.name}: {config.model.name} on {machine.world_size} ranks (nothing is started)"
+    ranks = _ranks(machine.world_size)
+    yield f"{config.name}: {config.model.name} on {ranks} (nothing is started)"
     if data.missing:
         text = f"data         cannot be read yet, so a start would be refused: {data.missing}"
         if known is None and config.objective.classifies:
@@ -140,7 +141,7 @@ def describe_step(config: RunConfig, machine: Machine, data: Any) -> str:
         check_the_rest(config, rehearsal, data)
         memory = rehearsal.measure(size)
     compute = measure_compute(config, world_size, tuple(routed))
-    batch = f"{config.train.batch_size:,} images = {world_size} ranks x {size}"
+    batch = f"{config.train.batch_size:,} images = {_ranks(world_size)} x {size}"
     batch += f" x {accumulation} accumulated" if accumulation > 1 else ""
     factor = max(scheduled(config.capacity))
     recomputed = " with what is recomputed" if chosen[0] != "none" else ""
@@ -236,3 +237,7 @@ def _policies(compute: Compute) -> str:
 
 def _gflops(flops: float) -> str:
     return f"{flops / 1e9:,.3g} GFLOPs" if flops < 1e11 else f"{flops / 1e9:,.0f} GFLOPs"
+
+
+def _ranks(number: int) -> str:
+    return "1 rank" if number == 1 else f"{number} ranks"
