@@ -15,6 +15,7 @@ import torch
 
 from routedvit.training.assembly import build_retention, build_schedules, native_config
 from routedvit.training.assembly_watch import build_run_evaluators
+from routedvit.training.checkpoints.bucket import Bucket
 from routedvit.training.config.native import split_batch, zero_stage
 from routedvit.training.config.run import ConfigError, RunConfig
 from routedvit.training.interfaces import EvalLoaders
@@ -125,6 +126,8 @@ def check_the_rest(config: RunConfig, rehearsal: MemoryRehearsal, data: Any) -> 
     loaders = EvalLoaders(unread, unread) if data.evaluates else None
     evaluators = build_run_evaluators(config, engine.objective, loaders, samples)
     build_retention(config, engine.objective, evaluators)
+    if config.checkpoint.mirror is not None:
+        Bucket(config.checkpoint.mirror)
 
 
 def describe_step(config: RunConfig, machine: Machine, data: Any) -> str:

@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 from routedvit.training.checkpoints.commit import Commit
 from routedvit.training.checkpoints.fence import Fence
 from routedvit.training.checkpoints.manifest import step_name
+from routedvit.training.checkpoints.mirror import Mirror
 from routedvit.training.checkpoints.ownership import Owner
 from routedvit.training.checkpoints.pending import Pending
 from routedvit.training.checkpoints.progress import note_progress
@@ -45,6 +46,7 @@ from routedvit.training.config.base import ConfigError
 from routedvit.training.engine import Engine
 
 T = TypeVar("T")
+SECONDS_A_LOOK = 5.0  # for what rank 0 alone waits, so that no collective of the others times out
 
 
 class Checkpoints:
@@ -55,6 +57,7 @@ class Checkpoints:
         engine: whose state is saved.
         retention: which ones to keep; a number is that many of the newest.
         owner: the start that writes here; None: no other start can be.
+        mirror: rank 0's, told of whatever changes; None: there is no copy of the run.
         tell: called on rank 0 with one line about a damaged checkpoint.
 
     Whatever writes or deletes raises `OwnershipLost` on all ranks once a newer start has begun.
@@ -67,12 +70,16 @@ class Checkpoints:
         *,
         keep: Retention | int,
         owner: Owner | None = None,
+        mirror: Mirror | None = None,
         tell: Callable[[str], None] = print,
     ) -> None:
         self.folder = folder
         self.engine = engine
         self.fence = Fence(engine, folder.parent, owner)
         self.retention = Retention(keep) if isinstance(keep, int) else keep
+        self.mirror = mirror
+        if mirror is not None:
+            mirror.tell = self._tell
         self.tell = tell  # who has a better place for lines may set another
         self.shelf = Shelf(folder, self.retention, self._tell)
         self.pending = Pending(self._welcome, self._tell)
@@ -119,7 +126,21 @@ class Checkpoints:
         if self.engine.rank == 0:
             self.shelf.welcome(name, bad_since)
             note_progress()
+            self._follow()
         self.engine.barrier()
+
+    def _follow(self, *, last: bool = False) -> None:
+        if self.mirror is not None:
+            self.mirror.follow(last=last)
+
+    def close(self) -> None:
+        """Nothing changes in the run folder any more: wait until its copy is like it."""
+        self._follow(last=True)
+        told = False
+        while self.engine.broadcast(self.mirror is not None and self.mirror.wait(SECONDS_A_LOOK)):
+            if self.mirror is not None and not told:
+                told = True
+                self.tell(f"waiting until {self.mirror.place} is like the run folder")
 
     def add_evaluation(self, state: RunState, *, bad_since: int | None = None) -> None:
         """Add what was evaluated to the checkpoint of `state.step`, if it was saved.
@@ -135,6 +156,7 @@ class Checkpoints:
             try:
                 write_evaluation(folder, state)
                 self.shelf.delete_surplus(bad_since)
+                self._follow()
             except OSError as error:
                 self.tell(f"{folder.name} was saved, but not what was evaluated: {error}")
         self.engine.barrier()
@@ -253,6 +275,7 @@ class Checkpoints:
             # After the note: else a death here meets the bad data again.
             for later in (name for name in self.shelf.names() if name >= step_name(before)):
                 self.shelf.delete(later)
+            self._follow()
         state.samples_seen = resume_at
         state.guard |= {"returns": returns, "good_steps": 0}
         return state

@@ -29,8 +29,8 @@ def opening(config: RunConfig, trainer: Trainer) -> str:
     )
 
 
-def closing(result: Summary, folder: RunFolder, batch_size: int) -> str:
-    """The summary block of a finished run."""
+def closing(result: Summary, folder: RunFolder, batch_size: int, copy: str | None = None) -> str:
+    """The summary block of a finished run, with the place of its `copy`."""
     rows = []
     for name, value in result.best.items():
         rows.append((f"best {name}", f"{value:.4f}" if name.endswith("loss") else f"{value:.2f} %"))
@@ -47,6 +47,7 @@ def closing(result: Summary, folder: RunFolder, batch_size: int) -> str:
         ("checkpoint", str(result.checkpoint)),
         ("weights", str(folder.weights)),
         *([("averaged weights", str(folder.ema_weights))] if folder.ema_weights.exists() else []),
+        *([("copy", copy)] if copy is not None else []),
         ("TensorBoard", str(folder.path)),
     ]
     title = "finished" if result.steps else "already finished (--fresh starts over)"

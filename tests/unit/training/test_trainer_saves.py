@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from routedvit.training.checkpoints.bucket import Bucket
+from routedvit.training.checkpoints.mirror import Mirror, complete
 from routedvit.training.checkpoints.publishing import publish_written
 from routedvit.training.checkpoints.run_state import RunState
 from routedvit.training.config.run import ConfigError
@@ -175,3 +177,14 @@ def test_without_the_background_each_step_finds_the_one_before_saved(tmp_path):
     background(tmp_path, engine, Sink(), save_in_background=False).fit()
     assert engine.there[3] == [2]
     assert engine.there[5] == [2, 4]
+
+
+def test_the_run_has_ended_when_its_copy_is_like_its_folder(tmp_path):
+    run = background(tmp_path / "run", FakeEngine(), Sink(), total_steps=5)
+    bucket = Bucket(str(tmp_path / "copy"))
+    run.checkpoints.mirror = Mirror(
+        tmp_path / "run", bucket, retention=run.checkpoints.retention, owner="a"
+    )
+    assert run.fit().finished
+    assert complete(bucket.names()) == ["step_00000002", "step_00000004", "step_00000005"]
+    assert (tmp_path / "copy" / "status.json").read_text() == '{"status": "finished", "step": 5}\n'
