@@ -32,7 +32,8 @@ class Bucket:
 
     def __init__(self, url: str) -> None:
         self.shown = str(without_secrets(url))
-        local = "://" not in url
+        scheme, _ = fsspec.core.split_protocol(url)
+        local = scheme in (None, "file", "local")
         options: dict[str, Any] = {"auto_mkdir": True} if local else {"use_listings_cache": False}
         try:
             self._files, self._root = fsspec.core.url_to_fs(url, **options)

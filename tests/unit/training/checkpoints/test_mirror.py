@@ -264,6 +264,11 @@ def test_the_copy_of_another_run_is_not_overwritten(
         check_copy(other, bucket, fresh=False, resumes=False)
 
 
+def test_a_path_may_be_given_as_a_url(tmp_path: Path) -> None:
+    Bucket(f"file://{tmp_path}/new/run").write("a/b", b"c")
+    assert (tmp_path / "new" / "run" / "a" / "b").read_bytes() == b"c"
+
+
 def test_a_url_that_nobody_can_serve_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"checkpoint\.mirror: nowhere://bucket/runs: .*nowhere"):
         Bucket("nowhere://bucket/runs")
