@@ -273,8 +273,7 @@ class Checkpoints:
             jump = {"step": state.step, "from": start, "to": resume_at, "returns": returns}
             note_jump(self.folder, jump)
             # After the note: else a death here meets the bad data again.
-            for later in (name for name in self.shelf.names() if name >= step_name(before)):
-                self.shelf.delete(later)
+            self.shelf.delete([name for name in self.shelf.names() if name >= step_name(before)])
             self._follow()
         state.samples_seen = resume_at
         state.guard |= {"returns": returns, "good_steps": 0}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -169,6 +170,19 @@ def test_a_full_disk_costs_a_warning_and_the_run_goes_on(tmp_path):
     assert background(tmp_path, engine, sink).fit().finished
     assert checkpoints(tmp_path) == [4, 6]
     assert any("the run goes on and tries again" in message for message in sink.messages)
+
+
+def test_a_run_that_ends_leaves_nothing_half_deleted(tmp_path, monkeypatch):
+    remove = shutil.rmtree
+
+    def slow(path: Path, ignore_errors: bool = False) -> None:
+        time.sleep(0.2)
+        remove(path, ignore_errors)
+
+    monkeypatch.setattr(shutil, "rmtree", slow)
+    background(tmp_path, FakeEngine(), Sink(), keep=1).fit()
+    assert checkpoints(tmp_path) == [6]
+    assert not [*(tmp_path / "checkpoints").glob(".*")]
 
 
 def test_without_the_background_each_step_finds_the_one_before_saved(tmp_path):
