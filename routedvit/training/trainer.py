@@ -282,8 +282,6 @@ class Trainer:
     def finish(self) -> Summary:
         """Export, close what is open and leave a word for whoever started the run."""
         self.checkpoints.fence.check()
-        with self.patience.busy():
-            self.checkpoints.shelf.finish_deletion()
         if self.profiler is not None:
             self.profiler.close()
         self.progress.close()
