@@ -1,6 +1,6 @@
 """Held-out accuracy of learned routing beside its controls and dense models, by the same recipe.
 
-    python -m benchmarks.quality [--seeds 3] [--epochs 10] [--cases learned random ...]
+    python -m benchmarks.quality [--seeds 3] [--epochs 10] [--cases learned random ...]    # an hour
 
 Where everything is centred, fixed patches are as good as chosen ones. Here each of the quickstart's
 digits lies somewhere on a black image of 40 x 40 pixels, 4,000 to train on and 1,000 held out. Each
