@@ -62,24 +62,30 @@ class Logs(Sink):
         self.written.append("flushed")
 
 
-def evaluating(*found: Found, logs: Logs, metric: str = "val/top1", folder: Path) -> Evaluation:
+def evaluating(
+    *found: Found, logs: Logs, retention: Retention | None = None, folder: Path
+) -> Evaluation:
     return Evaluation(
         cast(Any, Engine()),
         cast(Any, found),
         cast(Any, SimpleNamespace(total_steps=9, evaluate_raw=True, evaluate_ema=False)),
-        retention=Retention(keep_best=1, metric=metric),
+        retention=retention or Retention(),
         writer=cast(Any, logs),
         progress=cast(Any, logs),
         folder=folder,
     )
 
 
-@pytest.mark.parametrize(("metric", "said"), [("val/topp1", 1), ("val/knn", 0), ("val/top1", 0)])
+@pytest.mark.parametrize(
+    ("metric", "keep_best", "said"),
+    [("val/topp1", 1, 1), ("val/topp1", 0, 0), ("val/knn", 1, 0), ("val/top1", 1, 0)],
+)
 def test_a_best_metric_that_nobody_finds_is_told_once_all_have_run(
-    metric, said, tmp_path: Path
+    metric, keep_best, said, tmp_path: Path
 ) -> None:
     both, logs = [Found(top1=1.0), FoundToo(knn=2.0)], Logs()
-    evaluation = evaluating(*both, logs=logs, metric=metric, folder=tmp_path)
+    retention = Retention(keep_best=keep_best, metric=metric)
+    evaluation = evaluating(*both, logs=logs, retention=retention, folder=tmp_path)
     for step in (1, 2):
         state = RunState(step=step)
         for evaluator in evaluation.due(state):
