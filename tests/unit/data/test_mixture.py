@@ -14,6 +14,7 @@ from data.config import DataConfig
 from data.errors import DataError
 from data.mixture import TURNS, DrawnOrder, Mixture, order_of, resolve_train
 from data.order import SampleOrder
+from tests.unit.data.making import amend
 from tests.unit.data.test_loaders import train_loader
 
 SIZES = [[40, 13, 27], [5, 6], [31]]
@@ -154,6 +155,16 @@ def test_the_length_of_an_epoch(make_set, make_config, fields, samples):
     loader = train_loader(config)
     assert loader.samples_per_epoch == samples
     assert len(next(loader.batches(0))["key"]) == 4
+
+
+def test_mean_and_deviation_of_the_pixels_follow_the_shares(make_set, make_config):
+    """Not the number of samples: what a model sees of each source."""
+    a = amend(make_set([9], "a"), mean=[0.2], std=[0.1])
+    b = amend(make_set([3], "b"), mean=[0.6], std=[0.3])
+    config = make_config([{"shards": str(a), "weight": 1}, {"shards": str(b), "weight": 3}])
+    found = resolve_train(config).shards
+    variance = (0.01 + 0.04 + 3 * (0.09 + 0.36)) / 4 - 0.25
+    assert (found.mean, found.std) == (pytest.approx([0.5]), pytest.approx([variance**0.5]))
 
 
 @pytest.mark.parametrize(
