@@ -1,8 +1,8 @@
 """Floating-point operations of a routed vision transformer, counted from its layers.
 
-One multiply-add is 2 FLOPs, as in torch's `FlopCounterMode`, with which the totals agree within
-1 %: matrix products, attention and the patch convolution count, element-wise work does not. For one
-image, forward; training costs three times as much, less what efficient drop-path leaves out.
+One multiply-add is 2 FLOPs, as in torch's `FlopCounterMode`, with which the totals agree: matrix
+products, attention and the patch convolution count, element-wise work does not. For one image,
+forward; training costs three times as much, less what efficient drop-path leaves out.
 
     P prefix tokens, N = H * W patches, D width; routed: Q queries, K keys per route, F in the FFN
 """
@@ -12,7 +12,13 @@ from typing import Any, NamedTuple
 from timm.layers import DropPath, SwiGLU, to_2tuple
 from torch import nn
 
-from routedvit.layers import RoutedAttention, RoutedBlock, RoutedFeedForward
+from routedvit.layers import (
+    FixedRouter,
+    RoutedAttention,
+    RoutedBlock,
+    RoutedFeedForward,
+    Router,
+)
 from routedvit.layers.attention import HeavyAttention, WindowAttention
 
 __all__ = ["BlockFlops", "Flops", "count_flops"]
@@ -132,7 +138,9 @@ def _mlp(layer: Any, rows: int) -> int:
     return sum(_linear(linear, rows) for linear in (*first, layer.fc2))
 
 
-def _scores(router: nn.Module, tokens: int) -> int:
+def _scores(router: Router | FixedRouter, tokens: int) -> int:
+    if router.takes_all():  # what decides nothing is not computed
+        return 0
     return 2 * tokens * sum(_size(p) for p in router.parameters())
 
 
