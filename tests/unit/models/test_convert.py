@@ -40,6 +40,7 @@ SOURCES: dict[str, dict[str, Any]] = {
     "average of all tokens, norm before it": {"global_pool": "avg", "fc_norm": False,
                                               "pool_include_prefix": True},
     "no positions": {"pos_embed": "none"},
+    "norm in the stem": {"embed_norm_layer": "layernorm"},
 }  # fmt: skip
 UNTOLD_BY_WEIGHTS = (  # activation, epsilon, image size, pooling
     "SigLIP", "CLIP", "gated GELU", "no positions", "average of all tokens, norm before it"
