@@ -373,6 +373,8 @@ class RoutedVisionTransformer(FeatureMaps):
         if self.rope is not None and not self.dynamic_img_size:
             self.rope.update_feat_shape(list(self.patch_embed.grid_size))
         self._set_light_window()
+        # a variant's own window was chosen for the size it was built with
+        update_model_args(self, light_window=self.light_window)
 
     @torch.jit.ignore
     def _set_light_window(self) -> None:
