@@ -133,6 +133,8 @@ class RoutedVisionTransformer(FeatureMaps):
         )  # fmt: skip
         if norm_eps is not None:
             kwargs["norm_layer"] = norm_with_eps(kwargs.get("norm_layer"), norm_eps)
+            if kwargs.get("embed_norm_layer"):
+                kwargs["embed_norm_layer"] = norm_with_eps(kwargs["embed_norm_layer"], norm_eps)
         capacities = per_block(depth, q=q_capacity, kv=kv_capacity, ffn=ffn_capacity)
         routed = partial(
             RoutedBlock,
