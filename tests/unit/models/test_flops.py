@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from torch.nn.utils import parametrizations, prune
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import routedvit  # noqa: F401
@@ -56,6 +57,26 @@ def test_training_counts_what_efficient_drop_path_computes():
     assert model.flops().total > 1.1 * training
     plain = timm.create_model("colt5_vit_test", depth=3, dense_blocks=1, drop_path_rate=0.5)
     assert plain.flops(training=True) == plain.flops() == model.flops()
+
+
+def test_scores_of_routers_that_take_all_are_not_counted():
+    """They are not computed either."""
+    model = timm.create_model("colt5_vit_test")
+    share = model.flops().router
+    model.set_capacity(ffn=1)
+    assert model.flops().router == pytest.approx(share * 2 / 3)
+    model.set_capacity(1)
+    assert model.flops().router == 0
+
+
+def test_weights_under_another_name_are_counted_too():
+    """torch's pruning and parametrisations keep them elsewhere."""
+    model = timm.create_model("colt5_vit_test", depth=1)
+    flops = model.flops()
+    prune.l1_unstructured(model.blocks[0].attn.heavy.kv, "weight", 0.5)
+    parametrizations.weight_norm(model.blocks[0].mlp.light.fc1)
+    prune.l1_unstructured(model.patch_embed.proj, "weight", 0.5)
+    assert model.flops() == flops
 
 
 def test_dense_twin_costs_what_timms_model_costs():
