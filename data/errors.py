@@ -54,6 +54,11 @@ def legible(name: str) -> str:
     return "".join(c if _shows(c) else c.encode("unicode_escape").decode() for c in name)
 
 
+def counted(number: int, thing: str) -> str:
+    """'1 shard', '16 shards'."""
+    return f"{number} {thing}" + ("" if number == 1 else "s")
+
+
 def _shows(character: str) -> bool:
     return (
         character.isprintable()

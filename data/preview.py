@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from data.config import DataConfig
-from data.errors import DataError, legible
+from data.errors import DataError, counted, legible
 from data.labels import LabelsDisagree, check_learnable
 from data.loaders import build_eval_loader, build_train_loader
 from data.mixture import TrainSet, resolve_train
@@ -85,7 +85,7 @@ class Preview:
             bad = batch["bad"][0]
             sample += f", in place of {legible(bad['key'])}: {bad['reason']}"
         lines = [
-            f"{len(shards.names)} shards, {shards.num_samples:,} images"
+            f"{counted(len(shards.names), 'shard')}, {shards.num_samples:,} images"
             + (f" of {loader.num_classes} classes" if labelled else "")
             + f", for {world_size} x {max(1, self.config.num_workers)} workers",
             f"first sample read: {sample}",

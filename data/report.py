@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from data.errors import legible
+from data.errors import counted, legible
 from data.manifest import Manifest
 from data.statistics import MAX_TRAINED_PIXELS
 
@@ -31,7 +31,7 @@ def describe(
     (low, high), (short, tall) = manifest.width, manifest.height
     mean, std = ([f"{value:.4f}" for value in values] for values in (manifest.mean, manifest.std))
     lines = [
-        f"{folder}: {manifest.samples} samples in {len(manifest.shards)} shards, "
+        f"{folder}: {manifest.samples} samples in {counted(len(manifest.shards), 'shard')}, "
         f"{size / 1e6:.1f} MB",
         f"  images    {low} to {high} pixels wide, {short} to {tall} high; "
         + ", ".join(f"{count} {mode}" for mode, count in manifest.modes.items()),

@@ -27,7 +27,7 @@ from typing import Any
 
 from data.arguments import share, whole
 from data.encoding import Encoding
-from data.errors import DataError
+from data.errors import DataError, counted
 from data.locks import Busy, locked
 from data.manifest import MANIFEST_NAME, Manifest, read_manifest
 from data.recipe import recipe_of, refuse_another, refuse_unknown, with_samples
@@ -234,7 +234,7 @@ def summary(manifest: Manifest) -> str:
     without = f" ({empty} of them empty)" if empty else ""
     return (
         f"{manifest.samples} images of {len(manifest.class_counts)} classes{without} in "
-        f"{len(manifest.shards)} shards, {megabytes:.1f} MB"
+        f"{counted(len(manifest.shards), 'shard')}, {megabytes:.1f} MB"
     )
 
 

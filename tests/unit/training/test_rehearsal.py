@@ -112,7 +112,7 @@ def test_the_printed_numbers_are_those_of_a_run() -> None:
     found = measured(config)
     model = create_model(config.model, num_classes=10, seed=0)
     assert f"parameters   {sum(p.numel() for p in model.parameters()):,}\n" in text
-    assert "batch        32 images = 1 ranks x 16 x 2 accumulated\n" in text
+    assert "batch        32 images = 1 rank x 16 x 2 accumulated\n" in text
     for name, size in found.items():
         printed = re.search(rf"^  {name} +([\d.]+) (MiB|GiB)", text, re.MULTILINE)
         assert printed, name
