@@ -102,7 +102,8 @@ class Shelf:
 
     def delete(self, names: Sequence[str]) -> None:
         """Delete checkpoints: none of them is one from now on, their files go in a thread."""
-        self.finish_deletion()
+        if names:
+            self.finish_deletion()
         doomed: list[Path] = []
         for name in names:
             hidden = self.folder / f".{name}.tmp"
