@@ -10,6 +10,7 @@ whose message tells the mend; 75 stopped by a signal and saved, start again to g
 
 import argparse
 import os
+import signal
 import sys
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -75,6 +76,7 @@ def main() -> int:
     """The command line; returns the exit code."""
     args = parse_arguments(__doc__)
     if args.keys:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no crash
         print(describe_keys(RunConfig))
         return 0
     if args.write_schema:
