@@ -10,6 +10,7 @@ whose message tells the mend; 75 stopped by a signal and saved, start again to g
 
 import argparse
 import os
+import signal
 import sys
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -30,6 +31,7 @@ from routedvit.training import engine as engines
 from routedvit.training.arguments import parse_arguments
 from routedvit.training.assembly import build_engine, build_retention, build_trainer
 from routedvit.training.assembly_watch import build_run_evaluators
+from routedvit.training.checkpoints.copying import RunCopy
 from routedvit.training.checkpoints.export import export_run
 from routedvit.training.checkpoints.retention import Retention
 from routedvit.training.config import run as training
@@ -74,6 +76,7 @@ def main() -> int:
     """The command line; returns the exit code."""
     args = parse_arguments(__doc__)
     if args.keys:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no crash
         print(describe_keys(RunConfig))
         return 0
     if args.write_schema:
@@ -150,14 +153,17 @@ def run_in(
         )
     check_labels(config.objective, train.shards.num_classes)
     asked = Wish(args.resume, args.fresh)
+    copy = RunCopy(config.checkpoint.mirror, folder, console.print)
+    copy.fetch()
     wish = wish_of(asked, folder, console.print)
+    copy.check(fresh=wish.fresh, resumes=wish.resume is not None)
     keep_order(config.data, folder, wish, console.print)
     started = built(lambda: begin_from(model, config.model.warm_start, folder, wish))
     parts = build_parts(config, model, world, folder.logs, train)
     checkpoints, state = open_run(
         without_secrets(config.model_dump(mode="json")), parts.engine, folder, console,
         asked=asked, wish=wish, retention=parts.retention, read=parts.read,
-        free=tuple(f"data.{key}" for key in FREE_ON_RESUME),
+        free=tuple(f"data.{key}" for key in FREE_ON_RESUME), copy=copy,
     )  # fmt: skip
     state.image_format = parts.image_format
     if started:
@@ -180,7 +186,7 @@ def run_in(
         again = "the same command without --fresh" if args.fresh else "the same command"
         console.print(f"stopped at step {result.step}{saved}; {again} goes on")
         return REQUEUE_EXIT_CODE
-    console.print(closing(result, folder, config.train.batch_size))
+    console.print(closing(result, folder, config.train.batch_size, copy.place))
     return 0
 
 

@@ -171,7 +171,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(*found.report, sep="\n")
     for line in found.wrong:
         print(f"  WRONG  {line}")
-    print(counted(found.findings, "findings") if found.wrong else "all is well")
+    print(counted(found.findings, "finding") if found.wrong else "all is well")
     return 1 if found.wrong else 0
 
 

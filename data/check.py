@@ -59,7 +59,7 @@ def check_folder(
     findings = [line for report in reports for line in report.damage]
     if write and findings:
         raise DataError(
-            f"{findings[0]} ({counted(len(findings), 'damaged shards')}); a manifest "
+            f"{findings[0]} ({counted(len(findings), 'damaged shard')}); a manifest "
             "would vouch for them: replace them or leave them out"
         )
     notes = _notes(reports)
@@ -210,7 +210,7 @@ def run(arguments: argparse.Namespace) -> int:
     depth = (
         "headers and 256 images a shard read" if arguments.headers_only else "every image decoded"
     )
-    print(counted(len(findings), "findings") if findings else f"all is well: {depth}")
+    print(counted(len(findings), "finding") if findings else f"all is well: {depth}")
     return 1 if findings else 0
 
 

@@ -54,9 +54,9 @@ def legible(name: str) -> str:
     return "".join(c if _shows(c) else c.encode("unicode_escape").decode() for c in name)
 
 
-def counted(number: int, things: str) -> str:
+def counted(number: int, thing: str) -> str:
     """'1 shard', '2,000 shards'."""
-    return f"{number:,} {things.removesuffix('s') if number == 1 else things}"
+    return f"{number:,} {thing}" + ("" if number == 1 else "s")
 
 
 def _shows(character: str) -> bool:

@@ -85,7 +85,7 @@ class Preview:
             bad = batch["bad"][0]
             sample += f", in place of {legible(bad['key'])}: {bad['reason']}"
         lines = [
-            f"{counted(len(shards.names), 'shards')}, {counted(shards.num_samples, 'images')}"
+            f"{counted(len(shards.names), 'shard')}, {counted(shards.num_samples, 'image')}"
             + (f" of {loader.num_classes} classes" if labelled else "")
             + f", for {world_size} x {max(1, self.config.num_workers)} workers",
             f"first sample read: {sample}",

@@ -31,8 +31,8 @@ def describe(
     (low, high), (short, tall) = manifest.width, manifest.height
     mean, std = ([f"{value:.4f}" for value in values] for values in (manifest.mean, manifest.std))
     lines = [
-        f"{folder}: {counted(manifest.samples, 'samples')} in "
-        f"{counted(len(manifest.shards), 'shards')}, "
+        f"{folder}: {counted(manifest.samples, 'sample')} in "
+        f"{counted(len(manifest.shards), 'shard')}, "
         f"{size / 1e6:.1f} MB",
         f"  images    {low} to {high} pixels wide, {short} to {tall} high; "
         + ", ".join(f"{count} {mode}" for mode, count in manifest.modes.items()),

@@ -233,8 +233,8 @@ def summary(manifest: Manifest) -> str:
     empty = manifest.class_counts.count(0)
     without = f" ({empty} of them empty)" if empty else ""
     return (
-        f"{counted(manifest.samples, 'images')} of {len(manifest.class_counts)} classes{without} "
-        f"in {counted(len(manifest.shards), 'shards')}, {megabytes:.1f} MB"
+        f"{counted(manifest.samples, 'image')} of {len(manifest.class_counts)} classes{without} "
+        f"in {counted(len(manifest.shards), 'shard')}, {megabytes:.1f} MB"
     )
 
 

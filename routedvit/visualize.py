@@ -16,7 +16,7 @@ from typing import Any
 
 import timm
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
@@ -93,7 +93,7 @@ def load_images(paths: Sequence[Path], model: nn.Module) -> Tensor:
     for path in paths:
         try:
             with Image.open(path) as image:
-                tensors.append(transform(image.convert(mode)))
+                tensors.append(transform(ImageOps.exif_transpose(image).convert(mode)))
         except (OSError, UnidentifiedImageError) as error:
             raise ValueError(f"{path} cannot be read as an image: {error}") from None
     return torch.stack(tensors)

@@ -15,6 +15,7 @@ Capacity is an integer ratio, k = ceil(n * num / den): static shapes, any image 
 that can be traced.
 """
 
+import math
 from collections.abc import Sequence
 from fractions import Fraction
 from numbers import Rational, Real
@@ -169,8 +170,10 @@ class Router(nn.Module):
             raise ValueError(
                 f"solver={solver!r} is unknown; choose {' or '.join(map(repr, SOLVERS))}"
             )
-        if not (eps > 0 and fetch_ratio >= 1):
-            raise ValueError(f"eps={eps} must be positive and fetch_ratio={fetch_ratio} at least 1")
+        if not (eps > 0 and 1 <= fetch_ratio < math.inf):
+            raise ValueError(
+                f"eps={eps} must be positive and fetch_ratio={fetch_ratio} a number of at least 1"
+            )
         if num_iterations < 1:
             raise ValueError(f"num_iterations={num_iterations} must be at least 1")
         self.num_routes = num_routes

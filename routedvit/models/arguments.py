@@ -17,6 +17,7 @@ __all__ = [
     "Capacity",
     "block_builder",
     "check_architecture",
+    "check_at_least",
     "check_choice",
     "check_image",
     "check_known",
@@ -141,6 +142,7 @@ def check_router_arguments(router: str, router_kwargs: Any) -> None:
 
 def check_image(img_size: int | tuple[int, int], patch_size: int | tuple[int, int]) -> None:
     """Raises ValueError unless at least one patch fits."""
+    check_at_least(1, patch_size=min(to_2tuple(patch_size)))
     pairs = zip(to_2tuple(img_size), to_2tuple(patch_size), strict=True)
     if any(size < patch for size, patch in pairs):
         raise ValueError(f"img_size={img_size} is smaller than patch_size={patch_size}")

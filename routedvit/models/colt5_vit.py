@@ -12,6 +12,7 @@ from typing import Any
 from timm.layers import to_2tuple
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
+from routedvit.models.arguments import check_image
 from routedvit.models.dense_weights import checkpoint_filter_fn
 from routedvit.models.routed_vit import RoutedVisionTransformer
 
@@ -66,7 +67,8 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> RoutedVisionTransf
 
 def _window(side: int, kwargs: dict[str, Any], **defaults: int) -> int:
     """A variant's own light window as far as the grid allows: who asks for none is refused none."""
-    sizes = defaults | {name: kwargs[name] for name in defaults if kwargs.get(name)}
+    sizes: dict[str, Any] = defaults | {name: kwargs[name] for name in defaults if kwargs.get(name)}
+    check_image(sizes["img_size"], sizes["patch_size"])
     image, patch = (to_2tuple(sizes[name]) for name in ("img_size", "patch_size"))
     return max(1, min(side, image[0] // patch[0], image[1] // patch[1]))
 

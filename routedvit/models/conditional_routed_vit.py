@@ -26,6 +26,7 @@ from routedvit.layers.conditional_routed import (
 from routedvit.layers.folded_norms import LayerNormLinear
 from routedvit.layers.renamed import Renamed, saved_names, use_package_names
 from routedvit.layers.routed_attention import check_windows
+from routedvit.models.arguments import check_at_least
 from routedvit.models.fitting import check_fit
 from routedvit.ops import partition_windows
 
@@ -122,6 +123,15 @@ class ConditionalRoutedViT(nn.Module):
     ) -> None:
         super().__init__()
         patch_height, patch_width = to_2tuple(patch_size)
+        check_at_least(
+            1, image_size=min(to_2tuple(image_size)), patch_size=min(patch_height, patch_width),
+            channels=channels, attn_heavy_dim_head=attn_heavy_dim_head,
+            attn_heavy_heads=attn_heavy_heads, attn_light_dim_head=attn_light_dim_head,
+            attn_light_heads=attn_light_heads, attn_light_window_size=attn_light_window_size,
+            attn_num_routed_kv=attn_num_routed_kv,
+        )  # fmt: skip
+        if not ff_light_mult > 0:
+            raise ValueError(f"ff_light_mult={ff_light_mult} must be positive; 0.5 is usual")
         _check_sizes(
             to_2tuple(image_size), (patch_height, patch_width), attn_light_window_size, dim
         )

@@ -12,7 +12,8 @@ __all__ = ["check_blocks", "check_heads"]
 
 
 def check_blocks(dense: Any) -> None:
-    """Refuse a `VisionTransformer` whose blocks are other than pre-norm attention and MLP.
+    """Refuse a `VisionTransformer` whose blocks are other than pre-norm attention and MLP, or
+    whose patch embedding has a norm of another kind than theirs.
 
     Raises:
         ValueError: names the part that has no routed counterpart.
@@ -25,6 +26,16 @@ def check_blocks(dense: Any) -> None:
                 "routed block has no counterpart of; only timm's Block with Attention, Mlp, SwiGLU "
                 "or packed SwiGLU, and LayerNorm with bias or RmsNorm can be converted"
             )
+    norm, eps = getattr(dense.patch_embed, "norm", nn.Identity()), dense.blocks[0].norm1.eps
+    if not isinstance(norm, nn.Identity) and not (_is_plain(norm) and norm.eps == eps):
+        raise ValueError(
+            f"patch_embed.norm of the dense model is {norm}; only LayerNorm with bias or RmsNorm"
+            f" can be converted, with the eps of the blocks, {eps}"
+        )
+
+
+def _is_plain(norm: nn.Module) -> bool:
+    return isinstance(norm, RmsNorm) or (isinstance(norm, nn.LayerNorm) and norm.bias is not None)
 
 
 def _strange_parts(block: Block) -> dict[str, nn.Module]:
@@ -36,8 +47,7 @@ def _strange_parts(block: Block) -> dict[str, nn.Module]:
     if type(mlp) not in (Mlp, SwiGLU) and not gated:
         parts[".mlp"] = mlp
     for name, norm in ((".norm1", block.norm1), (".norm2", block.norm2)):
-        whole = isinstance(norm, nn.LayerNorm) and norm.bias is not None
-        if not whole and not isinstance(norm, RmsNorm):
+        if not _is_plain(norm):
             parts[name] = norm
     return parts
 

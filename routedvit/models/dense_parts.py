@@ -41,6 +41,9 @@ def part_arguments(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     }
     if "blocks.0.norm1.bias" not in weights:
         arguments["norm_layer"] = "rmsnorm"
+    if "patch_embed.norm.weight" in weights:
+        with_bias = "patch_embed.norm.bias" in weights
+        arguments["embed_norm_layer"] = "layernorm" if with_bias else "rmsnorm"
     return arguments
 
 
@@ -51,9 +54,9 @@ def differing_arguments(weights: Mapping[str, Tensor], model: Any) -> dict[str, 
     """
     if "blocks.0.mlp.fc2.weight" not in weights:
         return {}
-    norm = {"norm_layer": "layernorm"}
-    own = norm | part_arguments({_dense_name(name): w for name, w in model.state_dict().items()})
-    wanted = norm | part_arguments(weights)
+    usual = {"norm_layer": "layernorm", "embed_norm_layer": ""}
+    own = usual | part_arguments({_dense_name(name): w for name, w in model.state_dict().items()})
+    wanted = usual | part_arguments(weights)
     return {key: wanted[key] for key in wanted if wanted[key] != own[key] and key != "act_layer"}
 
 

@@ -1,18 +1,25 @@
 """Floating-point operations of a routed vision transformer, counted from its layers.
 
-One multiply-add is 2 FLOPs, as in torch's `FlopCounterMode`, with which the totals agree within
-1 %: matrix products, attention and the patch convolution count, element-wise work does not. For one
-image, forward; training costs three times as much, less what efficient drop-path leaves out.
+One multiply-add is 2 FLOPs, as in torch's `FlopCounterMode`, with which the totals agree: matrix
+products, attention and the patch convolution count, element-wise work does not. For one image,
+forward; training costs three times as much, less what efficient drop-path leaves out.
 
     P prefix tokens, N = H * W patches, D width; routed: Q queries, K keys per route, F in the FFN
 """
 
+import math
 from typing import Any, NamedTuple
 
 from timm.layers import DropPath, SwiGLU, to_2tuple
 from torch import nn
 
-from routedvit.layers import RoutedAttention, RoutedBlock, RoutedFeedForward
+from routedvit.layers import (
+    FixedRouter,
+    RoutedAttention,
+    RoutedBlock,
+    RoutedFeedForward,
+    Router,
+)
 from routedvit.layers.attention import HeavyAttention, WindowAttention
 
 __all__ = ["BlockFlops", "Flops", "count_flops"]
@@ -64,7 +71,8 @@ def count_flops(
     grid = model.patch_embed.dynamic_feat_size(size)
     num_patches = grid[0] * grid[1]
     num_tokens = num_patches + model.num_prefix_tokens
-    stem = 2 * num_patches * _weight_size(model.patch_embed.proj)
+    proj = model.patch_embed.proj
+    stem = 2 * num_patches * proj.out_channels * proj.in_channels * math.prod(proj.kernel_size)
     pooled = 1 if model.global_pool else num_tokens
     head = _linear(model.head, pooled) if isinstance(model.head, nn.Linear) else 0
     pool = 0
@@ -132,7 +140,9 @@ def _mlp(layer: Any, rows: int) -> int:
     return sum(_linear(linear, rows) for linear in (*first, layer.fc2))
 
 
-def _scores(router: nn.Module, tokens: int) -> int:
+def _scores(router: Router | FixedRouter, tokens: int) -> int:
+    if router.takes_all():  # what decides nothing is not computed
+        return 0
     return 2 * tokens * sum(_size(p) for p in router.parameters())
 
 
@@ -146,12 +156,7 @@ def _pool(pool: Any, rows: int) -> int:
 
 
 def _linear(layer: Any, rows: int) -> int:
-    return 2 * rows * _weight_size(layer)
-
-
-def _weight_size(layer: nn.Module) -> int:
-    """Elements of a layer's weight, found in a way that does not gather it under ZeRO-3."""
-    return _size(dict(layer.named_parameters(recurse=False))["weight"])
+    return 2 * rows * int(layer.in_features) * int(layer.out_features)
 
 
 def _size(parameter: Any) -> int:

@@ -133,6 +133,8 @@ class RoutedVisionTransformer(FeatureMaps):
         )  # fmt: skip
         if norm_eps is not None:
             kwargs["norm_layer"] = norm_with_eps(kwargs.get("norm_layer"), norm_eps)
+            if kwargs.get("embed_norm_layer"):
+                kwargs["embed_norm_layer"] = norm_with_eps(kwargs["embed_norm_layer"], norm_eps)
         capacities = per_block(depth, q=q_capacity, kv=kv_capacity, ffn=ffn_capacity)
         routed = partial(
             RoutedBlock,
@@ -373,6 +375,8 @@ class RoutedVisionTransformer(FeatureMaps):
         if self.rope is not None and not self.dynamic_img_size:
             self.rope.update_feat_shape(list(self.patch_embed.grid_size))
         self._set_light_window()
+        # a variant's own window was chosen for the size it was built with
+        update_model_args(self, light_window=self.light_window)
 
     @torch.jit.ignore
     def _set_light_window(self) -> None:

@@ -77,7 +77,7 @@ def coordinate_descent_reference(
     itself.
     """
     # the most negative finite number rather than -inf: (-inf) - (-inf) would poison the first step
-    lowest = -torch.finfo(logits.dtype).max
+    lowest = -3.4e38  # of either type; TorchScript has no torch.finfo
     log_k = k.clamp(min=1e-20).log()
     if mask is not None:
         logits = logits.masked_fill(~mask, lowest)

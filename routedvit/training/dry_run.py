@@ -15,6 +15,8 @@ import torch
 
 from routedvit.training.assembly import build_retention, build_schedules, native_config
 from routedvit.training.assembly_watch import build_run_evaluators
+from routedvit.training.checkpoints.bucket import Bucket
+from routedvit.training.config.base import counted
 from routedvit.training.config.native import split_batch, zero_stage
 from routedvit.training.config.run import ConfigError, RunConfig
 from routedvit.training.interfaces import EvalLoaders
@@ -91,7 +93,7 @@ def rehearse(config: RunConfig, data: Any, machine: Machine, *, search: bool) ->
     # Of the data: what is built below goes by the model's.
     check_labels(config.objective, num_classes)
     check_num_classes(config.model, num_classes * config.objective.classifies)
-    ranks = _ranks(machine.world_size)
+    ranks = counted(machine.world_size, "rank")
     yield f"{config.name}: {config.model.name} on {ranks} (nothing is started)"
     if data.missing:
         text = f"data         cannot be read yet, so a start would be refused: {data.missing}"
@@ -126,6 +128,8 @@ def check_the_rest(config: RunConfig, rehearsal: MemoryRehearsal, data: Any) -> 
     loaders = EvalLoaders(unread, unread) if data.evaluates else None
     evaluators = build_run_evaluators(config, engine.objective, loaders, samples)
     build_retention(config, engine.objective, evaluators)
+    if config.checkpoint.mirror is not None:
+        Bucket(config.checkpoint.mirror)
 
 
 def describe_step(config: RunConfig, machine: Machine, data: Any) -> str:
@@ -141,7 +145,7 @@ def describe_step(config: RunConfig, machine: Machine, data: Any) -> str:
         check_the_rest(config, rehearsal, data)
         memory = rehearsal.measure(size)
     compute = measure_compute(config, world_size, tuple(routed))
-    batch = f"{config.train.batch_size:,} images = {_ranks(world_size)} x {size}"
+    batch = f"{counted(config.train.batch_size, 'image')} = {counted(world_size, 'rank')} x {size}"
     batch += f" x {accumulation} accumulated" if accumulation > 1 else ""
     factor = max(scheduled(config.capacity))
     recomputed = " with what is recomputed" if chosen[0] != "none" else ""
@@ -237,7 +241,3 @@ def _policies(compute: Compute) -> str:
 
 def _gflops(flops: float) -> str:
     return f"{flops / 1e9:,.3g} GFLOPs" if flops < 1e11 else f"{flops / 1e9:,.0f} GFLOPs"
-
-
-def _ranks(number: int) -> str:
-    return "1 rank" if number == 1 else f"{number} ranks"

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from routedvit.training.checkpoints.checkpoint import Checkpoints
+from routedvit.training.checkpoints.copying import RunCopy
 from routedvit.training.checkpoints.retention import Retention
 from routedvit.training.checkpoints.run_state import RunState
 from routedvit.training.distributed.agreement import check_shared_folder
@@ -62,6 +63,7 @@ def open_run(
     retention: Retention,
     read: tuple[str, str],
     free: tuple[str, ...],
+    copy: RunCopy,
 ) -> tuple[Checkpoints, RunState]:
     """Claim the folder, and load the checkpoint that the run goes on from. Collective.
 
@@ -76,6 +78,7 @@ def open_run(
         retention: which checkpoints to keep.
         read: names training and held-out shards by their content.
         free: dotted keys that a resume may change, beyond those of this package.
+        copy: of the run; kept up to date from now on.
 
     Returns:
         The checkpoints, and the state to begin with: a fresh one if there is none.
@@ -86,8 +89,9 @@ def open_run(
     check_shared_folder(folder.path)
     console.log_to(folder.logs / f"rank_{engine.rank}.log", command_line())
     checkpoints = Checkpoints(
-        folder.checkpoints, engine, keep=retention, owner=owner, tell=console.print
-    )
+        folder.checkpoints, engine, keep=retention, owner=owner, tell=console.print,
+        mirror=copy.begin(owner, retention),
+    )  # fmt: skip
     state = checkpoints.load_named(wish.resume) if wish.resume else checkpoints.load_newest()
     on_rank_zero(lambda: note(asked, folder, os.environ))
     state = state or RunState()

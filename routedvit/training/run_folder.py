@@ -134,8 +134,8 @@ def check_resume(
     refuse_whole_run(folder, found, "--resume")
     if not found.is_dir():
         raise ConfigError(
-            f"--resume {checkpoint}: there is no such folder, and none of that name in "
-            f"{folder.checkpoints}"
+            f"--resume {checkpoint}: there is no such folder, and {folder.checkpoints} holds "
+            + (", ".join(names_in(folder.checkpoints)) or "no checkpoint")
         )
     own = {folder.path.resolve(), folder.checkpoints.resolve()}  # which may be a link
     if fresh and own & {*found.resolve().parents}:

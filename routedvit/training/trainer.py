@@ -291,8 +291,10 @@ class Trainer:
         if finished and self.export is not None:
             with self.patience.busy():
                 self.export()
-        self.engine.close()
         self.note("finished" if finished else "stopped")
+        with self.patience.busy():
+            self.checkpoints.close()
+        self.engine.close()
         return Summary(
             step=state.step,
             finished=finished,

@@ -35,6 +35,11 @@ def test_every_benchmark_can_be_imported(module: str) -> None:
         ),
         pytest.param(["benchmarks.resume", "--rounds", "1"], 8, marks=pytest.mark.slow),
         pytest.param(
+            ["benchmarks.quality", "--seeds", "1", "--epochs", "3", "--cases", "all light"],
+            1,
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
             ["benchmarks.saving", "--rounds", "1", "--set", "model.name=colt5_vit_test"],
             4,
             marks=pytest.mark.slow,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import s3fs
 
 from tests.integration.launching import ROOT, end, launch, start
+from tests.unit.data.test_stores import free_port, running
 
 STEPS = 60
 
@@ -106,3 +110,32 @@ def test_ranks_that_torchrun_starts_again_go_on_from_the_newest_checkpoint(
         end(process)
     assert json.loads((folder / "status.json").read_text())["status"] == "finished"
     assert (folder / "weights" / "model.safetensors").read_bytes() == straight
+
+
+def test_a_run_whose_machine_is_lost_with_its_disk_goes_on_from_its_copy_in_a_bucket(
+    config: Path, straight: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port, folder = free_port(), config.parent / "copied"
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+    command = *arguments(config, folder), "--set", "checkpoint.mirror=s3://runs/all"
+    with running(port, "moto.server", "-p", str(port)):
+        bucket = s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False)
+        bucket.mkdir("runs")
+        process = start(*command, "--set", "checkpoint.every_steps=10")
+        try:
+            assert process.stdout is not None
+            while not bucket.glob("runs/all/copied/checkpoints/step_*/manifest.json"):
+                assert process.stdout.readline(), "ended before a copy"
+        finally:
+            end(process)
+        shutil.rmtree(folder)
+        printed = launch(*command)
+        assert "had no checkpoint; step_" in printed
+        assert re.search(r"copy +s3://runs/all/copied\n", printed)
+        assert (folder / "weights" / "model.safetensors").read_bytes() == straight
+        copy = "runs/all/copied"
+        assert bucket.cat_file(f"{copy}/weights/model.safetensors") == straight
+        assert json.loads(bucket.cat_file(f"{copy}/status.json"))["status"] == "finished"
+        assert bucket.exists(f"{copy}/checkpoints/step_{STEPS:08d}/manifest.json")

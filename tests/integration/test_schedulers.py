@@ -169,6 +169,32 @@ def test_nothing_else_goes_back_into_the_queue(
     assert requeued(config) == before
 
 
+def test_a_task_of_an_array_goes_back_alone(config: Path, tmp_path: Path) -> None:
+    """Also the one that Slurm gives the number of the array."""
+    before, job = requeued(config), str(os.getpid())
+    code, _ = finish(
+        sbatch(config, PYTHON=stopped(tmp_path), SLURM_ARRAY_JOB_ID=job, SLURM_ARRAY_TASK_ID="3")
+    )
+    assert code == 75
+    assert requeued(config) == [*before, f"{job}_3"]
+    (config.parent / "requeued").unlink()
+
+
+def test_a_queue_that_takes_nothing_back_hides_no_exit_code(config: Path, tmp_path: Path) -> None:
+    settings = {"PYTHON": stopped(tmp_path), "FAKE_SLURM_NO_REQUEUE": "1"}
+    code, printed = finish(sbatch(config, **settings))
+    assert code == 75
+    assert "submit it again" in printed
+
+
+def stopped(folder: Path) -> str:
+    """A Python whose run was stopped and saved."""
+    python = folder / "python"
+    python.write_text("#!/bin/sh\nexit 75\n")
+    python.chmod(0o755)
+    return str(python)
+
+
 @pytest.mark.parametrize(
     ("saved", "state"), [(True, "RUNNING"), (False, "RUNNING"), (True, "COMPLETING")]
 )

@@ -6,7 +6,7 @@ import pytest
 import timm
 import timm.models
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 import routedvit  # noqa: F401 (registers the models)
 from routedvit import visualize
@@ -63,6 +63,19 @@ def test_images_are_prepared_for_the_model_and_shown_as_prepared(
     assert images.shape == (2, 1, 28, 28)
     sheet = visualize.draw(model, images, router="ffn", title="", size=56)
     assert (sheet.dtype, sheet.shape[0]) == (torch.uint8, 3)
+
+
+def test_a_photograph_is_shown_as_it_was_taken(exported: Path, photograph: Path) -> None:
+    """Phones store it as the sensor lay, and how that was in the EXIF tag."""
+    with Image.open(photograph) as image:
+        upright, lying = image.convert("RGB"), image.transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # to be turned by 90 degrees clockwise
+    upright.save(photograph.with_name("upright.png"))
+    lying.save(photograph.with_name("lying.png"), exif=exif)
+    paths = [photograph.with_name(f"{name}.png") for name in ("upright", "lying")]
+    pair = visualize.load_images(paths, visualize.load_model(None, exported))
+    assert torch.equal(*pair)
 
 
 def test_a_border_that_fills_no_patch_is_not_drawn() -> None:

@@ -12,39 +12,26 @@
 A checkpoint appears by one rename (commit.py): at once or, if it is written in the background, when
 it is settled (pending.py). `latest` is replaced after that, so at every instant it names a complete
 one. After the rename nothing fails a save: what goes wrong with `latest` or with deleting old ones
-is told, and the next save tries again.
-
-A load checks every hash before anything is read, and nothing in a checkpoint is a pickle. A damaged
-checkpoint is named and moved aside, and the one before it is used. All ranks must see one file
-system.
+is told, and the next save tries again. What can be loaded, and how, is told in loading.py.
 """
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
 
 from routedvit.training.checkpoints.commit import Commit
 from routedvit.training.checkpoints.fence import Fence
-from routedvit.training.checkpoints.manifest import step_name
+from routedvit.training.checkpoints.loading import Loader
+from routedvit.training.checkpoints.mirror import Mirror
 from routedvit.training.checkpoints.ownership import Owner
 from routedvit.training.checkpoints.pending import Pending
 from routedvit.training.checkpoints.progress import note_progress
 from routedvit.training.checkpoints.retention import Retention
-from routedvit.training.checkpoints.rollbacks import (
-    forget_jumps,
-    forget_origin,
-    last_jump,
-    note_jump,
-    note_origin,
-    read_jumps,
-)
-from routedvit.training.checkpoints.run_state import RunState, read_run_state, write_evaluation
+from routedvit.training.checkpoints.run_state import RunState, write_evaluation
 from routedvit.training.checkpoints.shelf import Shelf
-from routedvit.training.checkpoints.verification import find_fault
 from routedvit.training.config.base import ConfigError
 from routedvit.training.engine import Engine
 
-T = TypeVar("T")
+SECONDS_A_LOOK = 5.0  # for what rank 0 alone waits, so that no collective of the others times out
 
 
 class Checkpoints:
@@ -55,6 +42,7 @@ class Checkpoints:
         engine: whose state is saved.
         retention: which ones to keep; a number is that many of the newest.
         owner: the start that writes here; None: no other start can be.
+        mirror: rank 0's, told of whatever changes; None: there is no copy of the run.
         tell: called on rank 0 with one line about a damaged checkpoint.
 
     Whatever writes or deletes raises `OwnershipLost` on all ranks once a newer start has begun.
@@ -67,15 +55,20 @@ class Checkpoints:
         *,
         keep: Retention | int,
         owner: Owner | None = None,
+        mirror: Mirror | None = None,
         tell: Callable[[str], None] = print,
     ) -> None:
         self.folder = folder
         self.engine = engine
         self.fence = Fence(engine, folder.parent, owner)
         self.retention = Retention(keep) if isinstance(keep, int) else keep
+        self.mirror = mirror
+        if mirror is not None:
+            mirror.tell = self._tell
         self.tell = tell  # who has a better place for lines may set another
         self.shelf = Shelf(folder, self.retention, self._tell)
         self.pending = Pending(self._welcome, self._tell)
+        self._loader = Loader(self.shelf, engine, self.fence, self._tell)
 
     def _tell(self, line: str) -> None:
         self.tell(line)
@@ -119,6 +112,7 @@ class Checkpoints:
         if self.engine.rank == 0:
             self.shelf.welcome(name, bad_since)
             note_progress()
+            self._follow()
         self.engine.barrier()
 
     def add_evaluation(self, state: RunState, *, bad_since: int | None = None) -> None:
@@ -135,6 +129,7 @@ class Checkpoints:
             try:
                 write_evaluation(folder, state)
                 self.shelf.delete_surplus(bad_since)
+                self._follow()
             except OSError as error:
                 self.tell(f"{folder.name} was saved, but not what was evaluated: {error}")
         self.engine.barrier()
@@ -183,15 +178,7 @@ class Checkpoints:
         Raises:
             ConfigError: all checkpoints are damaged, or it cannot be right under this stage.
         """
-        names = self.names()
-        if not names and self.engine.rank == 0:
-            forget_origin(self.folder)  # of a start that came to no checkpoint of its own
-        state = self._load_newest_of(names)
-        if state is None and names:
-            raise ConfigError(
-                f"all {len(names)} checkpoints in {self.folder} are damaged; --fresh starts over"
-            )
-        return state
+        return self._loader.newest(self.names())
 
     def load_named(self, path: Path) -> RunState:
         """Restore this checkpoint, of this run or another's folder.
@@ -202,38 +189,7 @@ class Checkpoints:
         Raises:
             ConfigError: it is not there or not whole, or it is another run's and this one has some.
         """
-        folder = self.folder / path if (self.folder / path).is_dir() else path
-        # A link or '..' on the way must not make this run's own checkpoint another's.
-        folder = folder.parent.resolve() / folder.name
-        fault = find_fault(self.engine, folder)
-        if fault is not None:
-            raise ConfigError(f"--resume {path}: {folder} is no whole checkpoint ({fault})")
-        names = self.names()
-        if names and not self._is_own(folder):
-            raise ConfigError(
-                f"--resume {path}: this run has checkpoints of its own in {self.folder}; give it "
-                "another name (--set name=...) or start over with --fresh"
-            )
-        self.fence.check()
-        if self.engine.rank == 0 and names:
-            self.shelf.point_to(folder.name)  # before what it names goes
-            for name in (name for name in names if name > folder.name):
-                aside = self.shelf.set_aside(name, "abandoned")
-                self.tell(f"checkpoint {name} is later and was moved to {aside}")
-            forget_jumps(self.folder, after=int(folder.name.removeprefix("step_")))
-        state = self._load(folder)
-        state.guard |= {"returns": 0}
-        if not self._is_own(folder):  # what another run measured, maybe on other images
-            state.best, state.metrics, state.evaluated, state.spent = {}, {}, [], {}
-            self._note_origin(folder, state)
-        return state
-
-    def _note_origin(self, checkpoint: Path, state: RunState) -> None:
-        if self.engine.rank == 0:
-            try:
-                note_origin(self.folder, checkpoint, state.step, state.samples_seen)
-            except OSError as error:  # data.order and data.audit alone read it
-                self.tell(f"{self.folder} does not say where the run began: {error}")
+        return self._loader.named(path, self.names())
 
     def roll_back(self, before: int, resume_at: int, returns: int = 1) -> RunState | None:
         """Restore the newest whole checkpoint from before step `before`; None if there is none.
@@ -241,66 +197,25 @@ class Checkpoints:
         The data goes on at position `resume_at`, in every later load of that checkpoint too; later
         checkpoints are deleted. `returns` is how often the run has gone back with this time.
         """
-        names = self.names()
-        state = self._load_newest_of([name for name in names if name < step_name(before)])
-        if state is None:
-            return None
-        self.fence.check()
-        if self.engine.rank == 0:
-            start = read_run_state(self.path_of(state.step)).samples_seen
-            jump = {"step": state.step, "from": start, "to": resume_at, "returns": returns}
-            note_jump(self.folder, jump)
-            # After the note: else a death here meets the bad data again.
-            for later in (name for name in self.shelf.names() if name >= step_name(before)):
-                self.shelf.delete(later)
-        state.samples_seen = resume_at
-        state.guard |= {"returns": returns, "good_steps": 0}
+        state = self._loader.roll_back(self.names(), before, resume_at, returns)
+        self._follow()
         return state
 
     def rollbacks(self) -> list[dict[str, int]]:
         """Each time this run went back, see `read_jumps`."""
-        return self._from_rank_0(read_jumps, self.folder)
+        return self._loader.rollbacks()
 
-    def _load_newest_of(self, names: list[str]) -> RunState | None:
-        """The newest whole one; those after it are set aside, but if none is whole all stay."""
-        faults: dict[str, str] = {}
-        for name in reversed(names):
-            fault = find_fault(self.engine, self.folder / name)
-            if fault is None:
-                self._set_aside(faults, whole=name)
-                return self._load(self.folder / name)
-            faults[name] = fault
-        self._set_aside(faults, whole=None)
-        return None
+    def _follow(self, *, last: bool = False) -> None:
+        if self.mirror is not None:
+            self.mirror.follow(last=last)
 
-    def _set_aside(self, faults: dict[str, str], whole: str | None) -> None:
-        """Name the damaged ones and, if there is a whole one to go on from, move them."""
-        self.fence.check()
-        if self.engine.rank != 0:
-            return
-        if whole is not None:
-            self.shelf.point_to(whole)  # before what it names goes
-        for name, fault in faults.items():
-            moved = ""
-            if whole is not None:
-                aside = self.shelf.set_aside(name, "damaged")
-                moved = f"; moved to {aside}"
-            self.tell(f"checkpoint {name} is damaged ({fault}){moved}")
-
-    def _load(self, folder: Path) -> RunState:
-        state = self._from_rank_0(read_run_state, folder)
-        self.engine.load_state(folder)
-        jumps = self._from_rank_0(read_jumps, folder.parent)
-        if jump := last_jump(jumps, state.step, state.samples_seen):
-            state.samples_seen = jump["to"]
-            state.guard |= {"returns": jump.get("returns", 0), "good_steps": 0}
-        return state
-
-    def _from_rank_0(self, read: Callable[[Path], T], path: Path) -> T:
-        """What it reads there: one question to the file system instead of one of every rank."""
-        value: Any = read(path) if self.engine.rank == 0 else None
-        found: T = self.engine.broadcast(value)
-        return found
-
-    def _is_own(self, folder: Path) -> bool:
-        return folder.parent.resolve() == self.folder.resolve()
+    def close(self) -> None:
+        """Nothing changes in the run folder any more: wait for what goes on beside it."""
+        if self.engine.rank == 0:
+            self.shelf.finish_deletion()
+        self._follow(last=True)
+        told = False
+        while self.engine.broadcast(self.mirror is not None and self.mirror.wait(SECONDS_A_LOOK)):
+            if self.mirror is not None and not told:
+                told = True
+                self.tell(f"waiting until {self.mirror.place} is like the run folder")

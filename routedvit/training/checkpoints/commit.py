@@ -127,6 +127,7 @@ class Commit:
         if self.engine.rank != 0:
             return
         folder = self.shelf.folder
+        self.shelf.finish_deletion()
         clear_hidden(folder)
         self.temporary.mkdir(parents=True)
         names = self.shelf.names()

@@ -1,15 +1,20 @@
 """The folder in which the checkpoints of a run stand: how they are called, which stay, which go.
 
 Nothing here is collective: every rank may look, rank 0 alone changes.
+
+What goes is hidden by a rename, at once; its files are deleted by a thread, since gigabytes take a
+second and all ranks would wait for rank 0. Where a start dies meanwhile, the next one clears them
+away (publishing.py).
 """
 
 import contextlib
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from routedvit.training.background import Background
 from routedvit.training.checkpoints.manifest import numbered, replace_text, step_name, sync
 from routedvit.training.checkpoints.retention import Retention
 from routedvit.training.checkpoints.run_state import read_run_state
@@ -47,6 +52,7 @@ class Shelf:
         self.folder = folder
         self.retention = retention
         self.tell = tell
+        self._deletion: Background[list[str]] | None = None
 
     def path_of(self, step: int) -> Path:
         """Folder of the checkpoint of `step`, whether it exists or not."""
@@ -92,18 +98,40 @@ class Shelf:
         except OSError as error:
             self.tell(f"checkpoints that may go cannot be found: {error}")
             return
-        for step in surplus:
-            self.delete(step_name(step))
+        self.delete([step_name(step) for step in surplus])
 
-    def delete(self, name: str) -> None:
-        """Delete a checkpoint; what cannot be deleted (NFS keeps open files) is told."""
-        try:
-            # Renamed first: half a deletion must not look like a checkpoint.
-            shutil.rmtree((self.folder / name).rename(self.folder / f".{name}.tmp"))
-        except OSError as error:
-            self.tell(f"checkpoint {name} could not be deleted: {error}")
+    def delete(self, names: Sequence[str]) -> None:
+        """Delete checkpoints: none of them is one from now on, their files go in a thread."""
+        if names:
+            self.finish_deletion()
+        doomed: list[Path] = []
+        for name in names:
+            hidden = self.folder / f".{name}.tmp"
+            try:
+                doomed.append((self.folder / name).rename(hidden))
+            except OSError as error:
+                self.tell(f"checkpoint {name} could not be deleted: {error}")
+        if doomed:
+            self._deletion = Background(lambda: _delete(doomed), name="delete checkpoints")
+
+    def finish_deletion(self) -> None:
+        """Wait until all files are gone; what cannot be deleted (NFS keeps open ones) is told."""
+        deletion, self._deletion = self._deletion, None
+        for line in deletion.result() if deletion else []:
+            self.tell(line)
 
     def set_aside(self, name: str, why: str) -> Path:
         """Rename a checkpoint to WHY_NAME, so that the run can reach its step again."""
         names = numbered(self.folder / f"{why}_{name}")
         return (self.folder / name).rename(next(path for path in names if not path.exists()))
+
+
+def _delete(paths: Sequence[Path]) -> list[str]:
+    """Delete folders; a line about each that did not go."""
+    lines = []
+    for path in paths:
+        try:
+            shutil.rmtree(path)
+        except OSError as error:
+            lines.append(f"checkpoint {path.name[1:-4]} could not be deleted: {error}")
+    return lines

@@ -16,6 +16,11 @@ def one_line(error: BaseException | str, limit: int | None = 300) -> str:
     return " ".join(str(error).split())[:limit]
 
 
+def counted(number: int, thing: str) -> str:
+    """'1 rank', '1,024 images'."""
+    return f"{number:,} {thing}" + ("" if number == 1 else "s")
+
+
 def explained(pattern: str, words: str) -> BeforeValidator:
     """Refuses a string that is not like `pattern` in `words`; pydantic would show the pattern.
 

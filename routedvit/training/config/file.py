@@ -1,15 +1,14 @@
-"""Reads a run config from JSON, applies `--set`, words a mistake in one line with its mend."""
+"""Reads a run config from JSON, applies `--set`, and lists the keys that a config can have."""
 
-import difflib
 import json
-import types
 import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from routedvit.training.config.run import ConfigError
+from routedvit.training.config.base import ConfigError
+from routedvit.training.config.mistakes import field_path, models_inside, worded
 
 Config = TypeVar("Config", bound=BaseModel)
 
@@ -26,12 +25,19 @@ def load_config(config_class: type[Config], path: str, overrides: list[str]) -> 
     if raw.keys() >= {"config", "git_revision", "versions"}:  # what a run folder keeps of its run
         raw = raw["config"]
     raw.pop("$schema", None)  # editors complete keys from configs/schema.json
-    for override in overrides:
-        _apply_override(raw, override)
+    overridden = [_split(override) for override in overrides]
+    for key, text in overridden:
+        _apply(raw, key, _parsed(text))
+    typed = dict(overridden)
     try:
-        return config_class.model_validate_json(json.dumps(raw))
+        return _validated(config_class, raw)
     except ValidationError as error:
-        raise ConfigError(f"{path}: {_first_mistake(error, config_class)}") from None
+        for key in _meant_as_strings(error, config_class, typed):  # --set name=2024
+            _apply(raw, key, typed[key])
+    try:
+        return _validated(config_class, raw)
+    except ValidationError as error:
+        raise ConfigError(worded(error, config_class, path, typed)) from None
 
 
 def read_json(path: str) -> dict[str, Any]:
@@ -67,7 +73,7 @@ def describe_keys(config_class: type[BaseModel], prefix: str = "") -> str:
     """One line per key: dotted name, default and meaning."""
     lines = []
     for name, field in config_class.model_fields.items():
-        if models := _models_inside(field.annotation):
+        if models := models_inside(field.annotation):
             models = models if field.discriminator else models[:1]
             lines += [describe_keys(model, f"{prefix}{name}.") for model in models]
             if not isinstance(field.default, str):  # a word in place of the section
@@ -82,12 +88,6 @@ def describe_keys(config_class: type[BaseModel], prefix: str = "") -> str:
     return "\n".join(lines)
 
 
-def nearest(name: str, known: typing.Iterable[str]) -> str:
-    """' (did you mean ...?)' for the known name closest to a misspelled one, or nothing."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
 def _similar_files(path: str) -> str:
     folder = Path(path).parent
     names = sorted(str(entry) for entry in folder.glob("*.json")) if folder.is_dir() else []
@@ -95,17 +95,42 @@ def _similar_files(path: str) -> str:
     return f"; there are {', '.join(names)}" if names else ""
 
 
-def _apply_override(raw: dict[str, Any], override: str) -> None:
-    """`a.b=c` sets raw['a']['b']; c is read as JSON and, where it is none, taken as a string."""
-    dotted, separator, text = override.partition("=")
-    if not separator or not dotted:
+def _validated(config_class: type[Config], raw: dict[str, Any]) -> Config:
+    return config_class.model_validate_json(json.dumps(raw))
+
+
+def _meant_as_strings(
+    error: ValidationError, config_class: type[BaseModel], typed: dict[str, str]
+) -> set[str]:
+    """Keys of `typed` where JSON read a number or a boolean and only a string will do."""
+    wanted = {
+        field_path(config_class, mistake["loc"])
+        for mistake in error.errors(include_url=False)
+        if mistake["type"] == "string_type"
+    }
+    return {key for key in wanted & typed.keys() if isinstance(_parsed(typed[key]), int | float)}
+
+
+def _split(override: str) -> tuple[str, str]:
+    """Key and text of `a.b=c`."""
+    key, separator, text = override.partition("=")
+    if not separator or not all(key.split(".")):
         raise ConfigError(
             f"--set {override}: write it as section.key=value, such as optim.lr=0.001"
         )
+    return key, text
+
+
+def _parsed(text: str) -> Any:
+    """The value that was typed: JSON or, where it is none, a string."""
     try:
-        value = json.loads(text)
+        return json.loads(text)
     except json.JSONDecodeError:
-        value = text
+        return text
+
+
+def _apply(raw: dict[str, Any], dotted: str, value: Any) -> None:
+    """raw['a']['b'] = value for 'a.b'."""
     *sections, key = dotted.split(".")
     node = raw
     for section in sections:
@@ -113,76 +138,5 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
             node[section] = {}
         node = node[section]
         if not isinstance(node, dict):
-            raise ConfigError(f"--set {override}: {section!r} is a value, not a section")
+            raise ConfigError(f"--set {dotted}: {section!r} is a value, not a section")
     node[key] = value
-
-
-def _first_mistake(error: ValidationError, config_class: type[BaseModel]) -> str:
-    """One line for the first mistake, with a count of the others."""
-    mistakes = error.errors(include_url=False)
-    first = mistakes[0]
-    field = _field_path(config_class, first["loc"])
-    if first["type"] == "extra_forbidden":
-        known = _known_keys(config_class, first["loc"][:-1])
-        text = f"unknown key {field!r}{nearest(str(first['loc'][-1]), known)}"
-        text += f"; known here: {', '.join(known)}"
-    elif first["type"] == "union_tag_not_found":
-        text = f"'{field}.name' is missing; add it"
-    elif first["type"] == "missing" and isinstance(place := first["loc"][-1], int):
-        given = json.dumps(first["input"])  # a list that is too short
-        text = f"{field} = {given}: value {place + 1} is missing; add it"
-    elif first["type"] == "missing":
-        text = f"{field!r} is missing; add it"
-    elif first["type"] == "value_error":
-        text = f"{field}: {first['ctx']['error']}"
-    else:
-        text = f"{field} = {json.dumps(first['input'])}: {first['msg'].lower()}"
-    more = f" (and {len(mistakes) - 1} more)" if len(mistakes) > 1 else ""
-    return text + more
-
-
-def _known_keys(config_class: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
-    """Field names of the section at `loc`, following nested models and optional ones."""
-    return list(_walk(config_class, loc)[1].model_fields)
-
-
-def _field_path(config_class: type[BaseModel], loc: tuple[int | str, ...]) -> str:
-    """Dotted path without what pydantic adds for the members of a union, such as '.float'."""
-    return ".".join(_walk(config_class, loc)[0])
-
-
-def _walk(
-    config_class: type[BaseModel], loc: tuple[int | str, ...]
-) -> tuple[list[str], type[BaseModel]]:
-    """Path of `loc` as a person would write it, and the innermost section on it."""
-    path: list[str] = []
-    section = config_class
-    variants: dict[Any, type[BaseModel]] = {}
-    for part in loc:
-        if part in variants:  # the tag of a union of sections chooses one and is no key
-            section, variants = variants[part], {}
-            continue
-        path.append(str(part))
-        field = section.model_fields.get(str(part))
-        models = _models_inside(field.annotation) if field else []
-        if field and not models:
-            break
-        variants = (
-            {tag: m for m in models for tag in _tags(m)} if field and field.discriminator else {}
-        )
-        section = models[0] if models else section  # a list index names no section
-    return path, section
-
-
-def _tags(model: type[BaseModel]) -> tuple[Any, ...]:
-    """Values of `name` that choose this member of a union."""
-    return typing.get_args(model.model_fields["name"].annotation)
-
-
-def _models_inside(annotation: Any) -> list[type[BaseModel]]:
-    """The sections that a value of this type can be."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType, list, dict):
-        return [model for part in typing.get_args(annotation) for model in _models_inside(part)]
-    return []

@@ -8,8 +8,8 @@ native_keys.py. Nothing here imports deepspeed.
 import copy
 from typing import Any
 
+from routedvit.training.config.base import ConfigError, counted
 from routedvit.training.config.native_keys import check_blocks, check_keys, check_values
-from routedvit.training.config.run import ConfigError
 
 PRECISIONS = {"fp32": None, "bf16": "bf16", "fp16": "fp16"}
 MAX_BUCKET = 500_000_000  # elements: DeepSpeed's own default, larger than most ViTs
@@ -21,7 +21,7 @@ def split_batch(batch_size: int, micro_batch_size: int | None, world_size: int) 
     Raises:
         ConfigError: the batch does not divide; names both fields and the nearest ones that do.
     """
-    ranks = f"{world_size} rank" + ("s" if world_size > 1 else "")
+    ranks = counted(world_size, "rank")
     if batch_size % world_size:
         lower = batch_size // world_size * world_size
         near = " or ".join(str(size) for size in (lower, lower + world_size) if size)

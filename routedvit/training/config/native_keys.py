@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from routedvit.training.config.file import nearest
+from routedvit.training.config.mistakes import nearest
 from routedvit.training.config.run import ConfigError
 
 # Top-level keys that DeepSpeed 0.19 reads and that may be given.

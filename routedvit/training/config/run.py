@@ -3,8 +3,8 @@
 Each section belongs to the code that reads it: `RunConfig` holds the sections of this package, and
 the composition root (`train.py`) adds the data section, so training and data never import each
 other. Unknown keys are errors (`extra='forbid'`): a typo must not train for a week with a default.
-`recipe.py` and `watch.py` hold the larger sections; reading files, `--set` and the
-wording of errors live in `file.py`.
+`recipe.py` and `watch.py` hold the larger sections; `file.py` reads files and `--set`,
+`mistakes.py` words errors.
 """
 
 import json

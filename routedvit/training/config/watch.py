@@ -119,6 +119,10 @@ class CheckpointConfig(Section):
     for the disk all the same; false: always."""
     keep: int = Field(2, gt=0)
     """How many of the newest checkpoints to keep."""
+    mirror: str | None = None
+    """Where a copy of the run folder is kept up to date while training goes on, such as
+    s3://bucket/runs; it is the folder there that is called as the run's. A start whose run folder
+    has no checkpoint, on a new machine, goes on from the copy."""
     keep_every: int | None = Field(None, gt=0)
     """Keep every checkpoint whose step is a multiple of this for good, or the one that was saved in
     its place where that step was bad."""

@@ -1,8 +1,9 @@
 """Wishes to stop become a flag, so that a run ends at a step boundary with a checkpoint.
 
-Schedulers send SIGTERM or SIGUSR1 some time before they take the machine away, people press Ctrl-C,
-and DeepSpeed's launcher passes SIGTERM on to one rank after the other, with 30 s for each. The
-trainer spreads the flag to all ranks with the loss of the step, and all save together.
+Schedulers send SIGTERM or SIGUSR1 some time before they take the machine away, people press Ctrl-C
+or lose their terminal (SIGHUP, of which nothing is to come under nohup), and DeepSpeed's launcher
+passes SIGTERM on to one rank after the other, with 30 s for each. The trainer spreads the flag to
+all ranks with the loss of the step, and all save together.
 
 One wish arrives as no signal at all: `deepspeed` on a single machine dies of a SIGTERM without
 telling anyone, and its ranks would train on, unseen, in the way of the next start. So a rank under
@@ -27,7 +28,7 @@ from routedvit.training.distributed.proc import command_of, parent_of
 # What `train.py` exits with after such a stop: EX_TEMPFAIL, "try again later".
 REQUEUE_EXIT_CODE = 75
 
-WISHES = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+WISHES = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 NODE_LAUNCHERS = (
     "deepspeed.launcher.launch",
@@ -38,7 +39,7 @@ NODE_LAUNCHERS = (
 
 
 class StopSignals:
-    """Within the `with` block SIGTERM, SIGUSR1 and the first SIGINT only make `wanted` true.
+    """Within the `with` block the `WISHES`, of SIGINT the first, only make `wanted` true.
 
     `train.py` enters it before it builds anything: a wish that comes while a checkpoint is loaded
     must not end as a crash. Processes forked inside inherit the harmless handler. A second SIGINT
@@ -57,6 +58,8 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         for number in WISHES:
+            if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:  # nohup
+                continue
             self._previous[number] = signal.signal(number, self._note)
         return self
 

@@ -98,10 +98,14 @@ def _mpi_names(environ: Mapping[str, str]) -> tuple[str, str, str] | None:
 
 
 def first_host(node_list: str) -> str:
-    """First host of a Slurm node list: 'gpu[07-12,20],cpu1' gives 'gpu07'."""
+    """First host of a Slurm node list: 'gpu[07-12,20],cpu1' gives 'gpu07'.
+
+    Raises:
+        ConfigError: the list names none.
+    """
     match = re.match(r"([^,\[]+)(?:\[([^,\-\]]+)[^\]]*\])?([^,\[]*)", node_list)
     if match is None:
-        raise ValueError(f"SLURM_STEP_NODELIST={node_list!r} names no host; set MASTER_ADDR")
+        raise ConfigError(f"SLURM_STEP_NODELIST = {node_list!r} names no host; set MASTER_ADDR")
     prefix, number, suffix = match.groups()
     return prefix + (number or "") + suffix
 
@@ -112,10 +116,12 @@ def join_environment() -> World:
     Nothing is connected yet; `engine.start` does that.
 
     Raises:
-        ConfigError: the launcher does not say where the processes meet, or which GPU is whose.
+        ConfigError: the launcher does not say where the processes meet, or which GPU is whose, or
+            says what is no address or port.
     """
     known = local_rank_of(os.environ) is not None
     os.environ.update(launch_environment(os.environ))
+    _check_meeting_point(os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"])
     if os.environ["MASTER_ADDR"] in ("127.0.0.1", "localhost"):
         # One machine: gloo talks over the loopback, even where the host's name does not resolve.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -131,6 +137,16 @@ def join_environment() -> World:
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
     return World(int(os.environ["RANK"]), local_rank, size, device)
+
+
+def _check_meeting_point(address: str, port: str) -> None:
+    """What torch would refuse in words of its own, behind a stack; a wrong name it waits for."""
+    if not address:
+        raise ConfigError("MASTER_ADDR is empty; name the machine of rank 0, or unset it")
+    if not port.isdecimal() or int(port) > 65535:
+        raise ConfigError(
+            f"MASTER_PORT = {port!r} is no port; give a free one of rank 0's machine, up to 65535"
+        )
 
 
 def device_index(local_rank: int | None, visible: int) -> int:

@@ -12,7 +12,7 @@ from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 from deepspeed.runtime.zero.utils import ZeRORuntimeException
 
 from routedvit.training.config.base import one_line
-from routedvit.training.config.file import nearest
+from routedvit.training.config.mistakes import nearest
 from routedvit.training.config.run import ConfigError
 
 

@@ -15,7 +15,7 @@ MULTIPLIER = 0x045D9F3B
 def hashed(position: Tensor, columns: int, *, seed: int) -> Tensor:
     """int64 [B, columns] of 32 random bits each, all different in a row, for position int64 [B]."""
     state = torch.full_like(position, seed & LOW)
-    for part in (seed >> 32, position & LOW, position >> 32):
+    for part in (seed >> 32, position, position >> 32):
         state = _scramble(state ^ (part & LOW))
     return _scramble(state.unsqueeze(1) ^ torch.arange(columns, device=position.device))
 

@@ -23,7 +23,7 @@ from timm.scheduler.scheduler import Scheduler
 from timm.scheduler.wsd_lr import WSDLRScheduler
 from torch import nn
 
-from routedvit.training.config.file import nearest
+from routedvit.training.config.mistakes import nearest
 from routedvit.training.config.run import ConfigError
 
 # Optimisers of torch and timm whose update of an element depends on that element's history only.

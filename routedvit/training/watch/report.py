@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from routedvit.training.config.base import counted
 from routedvit.training.config.run import RunConfig
 from routedvit.training.run_folder import RunFolder
 from routedvit.training.trainer import Trainer
@@ -17,7 +18,7 @@ def opening(config: RunConfig, trainer: Trainer) -> str:
     if engine.accumulation > 1:
         share += f" x {engine.accumulation} accumulated"
     done, total = trainer.state.step, trainer.settings.total_steps
-    steps = f"{total:,} steps"
+    steps = counted(total, "step")
     if done:
         steps += f", {done:,} of them done"
     classes = f" of {loader.num_classes} classes" if loader.num_classes > 1 else ""
@@ -29,8 +30,8 @@ def opening(config: RunConfig, trainer: Trainer) -> str:
     )
 
 
-def closing(result: Summary, folder: RunFolder, batch_size: int) -> str:
-    """The summary block of a finished run."""
+def closing(result: Summary, folder: RunFolder, batch_size: int, copy: str | None = None) -> str:
+    """The summary block of a finished run, with the place of its `copy`."""
     rows = []
     for name, value in result.best.items():
         rows.append((f"best {name}", f"{value:.4f}" if name.endswith("loss") else f"{value:.2f} %"))
@@ -47,11 +48,14 @@ def closing(result: Summary, folder: RunFolder, batch_size: int) -> str:
         ("checkpoint", str(result.checkpoint)),
         ("weights", str(folder.weights)),
         *([("averaged weights", str(folder.ema_weights))] if folder.ema_weights.exists() else []),
+        *([("copy", copy)] if copy is not None else []),
         ("TensorBoard", str(folder.path)),
     ]
     title = "finished" if result.steps else "already finished (--fresh starts over)"
     return summary(
-        f"{title}: {result.step:,} steps", rows, f"tensorboard --logdir {folder.path.parent}"
+        f"{title}: {counted(result.step, 'step')}",
+        rows,
+        f"tensorboard --logdir {folder.path.parent}",
     )
 
 

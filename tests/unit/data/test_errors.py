@@ -7,7 +7,7 @@ import pickle
 import pytest
 
 from data import workers
-from data.errors import BadShard, DataError, LoaderFailed, Unreachable, legible
+from data.errors import BadShard, DataError, LoaderFailed, Unreachable, counted, legible
 from routedvit.training.watch.console import CRASH_CODE, USER_ERROR_CODE
 
 
@@ -53,3 +53,7 @@ def test_the_death_of_a_loader_process_may_pass(text: str) -> None:
 def test_a_message_shows_what_is_in_a_name(name: str, shown: str) -> None:
     """Letters of any script as they are; what nobody sees, or what turns the line, escaped."""
     assert legible(name) == shown
+
+
+def test_one_is_not_told_in_the_plural():
+    assert [counted(n, "shard") for n in (0, 1, 2)] == ["0 shards", "1 shard", "2 shards"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections import Counter
 
@@ -11,8 +12,9 @@ from pydantic import ValidationError
 
 from data.config import DataConfig
 from data.errors import DataError
-from data.mixture import TURNS, DrawnOrder, Mixture
+from data.mixture import TURNS, DrawnOrder, Mixture, order_of, resolve_train
 from data.order import SampleOrder
+from tests.unit.data.making import amend
 from tests.unit.data.test_loaders import train_loader
 
 SIZES = [[40, 13, 27], [5, 6], [31]]
@@ -59,6 +61,41 @@ def test_the_order_follows_from_the_position_alone():
     one_by_one = [mixture().locate(positions[n : n + 1]) for n in range(0, 500, 50)]
     for number, place in zip(range(0, 500, 50), one_by_one, strict=True):
         assert [int(row[0]) for row in place] == [int(row[number]) for row in forwards]
+
+
+@pytest.mark.parametrize(
+    ("sources", "fields", "digest"),
+    [
+        (2, {}, "70dee2866430ba14"),
+        (2, {"shard_start": None}, "386e9a28ac2bb282"),
+        (2, {"replacement": True}, "d2cb70a46ac0ed47"),
+        (2, {"augment": {"mode": "light", "repeats": 2}}, "f65308ada2154836"),
+        (1, {"augment": {"mode": "light", "repeats": 2}}, "8eaf7858d2f749c4"),
+    ],
+)
+def test_the_order_of_a_given_config_and_seed_never_changes(
+    make_set, make_config, sources, fields, digest
+):
+    """As in test_order, with what a config makes of its sources."""
+    train = [
+        {"shards": str(make_set([7, 9, 8], "a"))},
+        {"shards": str(make_set([5, 5], "b")), "repeat": 3},
+    ]
+    config = make_config(train[:sources], **fields)
+    order = order_of(resolve_train(config), config, seed=11)
+    place = order.locate(np.arange(0, 50_000, 97))
+    listing = repr([column.tolist() for column in place])
+    assert hashlib.sha256(listing.encode()).hexdigest()[:16] == digest
+
+
+def test_what_stands_in_for_a_sample_is_of_its_source():
+    order, seen = mixture(), set()
+    source_of = np.repeat(np.arange(len(SIZES)), [len(sizes) for sizes in SIZES])
+    for position in range(64):
+        own = source_of[order.locate(np.array([position])).shard].tolist()
+        assert set(source_of[order.substitutes(position).shard].tolist()) == set(own)
+        seen |= set(own)
+    assert seen == {0, 1, 2}
 
 
 def test_repeated_augmentation_repeats_within_a_stream():
@@ -118,6 +155,16 @@ def test_the_length_of_an_epoch(make_set, make_config, fields, samples):
     loader = train_loader(config)
     assert loader.samples_per_epoch == samples
     assert len(next(loader.batches(0))["key"]) == 4
+
+
+def test_mean_and_deviation_of_the_pixels_follow_the_shares(make_set, make_config):
+    """Not the number of samples: what a model sees of each source."""
+    a = amend(make_set([9], "a"), mean=[0.2], std=[0.1])
+    b = amend(make_set([3], "b"), mean=[0.6], std=[0.3])
+    config = make_config([{"shards": str(a), "weight": 1}, {"shards": str(b), "weight": 3}])
+    found = resolve_train(config).shards
+    variance = (0.01 + 0.04 + 3 * (0.09 + 0.36)) / 4 - 0.25
+    assert (found.mean, found.std) == (pytest.approx([0.5]), pytest.approx([variance**0.5]))
 
 
 @pytest.mark.parametrize(

@@ -152,8 +152,8 @@ def test_repeats_show_a_sample_in_turns_that_follow_each_other(repeats):
 
 def test_substitutes_are_the_rest_of_the_stream_in_order():
     order = SampleOrder(UNEVEN, seed=3, shuffle_buffer=7, streams=4)
-    stream = list(range(97 + 2, 194, 4))  # epoch 1: positions 97..193; those with p % 4 == 3
-    assert all(p % 4 == 3 for p in stream)
+    stream = list(range(97 + 3, 194, 4))  # epoch 1: positions 97..193; those with p % 4 == 0
+    assert all(p % 4 == 0 for p in stream)
     place = order.substitutes(stream[5])
     wanted = samples(order, np.array(stream[6:] + stream[:5]))
     assert list(zip(place.shard.tolist(), place.sample.tolist(), strict=True)) == wanted
@@ -170,6 +170,13 @@ def test_a_world_that_does_not_fit_is_told_which_would():
     with pytest.raises(DataError, match=r"3 ranks .* 16 streams .* 24 .* fit: 1, 2, 4, 8;"):
         check_world(16, 24, 3)
     check_world(16, 24, 8)
+
+
+def test_a_rank_that_takes_pairs_owns_whole_streams() -> None:
+    with pytest.raises(DataError, match=r"8 ranks, each with pairs .* 8 streams .* fit: 1, 2, 4;"):
+        check_world(8, 32, 8, pairs=True)
+    check_world(8, 32, 4, pairs=True)
+    check_world(3, 32, 1, pairs=True)  # who reads every stream
 
 
 def test_more_streams_than_samples_are_refused():

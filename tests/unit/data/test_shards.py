@@ -67,6 +67,8 @@ def test_several_sets_are_one_with_pooled_statistics(make_set):
         manifest = json.loads((folder / "manifest.json").read_text())
         manifest |= {"mean": [mean], "std": [std]}
         (folder / "manifest.json").write_text(json.dumps(manifest))
+        alone = resolve(str(folder))
+        assert (alone.mean, alone.std) == ([mean], [std])  # to the last bit
     found = resolve([str(folder) for folder in folders])
     assert found.num_samples == 16
     assert found.mean == pytest.approx([0.5])
@@ -124,6 +126,10 @@ def test_a_shard_that_the_manifest_does_not_know_is_refused(make_set):
         ({"formatt": 1}, r"formatt"),
         ({"std": [float("nan")]}, r"std\.0: .* finite number"),
         ({"shards": [{"name": "../x", "samples": 2, "bytes": 9999, "sha256": "0" * 64}]}, "name"),
+        (
+            {"shards": [{"name": "x", "samples": 1, "bytes": 9999, "sha256": "0" * 64}] * 2},
+            "named twice",
+        ),
     ],
 )
 def test_a_manifest_that_does_not_add_up_is_refused(make_set, change, words):

@@ -14,9 +14,11 @@ N = GRID[0] * GRID[1]
 def block(**kwargs: object) -> RoutedBlock:
     torch.manual_seed(0)
     made = RoutedBlock(DIM, HEADS, light_window=3, **kwargs).eval()
-    for parameter in made.parameters():
+    for name, parameter in made.named_parameters():
         if parameter.ndim > 1:
             nn.init.normal_(parameter, std=0.2)  # large enough to see every path
+        elif "norm" in name:
+            nn.init.normal_(parameter, mean=0.5)  # large enough to tell the norms apart
     return made
 
 
@@ -54,17 +56,19 @@ def test_attention_is_a_loop_over_images_and_routed_tokens(prefix, separate):
 
 @pytest.mark.parametrize("mlp_layer", ["mlp", "swiglu"])
 @pytest.mark.parametrize("prefix", [0, 2])
-def test_feedforward_is_a_loop_over_images_and_routed_tokens(prefix, mlp_layer):
-    layer = block(num_prefix=prefix, mlp_layer=mlp_layer).mlp
+@pytest.mark.parametrize("separate", [False, True])
+def test_feedforward_is_a_loop_over_images_and_routed_tokens(prefix, mlp_layer, separate):
+    layer = block(num_prefix=prefix, mlp_layer=mlp_layer, separate_norms=separate).mlp
     x = tokens(prefix)
     y = layer.norm(x)
+    z = layer.norm_heavy(x) if separate else y
     index, gate = routed_tokens(layer.router, y, prefix)
     expected = layer.light(y)
     for image in range(len(x)):
         for i in range(prefix):
-            expected[image, i] = expected[image, i] + layer.heavy(y[image, i])
+            expected[image, i] = expected[image, i] + layer.heavy(z[image, i])
         for i, g in zip(index[image].tolist(), gate[image], strict=True):
-            expected[image, i] = expected[image, i] + g * layer.heavy(y[image, i])
+            expected[image, i] = expected[image, i] + g * layer.heavy(z[image, i])
     torch.testing.assert_close(layer(x), x + expected, rtol=1e-4, atol=1e-5)
 
 

@@ -139,7 +139,7 @@ def test_impossible_capacities_are_named(capacity):
     "arguments",
     [
         *({"solver": "magic"}, {"eps": 0.0}, {"fetch_ratio": 0.5}, {"temperature": 1.0}),
-        *({"eps": float("nan")}, {"fetch_ratio": float("nan")}),
+        *({"eps": float("nan")}, {"fetch_ratio": float("nan")}, {"fetch_ratio": float("inf")}),
     ],
 )
 def test_impossible_router_arguments_are_named(arguments):

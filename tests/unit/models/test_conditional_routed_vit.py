@@ -231,6 +231,12 @@ def test_feed_forward_part_has_their_defaults() -> None:
         ({"dim": 30}, "dim=30"),
         ({"ff_num_heavy_tokens": 0}, "num_heavy_tokens=0 must be at least 1"),
         ({"router_kwargs": {"eps": 0}}, "eps=0 must be positive"),
+        ({"patch_size": (4, 0)}, "patch_size=0 must be at least 1"),
+        ({"attn_light_window_size": 0}, "attn_light_window_size=0 must be at least 1"),
+        ({"attn_light_heads": 0}, "attn_light_heads=0 must be at least 1"),
+        ({"attn_heavy_dim_head": 0}, "attn_heavy_dim_head=0 must be at least 1"),
+        ({"attn_num_routed_kv": 0}, "attn_num_routed_kv=0 must be at least 1"),
+        ({"ff_light_mult": 0}, "ff_light_mult=0 must be positive"),
     ],
 )
 def test_arguments_that_cannot_be_are_named(kwargs: dict[str, Any], message: str) -> None:

@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from timm.layers import GluMlp, SwiGLU, SwiGLUPacked
+from timm.layers import GluMlp, RmsNorm, SwiGLU, SwiGLUPacked
 from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
@@ -40,9 +40,13 @@ SOURCES: dict[str, dict[str, Any]] = {
     "average of all tokens, norm before it": {"global_pool": "avg", "fc_norm": False,
                                               "pool_include_prefix": True},
     "no positions": {"pos_embed": "none"},
+    "norm in the stem": {"embed_norm_layer": "layernorm"},
+    "AIMv2": {"class_token": False, "global_pool": "avg", "mlp_layer": SwiGLU, "act_layer": "silu",
+              "qkv_bias": False, "proj_bias": False, "norm_layer": partial(RmsNorm, eps=1e-3),
+              "embed_norm_layer": partial(RmsNorm, eps=1e-3)},
 }  # fmt: skip
 UNTOLD_BY_WEIGHTS = (  # activation, epsilon, image size, pooling
-    "SigLIP", "CLIP", "gated GELU", "no positions", "average of all tokens, norm before it"
+    "SigLIP", "CLIP", "AIMv2", "gated GELU", "no positions", "average of all tokens, norm before it"
 )  # fmt: skip
 
 
@@ -202,6 +206,9 @@ def test_a_model_of_another_kind_is_refused_by_its_class() -> None:
         ({"mlp_layer": GluMlp, "act_layer": "silu"}, "blocks.0.mlp of .* GluMlp"),
         ({"norm_layer": partial(nn.LayerNorm, bias=False)}, "blocks.0.norm1 of .* LayerNorm"),
         ({"norm_layer": "simplenorm"}, "blocks.0.norm1 of .* SimpleNorm"),
+        ({"embed_norm_layer": "simplenorm"}, "patch_embed.norm of .* SimpleNorm"),
+        ({"embed_norm_layer": partial(RmsNorm, eps=1e-3)}, "eps of the blocks, 1e-06"),
+        ({"embed_norm_layer": partial(nn.LayerNorm, eps=1e-6, bias=False)}, "LayerNorm with bias"),
     ],
 )
 def test_blocks_that_compute_something_else_are_refused(kwargs, part) -> None:

@@ -2,11 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import torch
-from timm.models import get_model_args, group_parameters
+from timm.models import get_model_args, group_parameters, save_for_hf
 from timm.models._features_fx import create_feature_extractor, get_graph_node_names
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim import create_optimizer_v2
@@ -327,6 +328,8 @@ BAD = [
     ({"num_heads": 0}, "num_heads=0 must be at least 1"),
     ({"light_window": 7}, "light_window=7"),
     ({"img_size": 3}, "img_size=3"),
+    ({"patch_size": 0}, "patch_size=0 must be at least 1"),
+    ({"patch_size": (4, 0)}, "patch_size=0 must be at least 1"),
     ({"pos_embed": "magic"}, "pos_embed='magic'"),
     ({"global_pool": "best"}, "global_pool='best'"),
     ({"global_pool": "token", "class_token": False}, "class_token"),
@@ -469,6 +472,16 @@ def test_a_variants_own_window_fits_any_image(name: str, size: int) -> None:
     assert model.light_window == min(model.patch_embed.grid_size)
 
 
+def test_a_resized_model_is_exported_with_the_windows_it_has(tmp_path: Path) -> None:
+    """Built at the new size the variant would choose larger ones."""
+    model = timm.create_model("colt5_vit_test", img_size=32, depth=1, init_values=1.0).eval()
+    model.set_input_size((96, 96))
+    save_for_hf(model, str(tmp_path), model_args=get_model_args(model), safe_serialization=True)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    x = images(1, 96, 96)
+    assert torch.equal(loaded(x), model(x))
+
+
 @pytest.mark.parametrize("dynamic", ["dynamic_img_size", "dynamic_img_pad"])
 def test_a_model_for_any_size_can_be_traced_for_one(dynamic: str) -> None:
     options = {"dynamic_img_size": True, dynamic: True}
@@ -509,8 +522,9 @@ def test_no_images_give_no_logits_also_where_images_are_dropped() -> None:
     assert model(torch.randn(0, 3, 96, 96)).shape == (0, 1000)
 
 
-def test_a_scripted_model_can_be_saved(tmp_path: Path) -> None:
-    model = timm.create_model("colt5_vit_test", img_size=96, depth=1).eval()
+@pytest.mark.parametrize("options", [{}, {"router_kwargs": {"solver": "coordinate_descent"}}])
+def test_a_scripted_model_can_be_saved(options: dict[str, Any], tmp_path: Path) -> None:
+    model = timm.create_model("colt5_vit_test", img_size=96, depth=1, **options).eval()
     torch.jit.script(model).save(str(tmp_path / "model.pt"))
     x = torch.randn(1, 3, 96, 96)
     torch.testing.assert_close(torch.jit.load(str(tmp_path / "model.pt"))(x), model(x))

@@ -140,6 +140,7 @@ def test_what_cannot_be_used_is_said_in_words(source: str, words: str, tmp_path:
         {"qk_norm": False, "init_values": None},
         {"qkv_bias": False, "proj_bias": False},
         {"norm_layer": "rmsnorm"},
+        {"embed_norm_layer": "layernorm"},
         {"mlp_layer": SwiGLU, "mlp_ratio": 8 / 3},
         {"mlp_ratio": 3.0, "qk_norm": False, "init_values": None, "pre_norm": True},
     ],

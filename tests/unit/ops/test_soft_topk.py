@@ -118,17 +118,26 @@ def test_a_row_with_fewer_entries_than_k_gives_one_to_each():
     assert logits.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("n", [1, 2, 7, 196])
+@pytest.mark.parametrize("n", [1, 2, 7, 41, 196])  # 41 * (1 / 41) is not 1 in float32
 def test_ties_get_equal_gates_and_constant_rows_k_over_n(n):
     for k in {1, max(1, n // 3), n}:
         logits = torch.full((2, n), 5.0, requires_grad=True)
         gates = soft_topk(logits, k)
         torch.testing.assert_close(gates, torch.full((2, n), k / n))
         assert gates.unique().numel() == 1
-        gates.square().sum().backward()
+        (gates.square() * draw(1, 2, n)).sum().backward()
         assert logits.grad.isfinite().all()
+        if k == n:  # whatever the logits
+            assert (gates == 1).all()
+            assert (logits.grad == 0).all()
     some = soft_topk(torch.tensor([3.0, 1.0, 3.0, 3.0, 0.0]), 2)
     assert some[0] == some[2] == some[3]
+
+
+def test_a_gate_on_the_verge_of_saturation_is_not_rounded_up_above_one():
+    logits = draw(2, 1000, 20)
+    logits[:, 0] = logits[:, 1:].logsumexp(-1) - math.log(8 - 1)
+    assert (soft_topk(logits.float(), 8) <= 1).all()
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e4, 1e30])

@@ -83,6 +83,10 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         ["checkpoint.keep_best=1", "data.val=null"],
         r"checkpoint.best_metric = 'val/top1': .*none \(set data.val.shards\)",
     ),
+    "a copy that nobody can serve": (
+        ["checkpoint.mirror=nowhere://bucket/runs"],
+        "checkpoint.mirror: nowhere://bucket/runs: .*nowhere",
+    ),
     "teacher of other classes": (
         ["objective.name=distill", "objective.teacher.pretrained=true",
          "objective.teacher.name=vit_base_patch16_224.augreg_in21k"],

@@ -23,11 +23,11 @@ class TwoRanks(FakeEngine):
     def gather(self, value: Any) -> list[Any]:
         self.gathered += 1
         loss, epoch, keys = value
-        return [value, (loss + 1, epoch, [f"other/{key}" for key in keys])]
+        return [value, (loss + 1, epoch - 1, [f"other/{key}" for key in keys])]
 
 
-def batch(*keys: str) -> dict[str, Any]:
-    return {"key": list(keys), "epoch": torch.tensor([3, 4])}
+def batch(*keys: str, epoch: int = 3) -> dict[str, Any]:
+    return {"key": list(keys), "epoch": torch.tensor([epoch, epoch + 1])}
 
 
 def good(loss: float = 1.0) -> StepResult:
@@ -53,13 +53,17 @@ def guard(folder: Path, told: list[str], engine: Any = None, **settings: Any) ->
 
 
 def test_the_ledger_names_the_samples_and_losses_of_every_rank(tmp_path, told):
-    guard(tmp_path, told).watch(bad(), [batch("a", "b"), batch("c", "d")], 7)
+    guard(tmp_path, told).watch(bad(), [batch("a", "b", epoch=5), batch("c", "d")], 7)
     (line,) = lines(tmp_path)
-    assert (line["step"], line["epoch"], line["applied"]) == (7, 3, False)
+    assert (line["step"], line["epoch"], line["applied"]) == (7, 2, False)
     assert line["keys"] == [["a", "b", "c", "d"], ["other/a", "other/b", "other/c", "other/d"]]
     assert line["loss"] == [2.5, 3.5]
     assert "not finite" in line["reason"]
     assert "step 7 skipped" in told[0]
+    other = TwoRanks()
+    other.rank = 1
+    guard(tmp_path, told, other).watch(bad(), [batch("a")], 8)
+    assert len(lines(tmp_path)) == 1  # rank 0 alone writes
 
 
 def test_good_steps_ask_nobody(tmp_path, told):
@@ -74,7 +78,8 @@ def test_good_steps_ask_nobody(tmp_path, told):
 
 def test_only_bad_steps_in_a_row_are_an_alarm(tmp_path, told):
     watch = guard(tmp_path, told, max_bad_steps=2)
-    for step, result in enumerate([bad(), good(), bad(), bad()]):
+    # the loss may be finite where the gradient is not
+    for step, result in enumerate([bad(), good(), bad(loss=2.0), bad()]):
         assert not watch.alarm
         watch.watch(result, [batch("a")], step)
     assert watch.alarm
@@ -117,8 +122,29 @@ def test_a_spike_that_stays_remains_a_spike(tmp_path, told):
     for step in range(16):
         watch.watch(good(noisy(step)), [batch("a")], step)
     for step in range(16, 56):
+        assert not watch.alarm
         watch.watch(good(20.0), [batch("a")], step)
     assert watch.alarm
+
+
+@pytest.mark.parametrize(
+    ("before", "bound"),
+    [
+        ([0.9, 1.1] * 8, 1 + 6 * 1.48 * 0.1),  # of a normal distribution 1.48 of it is a sigma
+        ([2.0] * 16, 2 + 6 * 0.02),  # a loss that hardly moves: a hundredth of it
+    ],
+)
+def test_a_spike_lies_so_many_deviations_above_the_median_of_a_whole_window(
+    tmp_path, told, before, bound
+):
+    watch = guard(tmp_path, told, spike_sigmas=6.0, spike_window=16)
+    for step, loss in enumerate([*before[:-1], 50.0, *before]):  # the first before it is whole
+        watch.watch(good(loss), [batch("a")], step)
+    assert told == []
+    watch.watch(good(bound + 1e-3), [batch("a")], 32)
+    assert watch.bad_steps == [32]
+    watch.watch(good(bound - 1e-3), [batch("a")], 33)
+    assert not watch.bad_steps
 
 
 def test_spikes_have_a_limit_of_their_own(tmp_path, told):

@@ -215,7 +215,11 @@ def test_a_checkpoint_that_is_not_there_or_would_go_leaves_the_folder_alone(tmp_
     other.mkdir(parents=True)
     (tmp_path / "whole" / "checkpoints" / "step_00000500").mkdir(parents=True)
     for fresh, resume, words in (
-        (False, Path("step_6"), "--resume step_6: there is no such folder"),
+        (
+            False,
+            Path("step_6"),
+            "there is no such folder, and .*checkpoints holds no checkpoint",
+        ),
         (False, tmp_path / "whole", "folder of a run; name one .*, such as .*/step_00000500$"),
         (True, Path("step_5"), "--resume step_5 goes on with the run in"),
         (True, own, "leave --fresh out"),
@@ -227,6 +231,12 @@ def test_a_checkpoint_that_is_not_there_or_would_go_leaves_the_folder_alone(tmp_
     open_folder(folder, {}, fresh=False, free=(), resume=Path("step_5"))
     told, _ = open_folder(folder, {}, fresh=True, free=(), resume=other)
     assert "the earlier run is kept in" in told
+
+
+def test_a_checkpoint_that_is_not_there_is_told_beside_those_that_are(folder: RunFolder) -> None:
+    saved_run(folder)
+    with pytest.raises(ConfigError, match=r"--resume latest: .*/checkpoints holds step_00000001$"):
+        open_folder(folder, CONFIG, fresh=False, free=(), resume=Path("latest"))
 
 
 def test_checkpoints_on_a_linked_disk_would_go_with_their_run_too(tmp_path: Path) -> None:

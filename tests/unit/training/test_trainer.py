@@ -87,6 +87,10 @@ def test_random_numbers_follow_from_seed_step_and_rank_alone():
         seed_step(*triple)
         others.add(draws())
     assert len(others | {first}) == 4
+    seed_step(5, 7, 1)  # these never change: the steps after a resume draw as those before it
+    assert (torch.initial_seed(), *draws()[1:]) == (
+        11064850987459049982, 0.9435389034227746, 0.8095338778437228,
+    )  # fmt: skip
 
 
 class Norms(FakeEngine):

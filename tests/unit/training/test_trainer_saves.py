@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from routedvit.training.checkpoints.bucket import Bucket
+from routedvit.training.checkpoints.mirror import Mirror, complete
 from routedvit.training.checkpoints.publishing import publish_written
 from routedvit.training.checkpoints.run_state import RunState
 from routedvit.training.config.run import ConfigError
@@ -169,9 +172,33 @@ def test_a_full_disk_costs_a_warning_and_the_run_goes_on(tmp_path):
     assert any("the run goes on and tries again" in message for message in sink.messages)
 
 
+def test_a_run_that_ends_leaves_nothing_half_deleted(tmp_path, monkeypatch):
+    remove = shutil.rmtree
+
+    def slow(path: Path, ignore_errors: bool = False) -> None:
+        time.sleep(0.2)
+        remove(path, ignore_errors)
+
+    monkeypatch.setattr(shutil, "rmtree", slow)
+    background(tmp_path, FakeEngine(), Sink(), keep=1).fit()
+    assert checkpoints(tmp_path) == [6]
+    assert not [*(tmp_path / "checkpoints").glob(".*")]
+
+
 def test_without_the_background_each_step_finds_the_one_before_saved(tmp_path):
     engine = Watched(tmp_path, frees=1)
     engine.disk.clear = lambda: None
     background(tmp_path, engine, Sink(), save_in_background=False).fit()
     assert engine.there[3] == [2]
     assert engine.there[5] == [2, 4]
+
+
+def test_the_run_has_ended_when_its_copy_is_like_its_folder(tmp_path):
+    run = background(tmp_path / "run", FakeEngine(), Sink(), total_steps=5)
+    bucket = Bucket(str(tmp_path / "copy"))
+    run.checkpoints.mirror = Mirror(
+        tmp_path / "run", bucket, retention=run.checkpoints.retention, owner="a"
+    )
+    assert run.fit().finished
+    assert complete(bucket.names()) == ["step_00000002", "step_00000004", "step_00000005"]
+    assert (tmp_path / "copy" / "status.json").read_text() == '{"status": "finished", "step": 5}\n'

@@ -21,7 +21,10 @@ def die(*args: object) -> None:
 
 def save(engine, folder: Path, step: int, keep: int = 3) -> Path:
     engine.value = step
-    return Checkpoints(folder, engine, keep=keep).save(RunState(step=step, samples_seen=8 * step))
+    checkpoints = Checkpoints(folder, engine, keep=keep)
+    path = checkpoints.save(RunState(step=step, samples_seen=8 * step))
+    checkpoints.shelf.finish_deletion()
+    return path
 
 
 def load(folder: Path, told: list[str] | None = None) -> tuple[RunState | None, FakeEngine]:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -238,11 +239,31 @@ def test_a_checkpoint_that_cannot_be_deleted_is_told_and_fails_no_save(
     checkpoints = Checkpoints(tmp_path, engine, keep=1, tell=told.append)
     for step in (2, 3):
         assert checkpoints.save(RunState(step=step)).is_dir()
+    checkpoints.shelf.finish_deletion()
     assert (tmp_path / "latest").read_text() == "step_00000003\n"
     assert not (tmp_path / "step_00000002").exists()
     assert len(told) == 1
     assert "step_00000001" in told[0]
     assert ".nfs0001" in told[0]
+
+
+def test_nobody_waits_for_files_to_be_deleted_but_the_next_save(engine, tmp_path, monkeypatch):
+    """Whose free disk they are to be."""
+    save(engine, tmp_path, 1)
+    remove, free = shutil.rmtree, threading.Event()
+
+    def slow(path: Path, ignore_errors: bool = False) -> None:
+        assert ignore_errors or free.wait(20)
+        remove(path, ignore_errors)
+
+    monkeypatch.setattr(shutil, "rmtree", slow)
+    checkpoints = Checkpoints(tmp_path, engine, keep=1)
+    checkpoints.save(RunState(step=2))
+    assert checkpoints.names() == ["step_00000002"]
+    assert (tmp_path / ".step_00000001.tmp").exists()
+    threading.Timer(0.2, free.set).start()
+    checkpoints.save(RunState(step=3))
+    assert not (tmp_path / ".step_00000001.tmp").exists()
 
 
 def test_a_disk_that_is_full_after_the_rename_fails_no_save(engine, tmp_path, monkeypatch):

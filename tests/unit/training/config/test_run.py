@@ -76,14 +76,23 @@ def test_set_overrides_nested_keys_with_json_values(path: str) -> None:
         ("name=a/b", ['name: "a/b" cannot name a run']),
         ('name="a\\n"', [r'name: "a\n" cannot name a run']),
         ("name=", ['name: "" cannot name a run']),
-        ("name=7", ["name = 7: input should be a valid string"]),
+        ("name=null", ["--set: name = null: input should be a valid string"]),
+        ("optim.lr=abc", ['--set: optim.lr = "abc": input should be a valid number']),
+        ("train.compile=True", ['--set: train.compile = "True": write true or false']),
+        ("optm.lr=1", ["run.json with --set optm.lr=1: unknown key 'optm'"]),
+        ("train.steps=7", ["run.json with --set train.steps=7: train: give exactly one"]),
+        ("optim..lr=1", ["--set optim..lr=1: write it as section.key=value"]),
+        (".lr=1", ["--set .lr=1: write it as section.key=value"]),
         ("checkpoint.best_metric=top1", ['best_metric: "top1" is no evaluated', "as val/top1"]),
         ("log.profile_steps=[1]", ["log.profile_steps = [1]: value 2 is missing; add it"]),
-        ("optim.betas=1", ["optim.betas = 1: input should be a valid array"]),
+        ("optim.betas=1", ["optim.betas = 1: write a list, [A, B, ...]"]),
         ("train.grad_clip=no", ['train.grad_clip = "no": input should be a valid number']),
         ("optim.lr", ["--set optim.lr", "section.key=value"]),
-        ("name.x=1", ["--set name.x=1", "not a section"]),
-        ("objective.name=mea", ["objective", "'mea'", "'supervised', 'mae', 'distill'"]),
+        ("name.x=1", ["--set name.x: 'name' is a value, not a section"]),
+        (
+            "objective.name=mea",
+            ["objective.name = \"mea\": input should be one of 'supervised', 'mae', 'distill'"],
+        ),
         ("objective.mask_ratio=0.5", ["'objective.name' is missing"]),
         ('objective={"name": "mae", "mask_ratoi": 1}', ["objective.mask_ratoi", "'mask_ratio'"]),
         ('objective={"name": "mae", "mask_ratio": 2}', ["objective.mask_ratio = 2: input should"]),
@@ -91,7 +100,7 @@ def test_set_overrides_nested_keys_with_json_values(path: str) -> None:
         ('objective={"name": "distill"}', ["'objective.teacher' is missing"]),
         (
             'objective={"name": "distill", "teacher": {"nam": "x"}}',
-            ["'objective.teacher.name' is missing"],
+            ["unknown key 'objective.teacher.nam' (did you mean 'name'?)", "(and 1 more)"],
         ),
     ],
 )
@@ -108,6 +117,17 @@ def test_mistake_names_field_and_mend(path: str, override: str, words: list[str]
 def test_names_that_a_folder_can_have(path: str, name: str) -> None:
     overrides = [f'name="{name}"', f"seed={(1 << 64) - 1}"]
     assert load_config(RunConfig, path, overrides).folder == f"runs/{name}"
+
+
+def test_digits_typed_for_a_name_are_one(path: str) -> None:
+    config = load_config(RunConfig, path, ["name=2024", "output_dir=1e3", "seed=7"])
+    assert (config.name, config.output_dir, config.seed) == ("2024", "1e3", 7)
+
+
+def test_a_mistake_of_the_file_is_told_of_the_file(path: str) -> None:
+    Path(path).write_text(json.dumps(MINIMAL | {"name": 7}))
+    with pytest.raises(ConfigError, match=r"run\.json: name = 7: input should be a valid string$"):
+        load_config(RunConfig, path, ["optim.lr=1"])
 
 
 def test_missing_required_key_is_named(path: str) -> None:
@@ -175,6 +195,7 @@ def test_an_unknown_checkpointing_policy_is_refused(path: str) -> None:
 
 
 def test_mixing_for_an_objective_without_labels_is_refused(path: str) -> None:
-    overrides = ["objective.name=mae", "loss.cutmix=0.5"]
-    with pytest.raises(ConfigError, match=r"loss\.cutmix: objective\.name = 'mae' reads no labels"):
+    overrides = ["objective.name=mae", "loss.cutmix=0.5", "seed=3"]
+    given = r"--set objective\.name=mae --set loss\.cutmix=0\.5"
+    with pytest.raises(ConfigError, match=rf"with {given}: loss\.cutmix: objective.*no labels"):
         load_config(RunConfig, path, overrides)

@@ -23,7 +23,7 @@ from routedvit.training.distributed.signals import REQUEUE_EXIT_CODE, StopSignal
 ROOT = Path(__file__).parents[4]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_is_a_wish_and_nothing_else(number):
     before = signal.getsignal(number)
     with StopSignals() as signals:
@@ -31,6 +31,17 @@ def test_a_signal_is_a_wish_and_nothing_else(number):
         os.kill(os.getpid(), number)
         assert signals.wanted
     assert signal.getsignal(number) is before
+
+
+def test_a_terminal_that_closes_means_nothing_under_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not signals.wanted
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_second_interrupt_interrupts():
@@ -67,7 +78,7 @@ def launcher_dies_while_it_waits(signals: StopSignals) -> None:
     [
         sent_before,
         launcher_dies_while_it_waits,
-        *map(sent_while_it_waits, [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]),
+        *map(sent_while_it_waits, [signal.SIGTERM, signal.SIGHUP, signal.SIGINT]),
     ],
 )
 def test_a_wish_ends_the_wait_for_other_ranks_at_once(wish):

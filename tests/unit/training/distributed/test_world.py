@@ -68,6 +68,28 @@ def test_first_host_of_a_slurm_list(nodes, host):
     assert first_host(nodes) == host
 
 
+@pytest.mark.parametrize("nodes", ["", "[1-2]"])
+def test_a_node_list_without_a_host_is_a_mistake(nodes):
+    with pytest.raises(ConfigError, match="names no host; set MASTER_ADDR"):
+        first_host(nodes)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("MASTER_ADDR", "", "MASTER_ADDR is empty; name the machine of rank 0"),
+        ("MASTER_PORT", "", "MASTER_PORT = '' is no port"),
+        ("MASTER_PORT", "29500/tcp", "MASTER_PORT = '29500/tcp' is no port"),
+        ("MASTER_PORT", "99999", "MASTER_PORT = '99999' is no port; give a free one"),
+    ],
+)
+def test_a_meeting_point_that_is_none_is_a_mistake(monkeypatch, name, value, said):
+    given = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    monkeypatch.setattr(os, "environ", given | {"MASTER_PORT": "29500", name: value})
+    with pytest.raises(ConfigError, match=said):
+        join_environment()
+
+
 OPEN_MPI = {
     "OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
 }  # fmt: skip

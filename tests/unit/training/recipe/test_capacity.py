@@ -8,8 +8,8 @@ import timm
 import torch
 
 import routedvit  # noqa: F401  (registers the models)
-from routedvit.training.config.run import ConfigError
-from routedvit.training.recipe.capacity import CapacityDial, anneal, levels, sample
+from routedvit.training.config.run import CapacityConfig, ConfigError
+from routedvit.training.recipe.capacity import CapacityDial, anneal, levels, sample, scheduled
 
 FACTORS = [Fraction(1, 2), Fraction(1), Fraction(2)]
 
@@ -28,6 +28,18 @@ def shares(model):
 def test_levels_are_exact_small_ratios():
     assert levels(0.1, 0.5, 5) == [Fraction(n, 10) for n in (1, 2, 3, 4, 5)]
     assert levels(4, 1, 4) == [4, 3, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "factors"),
+    [
+        ({}, [1]),
+        ({"schedule": "sample", "factors": [0.1, 2]}, [Fraction(1, 10), 2]),
+        ({"schedule": "anneal", "start": 2, "levels": 3}, [2, Fraction(3, 2), 1]),
+    ],
+)
+def test_the_factors_are_those_of_the_recipe(recipe, factors):
+    assert scheduled(CapacityConfig(**recipe)) == factors
 
 
 @pytest.mark.parametrize("shape", ["linear", "cosine"])
@@ -54,6 +66,8 @@ def test_draws_follow_from_seed_and_step_and_reach_every_level_alike():
     assert draws != [sample(FACTORS, seed=4)(step) for step in range(600)]
     assert all(160 < count < 240 for count in Counter(draws).values())
     assert len(Counter(draws)) == 3
+    # these never change: a resumed run goes on as it began
+    assert draws[:8] == [FACTORS[i] for i in (2, 1, 2, 1, 2, 2, 1, 0)]
 
 
 def test_the_factor_acts_on_every_router_and_is_at_most_the_whole_image(model):
@@ -66,6 +80,7 @@ def test_the_factor_acts_on_every_router_and_is_at_most_the_whole_image(model):
     assert dial.scalars() == {"train/capacity_factor": 4.0}
     dial.rest()
     assert shares(model) == nominal
+    assert dial.setting() == "capacity x 4"  # of the latest step
 
 
 def test_the_number_of_routed_patches_follows_and_the_exported_capacity_stays(model):

@@ -38,6 +38,14 @@ def test_numbers_depend_on_all_of_seed_and_pair():
     assert len(set(seen)) == 9
 
 
+def test_what_happens_to_a_pair_never_changes():
+    """Neither with numpy's version nor by a refactoring: a resumed run mixes as it did before."""
+    lam, weight = mixing(prob=0.9).draw(torch.tensor([0, 1, 2, 3, 4, 1 << 40]), 16, 16)
+    expected = [1.0, 0.59375, 0.815457, 0.987691, 0.398438, 0.671875]
+    assert lam.tolist() == pytest.approx(expected, rel=1e-5)
+    assert (weight == 0).flatten(1).sum(1).tolist() == [0, 104, 0, 0, 154, 84]
+
+
 @pytest.mark.parametrize("alpha", [0.2, 0.8, 1.0, 2.0])
 def test_lambdas_of_mixup_are_beta(alpha):
     lam, _ = mixing(mixup=alpha, cutmix=0).draw(MANY, 4, 4)

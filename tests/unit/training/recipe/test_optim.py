@@ -104,6 +104,8 @@ SHAPES_OF_DECAY = {  # of the share d of the decay that is over, 2405.18392
 def test_wsd_is_constant_and_then_decays(shape):
     """Of 100 steps after the warm-up the last 30 decay."""
     steps = [11, 50, 80, 81, 95, 109]
+    short = rates([2, 3], name="wsd", decay=0.1, total_steps=3, warmup_steps=0, decay_shape=shape)
+    assert short == pytest.approx([1.0, 0.01])  # a fall of less than a step is one of a step
     values = rates(steps, name="wsd", decay=0.3, decay_shape=shape)
     factors = [SHAPES_OF_DECAY[shape](max(0, step - 80) / 30) for step in steps]
     assert values == pytest.approx([0.01 + 0.99 * factor for factor in factors])
@@ -278,8 +280,9 @@ def test_an_option_that_needs_whole_parameters_is_seen(model):
 
 def test_the_number_of_betas_is_checked(model):
     build_optimizer(model, name="adan", lr=0.1, weight_decay=0.0, betas=(0.9, 0.9, 0.9))
-    with pytest.raises(ConfigError, match=r"optim\.betas.*takes 2"):
-        build_optimizer(model, name="adamw", lr=0.1, weight_decay=0.0, betas=(0.9, 0.9, 0.9))
+    for betas in [(0.9,), (0.9, 0.9, 0.9)]:
+        with pytest.raises(ConfigError, match=r"optim\.betas.*takes 2"):
+            build_optimizer(model, name="adamw", lr=0.1, weight_decay=0.0, betas=betas)
 
 
 def test_an_unknown_name_gets_the_nearest_one(model):
@@ -287,9 +290,15 @@ def test_an_unknown_name_gets_the_nearest_one(model):
         build_optimizer(model, name="adamww", lr=1e-3, weight_decay=0.1)
 
 
-def test_an_option_the_optimiser_does_not_take_is_named(model):
-    with pytest.raises(ConfigError, match="betas"):
-        build_optimizer(model, name="sgd", lr=1e-3, weight_decay=0.1, betas=(0.9, 0.9))
+@pytest.mark.parametrize("option", [{"betas": (0.9, 0.9)}, {"eps": 1e-6}])
+def test_an_option_the_optimiser_does_not_take_is_named(model, option):
+    with pytest.raises(ConfigError, match=rf"optim\.{next(iter(option))}"):
+        build_optimizer(model, name="sgd", lr=1e-3, weight_decay=0.1, **option)
+
+
+def test_second_derivatives_are_refused(model):
+    with pytest.raises(ConfigError, match="needs second derivatives"):
+        build_optimizer(model, name="adahessian", lr=1e-3, weight_decay=0.1)
 
 
 class WithDecoder(nn.Module):

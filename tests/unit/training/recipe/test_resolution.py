@@ -21,13 +21,15 @@ def objective(**kwargs):
 
 def test_sizes_change_at_the_given_steps():
     dial = ResolutionDial(objective(), STAGES, (64, 64))
-    sizes = []
+    sizes, settings = [], []
     for step in range(7):
         dial.turn(step)
         sizes.append(dial.size[0])
         dial.rest()
         assert dial.size == (64, 64)
+        settings.append(dial.setting())  # still that of the step
     assert sizes == [32, 32, 48, 48, 48, 64, 64]
+    assert settings == [f"{size} px" for size in sizes]
     assert dial.scalars() == {"train/image_size": 64.0}
 
 
@@ -54,6 +56,7 @@ def test_the_model_learns_on_the_shrunk_image(kwargs):
         ([(2, 40)], {}, (64, 64), "multiple of the patch size 16"),
         ([(2, 80)], {}, (64, 64), "at most the image size 64"),
         ([(5, 32), (2, 48)], {}, (64, 64), "later than the one before"),
+        ([(2, 32), (2, 48)], {}, (64, 64), "later than the one before"),
         (STAGES, {"dynamic_img_size": False}, (64, 64), "dynamic_img_size = true"),
         (STAGES, {}, (64, 80), "square"),
     ],

@@ -8,8 +8,8 @@ from routedvit.training.recipe.schedules import Schedules
 
 
 class Recorder:
-    def __init__(self):
-        self.calls = []
+    def __init__(self, setting=""):
+        self.calls, self.name = [], setting
 
     def turn(self, step):
         self.calls.append(step)
@@ -19,6 +19,9 @@ class Recorder:
 
     def scalars(self):
         return {"train/x": float(self.calls[0])}
+
+    def setting(self):
+        return self.name
 
 
 def test_dials_are_turned_in_a_step_and_rest_after_it_even_when_it_fails():
@@ -32,3 +35,9 @@ def test_dials_are_turned_in_a_step_and_rest_after_it_even_when_it_fails():
         raise RuntimeError
     assert dial.calls == [5, "rest", 6, "rest"]
     assert schedules.scalars() == {"train/x": 5.0}
+
+
+def test_losses_are_comparable_where_all_dials_say_the_same():
+    dials = [Recorder("64 px"), Recorder(), Recorder("capacity x 2")]
+    assert Schedules(None, dials).setting() == "64 px capacity x 2"
+    assert Schedules(None, [Recorder()]).setting() == Schedules(None).setting() == ""

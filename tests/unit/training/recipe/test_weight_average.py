@@ -32,11 +32,12 @@ def train(model, optimizer, average, steps, reference=None):
 @pytest.mark.parametrize("name", ["adamw", "sgd", "lion", "adopt", "madgrad", "nadamw"])
 @pytest.mark.parametrize("warmup", [False, True])
 def test_it_is_timms_whatever_the_optimiser(name, warmup):
+    warm_up = {"warmup_gamma": 2.0, "warmup_power": 0.75}
     model = nn.Linear(4, 3)
     twin = copy.deepcopy(model)
     optimizer = timm.optim.create_optimizer_v2(model.parameters(), name, lr=0.01)
-    average = WeightAverage(optimizer, decay=0.8, warmup=warmup)
-    reference = ModelEmaV3(model, decay=0.8, use_warmup=warmup)
+    average = WeightAverage(optimizer, decay=0.8, warmup=warmup, **warm_up)
+    reference = ModelEmaV3(model, decay=0.8, use_warmup=warmup, **warm_up)
     train(model, optimizer, average, range(8), reference)
     for parameter, expected in zip(model.parameters(), reference.module.parameters(), strict=True):
         torch.testing.assert_close(optimizer.state[parameter][KEY], expected, rtol=0, atol=1e-7)
