@@ -31,8 +31,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import routedvit  # noqa: F401  (registers the models)
 from benchmarks.results import append_result
+from data.digits import mnist_splits
 from data.encoding import Encoding
-from data.sources import ArrayReference, Split, mnist_splits
+from data.sources import ArrayReference, Split
 from data.writer import write_split
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -21,8 +21,9 @@ from PIL import Image
 from timm.data import ImageDataset, create_dataset
 
 from data.errors import BadSample, DataError
+from data.keys import Keys
 from data.manifest import MAX_CLASSES
-from data.sources import FileReference, Keys, Reference, Split, divide
+from data.sources import FileReference, Reference, Split, divide
 
 
 def list_splits(

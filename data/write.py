@@ -26,14 +26,16 @@ from pathlib import Path
 from typing import Any
 
 from data.arguments import share, whole
+from data.digits import idx_splits, mnist_splits
 from data.encoding import Encoding
 from data.errors import DataError, counted
+from data.folders import SUFFIXES, folder_splits, listed
 from data.locks import Busy, locked
 from data.manifest import MANIFEST_NAME, Manifest, read_manifest
 from data.recipe import recipe_of, refuse_another, refuse_unknown, with_samples
 from data.remote import is_url, shown
 from data.skipped import DEFAULT_SHARE, skipped_in
-from data.sources import SUFFIXES, Split, folder_splits, idx_splits, listed, mnist_splits
+from data.sources import Split
 from data.writer import write_split
 
 SOURCES = ("mnist", "folder", "idx", "list", "dataset")

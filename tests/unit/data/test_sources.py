@@ -12,8 +12,10 @@ from collections import Counter
 import pytest
 
 from data import write
+from data.digits import idx_splits
 from data.errors import DataError
-from data.sources import Keys, folder_splits, idx_splits
+from data.folders import folder_splits
+from data.keys import Keys
 from data.tar_index import read_index
 from tests.unit.data.making import png
 

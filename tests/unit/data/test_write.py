@@ -17,10 +17,11 @@ from PIL import Image
 
 from data import check, write
 from data.encoding import Encoding
+from data.keys import safe_key
 from data.listings import dataset_split
 from data.manifest import read_manifest, sha256_of
 from data.shards import resolve
-from data.sources import Split, safe_key
+from data.sources import Split
 from data.tar_index import read_index
 from data.writer import write_split
 from tests.unit.data.making import png
