@@ -118,7 +118,8 @@ class Mirror:
         there = self._bucket.names()
         owner = json.loads(self._bucket.read(OWNER) or b"{}").get("id")
         if owner not in (None, self._owner):
-            self._is_over = True
+            with self._lock:
+                self._is_over, self._wanted = True, False
             self.tell(f"a newer start copies to {self.place}; this one no longer does")
             return
         files = list(changing_files(self._folder))
