@@ -65,6 +65,7 @@ class Mirror:
         self._whole: dict[str, bytes] = {}  # manifests of checkpoints that are there
         self._lock = threading.Lock()
         self._wanted = self._running = self._is_over = False
+        self._trouble = ""  # that lasts
         self._thread: Background[None] | None = None
 
     def begin(self) -> None:
@@ -103,15 +104,24 @@ class Mirror:
             self._try()
 
     def _try(self) -> None:
+        """Copy, and again after each pause if it fails; a trouble that lasts is told once."""
         for pause in (*self._pauses, None):
             try:
                 self._copy()
-                return
             except Exception as error:  # whatever it is, the run goes on
                 trouble = one_line(error)
+            else:
+                if self._trouble:
+                    self.tell("the copy of the run is like the run folder again")
+                self._trouble = ""
+                return
             if pause is not None:
                 time.sleep(pause)
-        self.tell(f"the copy of the run is behind: {trouble}; the next save or start tries again")
+        if trouble != self._trouble:
+            self.tell(
+                f"the copy of the run is behind: {trouble}; the next save or start tries again"
+            )
+        self._trouble = trouble
 
     def _copy(self) -> None:
         """Make the copy like the run folder; what is in it stays whole at every moment."""

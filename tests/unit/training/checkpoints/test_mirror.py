@@ -128,11 +128,12 @@ def test_what_could_not_be_copied_is_told_and_copied_with_the_next(
     with monkeypatch.context() as down:
         down.setattr(bucket, "put", broken)
         run.save(10)
-    assert run.told == [
-        "the copy of the run is behind: bucket: no route; the next save or start tries again"
-    ]
+        run.save(15)
+    behind = "the copy of the run is behind: bucket: no route; the next save or start tries again"
+    assert run.told == [behind]
     run.save(20)
-    assert steps(bucket) == [10, 20]
+    assert steps(bucket) == [15, 20]
+    assert run.told == [behind, "the copy of the run is like the run folder again"]
 
 
 def test_training_does_not_wait_for_the_copy(
