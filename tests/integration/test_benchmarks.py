@@ -45,7 +45,7 @@ def test_every_benchmark_can_be_imported(module: str) -> None:
             marks=pytest.mark.slow,
         ),
         pytest.param(["benchmarks.loader", "--rounds", "1"], 9, marks=pytest.mark.slow),
-        pytest.param(["benchmarks.tokens", "--rounds", "1"], 16, marks=pytest.mark.slow),
+        pytest.param(["benchmarks.tokens", "--rounds", "1"], 20, marks=pytest.mark.slow),
         pytest.param(["benchmarks.block", "--rounds", "1"], 12, marks=pytest.mark.slow),
         pytest.param(
             ["benchmarks.checkpointing", "--model", "colt5_vit_test"], 4, marks=pytest.mark.slow
@@ -86,7 +86,8 @@ def test_compiled_for_a_gpu_a_block_moves_less_than_its_dense_twin_and_than_with
     assert done.returncode == 0, done.stderr
     passes = [float(line.split(" passes")[0].split()[-1]) for line in done.stdout.splitlines()]
     dense, kernels, fused = (sum(passes[at : at + 2]) for at in (0, 2, 4))
-    assert fused < 0.96 * dense < 0.8 * kernels
+    assert fused < 0.9 * dense
+    assert fused < 0.8 * kernels
 
 
 def test_the_gpu_run_names_what_failed_and_what_its_minutes_did_not_suffice_for() -> None:
