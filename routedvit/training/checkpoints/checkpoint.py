@@ -178,7 +178,9 @@ class Checkpoints:
         Raises:
             ConfigError: all checkpoints are damaged, or it cannot be right under this stage.
         """
-        return self._loader.newest(self.names())
+        state = self._loader.newest(self.names())
+        self._follow()
+        return state
 
     def load_named(self, path: Path) -> RunState:
         """Restore this checkpoint, of this run or another's folder.
@@ -189,7 +191,9 @@ class Checkpoints:
         Raises:
             ConfigError: it is not there or not whole, or it is another run's and this one has some.
         """
-        return self._loader.named(path, self.names())
+        state = self._loader.named(path, self.names())
+        self._follow()  # before another start takes what was set aside for what it lacks
+        return state
 
     def roll_back(self, before: int, resume_at: int, returns: int = 1) -> RunState | None:
         """Restore the newest whole checkpoint from before step `before`; None if there is none.

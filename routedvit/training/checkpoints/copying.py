@@ -1,6 +1,7 @@
 """The copy of a run (`checkpoint.mirror`), as a start sees it: fetch, check, keep up to date."""
 
 from collections.abc import Callable
+from functools import cached_property
 
 from routedvit.training.checkpoints.bucket import Bucket
 from routedvit.training.checkpoints.fetching import CopyUnreachable, check_copy, fetch_run
@@ -45,15 +46,12 @@ class RunCopy:
             on_rank_zero(lambda: self._check(fresh, resumes))
 
     def begin(self, owner: Owner, retention: Retention) -> Mirror | None:
-        """Keep it up to date from now on; rank 0 gets what does."""
+        """From now on it is this start's; rank 0 gets what keeps it up to date."""
         mirror: Mirror | None = None
 
-        def start() -> None:
+        def begin() -> None:
             nonlocal mirror
-            assert self._url is not None
-            bucket = Bucket(self._url)
-            mirror = Mirror(self._folder.path, bucket, retention=retention, owner=owner.id)
-            mirror.tell = self._tell
+            mirror = Mirror(self._folder.path, self._bucket, retention=retention, owner=owner.id)
             try:
                 mirror.begin()
             except OSError as error:
@@ -62,21 +60,24 @@ class RunCopy:
                 self._tell(f"{error}; the run goes on, and the next save tries again")
 
         if self._url is not None:
-            on_rank_zero(start)
+            on_rank_zero(begin)
         return mirror
 
-    def _fetch(self) -> bool:
+    @cached_property
+    def _bucket(self) -> Bucket:
         assert self._url is not None
-        bucket = Bucket(self._url)
-        if self._folder.has_checkpoint():
-            return False
-        return fetch_run(self._folder.path, bucket, self._tell)
+        return Bucket(self._url)
+
+    def _fetch(self) -> bool:
+        bucket = self._bucket  # a URL that nobody can serve is refused, whatever is here
+        return not self._folder.has_checkpoint() and fetch_run(
+            self._folder.path, bucket, self._tell
+        )
 
     def _check(self, fresh: bool, resumes: bool) -> None:
-        assert self._url is not None
         if self._was_fetched and not fresh:
             return
         try:
-            check_copy(self._folder.path, Bucket(self._url), fresh=fresh, resumes=resumes)
+            check_copy(self._folder.path, self._bucket, fresh=fresh, resumes=resumes)
         except OSError as error:
             self._tell(f"{error}; the run goes on from {self._folder.path}")

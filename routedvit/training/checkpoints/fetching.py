@@ -18,7 +18,7 @@ from routedvit.training.checkpoints.manifest import (
     replace_text,
     run_id,
 )
-from routedvit.training.checkpoints.mirror import CHECKPOINTS, complete, is_of_checkpoint
+from routedvit.training.checkpoints.mirror import CHECKPOINTS, PART, complete
 from routedvit.training.checkpoints.ownership import OWNER
 from routedvit.training.checkpoints.publishing import discard, hidden
 from routedvit.training.checkpoints.rollbacks import ROLLBACKS, read_jumps
@@ -56,7 +56,7 @@ def fetch_run(folder: Path, bucket: Bucket, tell: Callable[[str], None]) -> bool
                 discard(fetched)
                 continue
             for other in sorted(names):
-                if not (is_of_checkpoint(other) or other == OWNER or (folder / other).exists()):
+                if not (PART.fullmatch(other) or other == OWNER or (folder / other).exists()):
                     bucket.get(other, folder / other)
             fetched.rename(final)  # last: from now on the folder has one
             replace_text(folder / CHECKPOINTS / LATEST, f"{name}\n")

@@ -15,6 +15,7 @@ that are there: the folder of a new machine has one of them, and the others must
 
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ from routedvit.training.checkpoints.shelf import LATEST, STEP, names_in
 from routedvit.training.config.base import one_line
 
 CHECKPOINTS = "checkpoints"
+PART = re.compile(rf"{CHECKPOINTS}/({STEP.pattern})/(.+)")  # a file of a checkpoint in the copy
 PAUSES = (2.0, 8.0, 30.0)  # seconds before a copy that failed is tried again
 
 
@@ -69,13 +71,12 @@ class Mirror:
         self._thread: Background[None] | None = None
 
     def begin(self) -> None:
-        """From now on the copy is this start's; what it lacks is copied.
+        """From now on the copy is this start's.
 
         Raises:
             OSError: nothing can be written there.
         """
         self._bucket.write(OWNER, json.dumps({"id": self._owner}).encode())
-        self.follow()
 
     def follow(self, *, last: bool = False) -> None:
         """Something has changed in the run folder; `last`: and nothing will any more."""
@@ -133,16 +134,14 @@ class Mirror:
             self.tell(f"a newer start copies to {self.place}; this one no longer does")
             return
         files = list(changing_files(self._folder))
-        # first what tells how to go on from a checkpoint, the jumps over bad data
-        files.sort(key=lambda path: path.parent != self._folder / CHECKPOINTS)
-        beside = sum(path.parent == self._folder / CHECKPOINTS for path in files)
-        for path in files[:beside]:
-            self._send(path)
+        for path in files:  # how to go on from a checkpoint, by the jumps over bad data, goes first
+            if path.parent == self._folder / CHECKPOINTS:
+                self._send(path)
         names = names_in(self._folder / CHECKPOINTS)
         for name in reversed(names):
             if self._send_checkpoint(name, there):
                 there.add(f"{CHECKPOINTS}/{name}/{MANIFEST}")
-        for path in files[beside:]:
+        for path in files:
             self._send(path)
         if names and names[-1] in complete(there):
             for name in self._surplus(names, there):
@@ -193,7 +192,7 @@ class Mirror:
         whole = complete(there)
         values = {int(name.removeprefix("step_")): self._value(name, there) for name in whole}
         stay = {*names, *whole} - {*map(step_name, self._retention.surplus(values))} | {*names}
-        found = {name.split("/")[1] for name in there if is_of_checkpoint(name)}
+        found = {part[1] for part in map(PART.fullmatch, there) if part}
         # a later one than the newest here is from before the run went back
         return sorted(name for name in found if name not in stay or name > names[-1])
 
@@ -223,16 +222,4 @@ def changing_files(folder: Path) -> Iterator[Path]:
 
 def complete(names: set[str]) -> list[str]:
     """The checkpoints among the files of a copy that have a manifest, oldest first."""
-    return sorted(
-        name.split("/")[1]
-        for name in names
-        if is_of_checkpoint(name) and name.endswith(f"/{MANIFEST}") and name.count("/") == 2
-    )
-
-
-def is_of_checkpoint(name: str) -> bool:
-    """Whether a file of a copy, by its name, belongs to a checkpoint."""
-    first, _, rest = name.partition("/")
-    return (
-        first == CHECKPOINTS and STEP.fullmatch(rest.partition("/")[0]) is not None and "/" in rest
-    )
+    return sorted(part[1] for part in map(PART.fullmatch, names) if part and part[2] == MANIFEST)

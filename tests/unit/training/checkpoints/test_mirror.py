@@ -189,6 +189,23 @@ def test_a_step_that_was_saved_anew_while_nobody_copied_replaces_the_old_one(
     assert state.samples_seen == 999
 
 
+def test_a_start_that_goes_back_has_no_later_checkpoints_in_the_copy(
+    run: Run, bucket: Bucket
+) -> None:
+    for step in (10, 20):
+        run.save(step)
+    run.checkpoints.load_named(Path("step_00000010"))
+    assert not run.mirror.wait(60)
+    assert steps(bucket) == [10]
+
+
+def test_a_start_copies_what_the_one_before_it_could_not(run: Run, bucket: Bucket, engine) -> None:
+    Checkpoints(run.folder / "checkpoints", engine, keep=2).save(RunState(step=10))
+    run.checkpoints.load_newest()
+    assert not run.mirror.wait(60)
+    assert steps(bucket) == [10]
+
+
 @pytest.mark.parametrize("damage", ["bits", "manifest"])
 def test_a_damaged_copy_is_named_and_the_one_before_it_taken(
     run: Run, bucket: Bucket, tmp_path: Path, damage: str
